@@ -1,0 +1,187 @@
+"""How long a layer takes, dense and as a factor pair, on this device: the measurement behind K and behind "never slower".
+
+Forward and backward of the layer alone are timed (Cuttlefish Alg. 2 times training iterations of the whole net with one stack factorized; timing the stack itself takes seconds
+instead of minutes and is not drowned by the rest). Rounds are interleaved: each round times every variant once, so that a drifting clock
+rate hits all alike; the median over the rounds counts.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrank.passes.factors import FactorPair, pair_class
+from fxrank.passes.layers import Layer
+from fxrank.passes.stacks import Stack
+
+
+class Stopwatch:
+    """Elapsed time on a device: CUDA events there (no synchronization until read), the monotonic clock elsewhere. One code path."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._device = device
+        self._marks: list[Any] = []
+
+    def mark(self) -> None:
+        """Note the present moment of the device's queue."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self._device))
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def laps_ms(self) -> list[float]:
+        """Milliseconds between successive marks; forgets them. Waits for the device."""
+        marks, self._marks = self._marks, []
+        if self._cuda and marks:
+            marks[-1].synchronize()
+            return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
+    """The job's autocast region, or nothing."""
+    return torch.autocast(device.type, dtype=amp) if amp is not None else nullcontext()
+
+
+@dataclass(frozen=True)
+class StackProfile:
+    """Measured and counted cost of one layer of a stack, forward + backward for times, forward for the counts.
+
+    `probe_rank` is the rank of the measured pair; `speedup = dense_ms / pair_ms`. `flops` are 2 per multiply-add; `bytes_moved` counts input, weight
+    and output once; `intensity = flops / bytes_moved` (FLOP per byte; Williams et al., the roofline model).
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    weight_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    probe_rank: int
+    dense_ms: float
+    pair_ms: float
+    flops: int
+    bytes_moved: int
+    pair_flops: int
+    pair_bytes_moved: int
+
+    @property
+    def speedup(self) -> float:
+        return self.dense_ms / self.pair_ms
+
+    @property
+    def intensity(self) -> float:
+        return self.flops / self.bytes_moved
+
+    @property
+    def pair_intensity(self) -> float:
+        return self.pair_flops / self.pair_bytes_moved
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"speedup": self.speedup, "intensity": self.intensity, "pair_intensity": self.pair_intensity}
+
+
+class Profiler:
+    """Times layers of `model` under the job's conditions.
+
+    `amp` is the autocast dtype or None; `rounds` how many interleaved measurements the median is over; `budget_ms` bounds the time for one comparison
+    (at least 3 rounds are made). Inputs are random; the model's weights are neither read nor changed.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None, rounds: int = 11, budget_ms: float = 400.0
+    ) -> None:
+        self._model, self._device, self._amp = model, device, amp
+        self._rounds, self._budget_ms = rounds, budget_ms
+        self.seconds = 0.0
+        """Wall-clock time spent measuring so far."""
+
+    def stack(self, stack: Stack, probe_ratio: float) -> StackProfile:
+        """Dense against a pair at `probe_ratio` of the full rank (at least rank 1)."""
+        layer = stack.sample
+        rank = max(1, int(layer.full_rank * probe_ratio))
+        dense_ms, pair_ms = self.times_ms(layer, [rank])
+        size = layer.dtype.itemsize if self._amp is None else self._amp.itemsize
+        inputs = _numel(layer.input_shape)
+        outputs = layer.groups * layer.rows * layer.positions
+        middle = layer.groups * rank * layer.positions
+        return StackProfile(
+            names=tuple(a.name for a in stack.layers),
+            kind=layer.kind,
+            weight_shape=layer.weight_shape,
+            input_shape=layer.input_shape,
+            probe_rank=rank,
+            dense_ms=dense_ms,
+            pair_ms=pair_ms,
+            flops=2 * layer.macs,
+            bytes_moved=size * (inputs + layer.parameters + outputs),
+            pair_flops=2 * layer.pair_macs(rank),
+            pair_bytes_moved=size * (inputs + layer.pair_parameters(rank) + 2 * middle + outputs),
+        )
+
+    def times_ms(self, layer: Layer, ranks: Sequence[int]) -> list[float]:
+        """Median forward + backward milliseconds of the dense layer, then of a pair of each rank."""
+        start = time.perf_counter()
+        source = self._model.get_submodule(layer.name)
+        cls = pair_class(source)
+        assert cls is not None
+        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
+            pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
+            for pair in pairs:
+                _detach_and_fill(pair)
+            dense = cls(source, 1).to_dense()
+            _detach_and_fill(dense)
+            x = torch.randn(layer.input_shape, device=self._device, dtype=layer.dtype)
+            if x.ndim == 4 and not source.weight.is_contiguous():  # type: ignore[operator, union-attr]
+                x = x.contiguous(memory_format=torch.channels_last)
+            medians = self._interleaved([self._step(module.to(self._device), x) for module in (dense, *pairs)])
+        self.seconds += time.perf_counter() - start
+        return medians
+
+    def _step(self, module: nn.Module, x: Tensor) -> Callable[[], None]:
+        x = x.detach().requires_grad_()
+        with autocast(self._device, self._amp):
+            gradient = torch.randn_like(module(x))
+
+        def step() -> None:
+            x.grad = None
+            module.zero_grad(set_to_none=True)
+            with autocast(self._device, self._amp):
+                out = module(x)
+            out.backward(gradient)
+
+        return step
+
+    def _interleaved(self, steps: list[Callable[[], None]]) -> list[float]:
+        for step in steps:
+            step()
+        laps: list[list[float]] = []
+        watch = Stopwatch(self._device)
+        spent = 0.0
+        while len(laps) < self._rounds and (len(laps) < 3 or spent < self._budget_ms):
+            watch.mark()
+            for step in steps:
+                step()
+                watch.mark()
+            laps.append(watch.laps_ms())
+            spent += sum(laps[-1])
+        return [statistics.median(column) for column in zip(*laps, strict=True)]
+
+
+def _detach_and_fill(module: nn.Module) -> None:
+    """Own random parameters: nothing is shared with the user's layer. Scaled so that no number overflows or becomes subnormal."""
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 1
+            fresh = torch.randn_like(parameter, requires_grad=False) / fan_in**0.5
+            setattr(child, name, nn.Parameter(fresh))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

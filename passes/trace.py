@@ -1,0 +1,329 @@
+"""Model and one example call → `GraphModule` in which every node knows its value's shape and dtype and its owner.
+
+The tracer's proxies carry a value: a fake tensor (shape, dtype, device; no data), or a plain Python number, tuple or dict. Questions that Python must have
+answered on the spot (`bool`, `len`, iteration, `int`) are answered from the value; everything else stays a node, so `x.shape[0]` remains symbolic
+and the graph runs at other batch sizes. That is what lets it go through shape tests, keyword and nested inputs, and decorated forwards where
+`torch.fx.symbolic_trace` stops. Shapes come for free: `node.meta["val"]`.
+
+A module that reads `self.training` and owns no matrix (Dropout, DropPath, a fused BatchNorm and activation) stays one node, so that the graph
+follows `train()` and `eval()`.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.errors import TraceError
+
+Example = Any
+"""One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values may nest."""
+
+
+def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """`example` as `(args, kwargs)` of one call.
+
+    A tensor is the only positional argument, a tuple or list are the positional arguments, a mapping the keyword arguments. A tuple or list that
+    does not fit the signature of `model.forward` while its first element does (a batch `(inputs, targets)`) stands for that element.
+    Raises `TypeError` if nothing fits.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # a C++ forward: nothing to check against
+        signature = None
+
+    def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if signature is None:
+            return True
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError:
+            return False
+        return True
+
+    candidates: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    if isinstance(example, Mapping):
+        candidates = [((), {str(k): v for k, v in example.items()}), ((example,), {})]
+    elif isinstance(example, (tuple, list)):
+        candidates = [(tuple(example), {})]
+        if example:
+            candidates.append(call_arguments(model, example[0]) if isinstance(example[0], Mapping) else ((example[0],), {}))
+        candidates.append(((example,), {}))
+    else:
+        candidates = [((example,), {})]
+    for args, kwargs in candidates:
+        if fits(args, kwargs):
+            return args, kwargs
+    raise TypeError(
+        f"the batch must fit {type(model).__name__}.forward{signature}; got {describe(example)}. "
+        "Pass a tensor, a tuple of positional inputs, or a dict of keyword inputs."
+    )
+
+
+def describe(value: object) -> str:
+    """Shapes and types of a nested value, for messages."""
+    if isinstance(value, Tensor):
+        return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (tuple, list)):
+        return f"{type(value).__name__}({', '.join(describe(v) for v in value)})"
+    return type(value).__name__
+
+
+def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Module], ...] = ()) -> fx.GraphModule:
+    """One graph of `model` for the example call, in the model's present mode, sharing its submodules and parameters.
+
+    The result's placeholders are the tensors of the example call under their parameter names. `node.meta["val"]` is a fake tensor (or tuple, number, …)
+    with the shape and dtype at the example's sizes; `node.meta["nn_module_stack"]` names the owner. `leaf_modules` are classes to keep as one
+    node. Nothing of the model is changed and no random number is drawn.
+
+    Raises `TraceError`, naming the innermost module at fault, where Python needs a tensor's *data* (`if x.sum() > 0`) or the model refuses the example.
+    """
+    args, kwargs = call_arguments(model, example)
+    tracer = _ValueTracer(args, kwargs, leaf_modules)
+    with _restored(model):
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:
+            where = tracer.blame
+            raise TraceError(
+                f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
+                f"{where or 'its own forward'} with {type(error).__name__}: {error}. "
+                "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."
+            ) from error
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def _reads_mode(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "training" in code.co_names and all(p.ndim < 2 for p in module.parameters())
+
+
+class _ValueProxy(fx.Proxy):
+    """A proxy that knows its value."""
+
+    tracer: "_ValueTracer"
+
+    @property
+    def _value(self) -> Any:
+        return self.node.meta["val"]
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
+            return getattr(value, name)
+        attribute = getattr(value, name)  # raises AttributeError as the value would
+        if callable(attribute) and not isinstance(attribute, torch.dtype):
+            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+        if isinstance(attribute, str):
+            return attribute
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def dim(self) -> int:
+        return int(self._value.dim())
+
+    def __bool__(self) -> bool:
+        return bool(self._concrete("bool"))
+
+    def __int__(self) -> int:
+        return int(self._concrete("int"))
+
+    def __index__(self) -> int:
+        return operator.index(self._concrete("index"))
+
+    def __float__(self) -> float:
+        return float(self._concrete("float"))
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self._value
+        return iter(value) if isinstance(value, Mapping) else (self[i] for i in range(len(value)))
+
+    def __contains__(self, item: object) -> bool:
+        value = self._value
+        return item in value if isinstance(value, Mapping) else any(bool(element == item) for element in self)
+
+    def keys(self) -> Any:
+        return self._value.keys()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _concrete(self, question: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor):
+            raise TypeError(f"{question}() of the tensor {self.node.name!r} needs its data, which a trace does not have")
+        return value
+
+
+_STATIC_ATTRIBUTES = {
+    "ndim",
+    "requires_grad",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_nested",
+    "is_sparse",
+    "is_quantized",
+    "is_mkldnn",
+    "layout",
+    "names",
+    "grad_fn",
+    "is_leaf",
+}
+
+
+class _ValueTracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self._call = (args, kwargs)
+        self._leaves = leaves
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._evaluating = False
+        self._inside: list[str] = []
+        self.blame = ""
+
+    # -- the entry point: one placeholder per tensor of the example call, whatever the signature says
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        args, kwargs = self._call
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        names = self._input_names(args, kwargs, leaves)
+        inputs = [self._placeholder(n, v) if isinstance(v, Tensor) else v for n, v in zip(names, leaves, strict=True)]
+
+        def entry(root: nn.Module, *flat: Any) -> Any:
+            call_args, call_kwargs = pytree.tree_unflatten(list(flat), spec)
+            return root_fn(root, *call_args, **call_kwargs)
+
+        return entry, [self.root, *inputs]
+
+    def _input_names(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> list[str]:
+        try:
+            parameters = list(inspect.signature(self.root.forward).parameters.values())  # type: ignore[union-attr]
+        except (TypeError, ValueError):
+            parameters = []
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named += [f"arg{i}" for i in range(len(named), len(args))]
+        parts = [*zip(named, args, strict=False), *kwargs.items()]
+        names = []
+        for name, part in parts:
+            count = len(pytree.tree_leaves(part))
+            names += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+        assert len(names) == len(leaves)
+        return names
+
+    def _placeholder(self, name: str, value: Tensor) -> fx.Proxy:
+        proxy = super().create_proxy("placeholder", name, (), {})
+        proxy.node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
+        return proxy
+
+    # -- values
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ValueProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind != "output":
+            proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs)
+        return proxy
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = _values((tuple(args), dict(kwargs)))
+        self._evaluating = True
+        try:
+            with self._mode, torch.no_grad():
+                if kind == "get_attr":
+                    return self._mode.from_tensor(operator.attrgetter(target)(self.root), static_shapes=True)
+                if kind == "call_function":
+                    return target(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                assert kind == "call_module", kind
+                leaf = self.root.get_submodule(target)  # type: ignore[union-attr]
+                # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
+                state = {
+                    name: self._mode.from_tensor(tensor, static_shapes=True)
+                    for name, tensor in [*leaf.named_parameters(), *leaf.named_buffers()]
+                }
+                return torch.func.functional_call(leaf, state, args, kwargs)
+        finally:
+            self._evaluating = False
+
+    # -- hooks of fx.Tracer
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        self._inside.append(f"{self.path_of_module(m)!r} ({type(m).__name__})")
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.blame = self.blame or self._inside[-1]
+            raise
+        self._inside.pop()
+        return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self._leaves) or _reads_mode(m) or super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        return tuple(self.create_arg(e) for e in a) if isinstance(a, torch.Size) else super().create_arg(a)
+
+
+def _values(tree: Any) -> Any:
+    """The values of all proxies in a nest of tuples, lists, dicts and slices."""
+    if isinstance(tree, fx.Proxy):
+        return tree.node.meta["val"]
+    if isinstance(tree, (tuple, list)):
+        items = [_values(e) for e in tree]
+        if isinstance(tree, tuple):
+            return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        return items
+    if isinstance(tree, dict):
+        return {k: _values(v) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(_values(tree.start), _values(tree.stop), _values(tree.step))
+    return tree
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put back what a forward assigned: attributes, buffers, and caches held in plain dicts or lists."""
+    saved = [(module, {k: _copy(v) for k, v in vars(module).items()}, vars(module).copy()) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, copies, originals in saved:
+            vars(module).clear()
+            vars(module).update(originals)
+            for name, content in copies.items():
+                original = originals[name]
+                if isinstance(original, (dict, set)):
+                    original.clear()
+                    original.update(content)
+                elif isinstance(original, list):
+                    original[:] = content
+
+
+def _copy(value: Any) -> Any:
+    return value.copy() if isinstance(value, (dict, list, set)) else None
