@@ -1,0 +1,62 @@
+"""fxrank: low-rank factorized training for any PyTorch model, on torch.fx."""
+
+from fxrank._version import __version__
+from fxrank.auto import Result, auto_lowrank
+from fxrank.checkpoint import load, save
+from fxrank.cuttlefish import Cuttlefish
+from fxrank.passes.errors import (
+    CheckpointError,
+    FxrankError,
+    NonFiniteWeightError,
+    NothingFactorizedWarning,
+    NothingToFactorizeError,
+    PlanMismatchError,
+    RankError,
+    TraceError,
+)
+from fxrank.passes.factors import FactorPair, LowRankConv2d, LowRankLinear
+from fxrank.passes.spectra import stable_rank
+from fxrank.passes.trace import trace
+from fxrank.plan import LayerDecision, Plan
+from fxrank.policies import FixedPlan, FullRank, Pufferfish, SpectralInit
+from fxrank.policy import Policy
+from fxrank.profiling import Profile, profile
+from fxrank.report import Report
+from fxrank.session import LowRankSession
+from fxrank.surgery import factorize, merge, plan_of
+
+__all__ = [
+    "CheckpointError",
+    "Cuttlefish",
+    "FactorPair",
+    "FixedPlan",
+    "FullRank",
+    "FxrankError",
+    "LayerDecision",
+    "LowRankConv2d",
+    "LowRankLinear",
+    "LowRankSession",
+    "NonFiniteWeightError",
+    "NothingFactorizedWarning",
+    "NothingToFactorizeError",
+    "Plan",
+    "PlanMismatchError",
+    "Policy",
+    "Profile",
+    "Pufferfish",
+    "RankError",
+    "Report",
+    "Result",
+    "SpectralInit",
+    "TraceError",
+    "__version__",
+    "auto_lowrank",
+    "factorize",
+    "load",
+    "merge",
+    "plan_of",
+    "profile",
+    "save",
+    "stable_rank",
+    "trace",
+]

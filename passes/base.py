@@ -1,7 +1,8 @@
 """What a pass is, and the one driver that runs it.
 
-A pass is a frozen dataclass; its fields are its options. It looks at one node at a time and answers: nothing to do here, not possible because …,
-or the replacement. The driver walks, lints, recompiles, and *measures* whether the graph changed.
+A pass is a frozen dataclass; its fields are its options. It looks at one node at a time and answers: nothing to do
+here, not possible because …, or the replacement. The driver walks, lints, recompiles, and *measures* whether the
+graph changed.
 """
 
 from abc import ABC, abstractmethod
@@ -34,10 +35,14 @@ class Pass(ABC):
 
     @abstractmethod
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> bool | Refused:
-        """Rewrite at `node`. True if something was put in its place, False if the node is none of this pass's business."""
+        """Rewrite at `node`. True if something was put in its place, False if the node is none of this pass's
+        business.
+        """
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        """Walk the graph once, then lint and recompile. Outputs, shapes and the modules' parameters outside the rewritten sites are untouched."""
+        """Walk the graph once, then lint and recompile. Outputs, shapes and the modules' parameters outside the
+        rewritten sites are untouched.
+        """
         before = _shape_of(gm)
         refused = {}
         for node in list(gm.graph.nodes):
@@ -52,4 +57,7 @@ class Pass(ABC):
 
 def _shape_of(gm: fx.GraphModule) -> list[tuple[str, str, object]]:
     """What a rewrite can change: the nodes, and the module objects they call."""
-    return [(n.op, str(n.target), id(gm.get_submodule(str(n.target))) if n.op == "call_module" else None) for n in gm.graph.nodes]
+    return [
+        (n.op, str(n.target), id(gm.get_submodule(str(n.target))) if n.op == "call_module" else None)
+        for n in gm.graph.nodes
+    ]

@@ -4,9 +4,11 @@
     conv = self.layer1_0_conv1(x)                      u = self.layer1_0_conv1_u(x)
                                                        v = self.layer1_0_conv1_v(u)
 
-Why it is sound: a Linear or a convolution is linear in its weight's unrolled matrix `W`, a full-rank pair has `V U = W` up to rounding, and convolution with `U`
-then a pointwise `V` is convolution with `V U` (the pointwise layer mixes channels at each position, so it commutes with stride, padding and dilation). Truncated to rank `r` the
-weight's spectral error is `σ_{r+1}` (Eckart-Young), the least possible. Cost: one leading eigendecomposition of the short side per layer.
+Why it is sound: a Linear or a convolution is linear in its weight's unrolled matrix `W`, a full-rank pair has `V U
+= W` up to rounding, and convolution with `U` then a pointwise `V` is convolution with `V U` (the pointwise layer
+mixes channels at each position, so it commutes with stride, padding and dilation). Truncated to rank `r` the
+weight's spectral error is `σ_{r+1}` (Eckart-Young), the least possible. Cost: one leading eigendecomposition of the
+short side per layer.
 """
 
 from collections.abc import Iterable, Mapping
@@ -23,8 +25,9 @@ from fxrank.passes.factors import FactorPair
 class Factorize(Pass):
     """Show the pairs in a graph: each call of a dense layer becomes calls of its pair's `u`, (`norm`) and `v`.
 
-    `pairs` maps module paths, as the graph's nodes name them, to the pairs that take their place. The graph's module tree gets the pair at
-    the layer's own path, so both views share parameters. Exact at full rank, a truncation with a known error below.
+    `pairs` maps module paths, as the graph's nodes name them, to the pairs that take their place. The graph's
+    module tree gets the pair at the layer's own path, so both views share parameters. Exact at full rank, a
+    truncation with a known error below.
     """
 
     pairs: Mapping[str, FactorPair] = field(default_factory=dict)
@@ -53,7 +56,9 @@ class Factorize(Pass):
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """The way back: `u`, (`norm`,) `v` of one pair become one call of the dense layer. `dense` maps pair paths to the layers that take their place."""
+    """The way back: `u`, (`norm`,) `v` of one pair become one call of the dense layer. `dense` maps pair paths to
+    the layers that take their place.
+    """
 
     dense: Mapping[str, nn.Module] = field(default_factory=dict)
 
@@ -81,9 +86,11 @@ class Merge(Pass):
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
-    """Put each module in the place of the one with that `id`, at every path where it is registered. Returns the paths.
+    """Put each module in the place of the one with that `id`, at every path where it is registered. Returns the
+    paths.
 
-    A replacement of the model itself is impossible: raises `ValueError`. Other modules, their hooks and parameters are untouched.
+    A replacement of the model itself is impossible: raises `ValueError`. Other modules, their hooks and parameters
+    are untouched.
     """
     if id(model) in replacements:
         raise ValueError(
@@ -104,7 +111,9 @@ def pairs_in(model: nn.Module) -> dict[str, FactorPair]:
 
 
 def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:
-    """The value between the factors: the layer's output with `groups · r` channels, at the place of the output channels."""
+    """The value between the factors: the layer's output with `groups · r` channels, at the place of the output
+    channels.
+    """
     out = node.meta["val"]
     width = pair.u.weight.shape[0]
     assert isinstance(out, torch.Tensor) and isinstance(width, int)

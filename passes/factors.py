@@ -1,12 +1,14 @@
 """The modules a rewrite puts in: a factor pair at the place of one dense layer.
 
 A pair class is one *form* for one kind of layer. It says how the dense weight is read as a stack of matrices `W`
-`(groups, rows, cols)` (`unroll`), and how the factors `U` `(groups, r, cols)` and `V` `(groups, rows, r)` of `W ≈ V U` are folded into the weights of its
-two layers `u` (first) and `v` (second). Everything else (splitting, optimizer state, Frobenius decay, merging, checking) is written once against
-those few functions, so a new kind or a new form is one class here and one line in `PAIRS`.
+`(groups, rows, cols)` (`unroll`), and how the factors `U` `(groups, r, cols)` and `V` `(groups, rows, r)` of `W ≈ V
+U` are folded into the weights of its two layers `u` (first) and `v` (second). Everything else (splitting, optimizer
+state, Frobenius decay, merging, checking) is written once against those few functions, so a new kind or a new form
+is one class here and one line in `PAIRS`.
 
-The dense layer's bias belongs to `v`: a bias on `u` would be redundant, `V(Ux + b) + c = VUx + (Vb + c)`. Stride, padding, dilation, padding mode and
-groups belong to `u`; `v` is pointwise. `u` then `v` is what Pufferfish §2 and Cuttlefish §3 use: thin k×k, then 1×1.
+The dense layer's bias belongs to `v`: a bias on `u` would be redundant, `V(Ux + b) + c = VUx + (Vb + c)`. Stride,
+padding, dilation, padding mode and groups belong to `u`; `v` is pointwise. `u` then `v` is what Pufferfish §2 and
+Cuttlefish §3 use: thin k×k, then 1×1.
 """
 
 from abc import abstractmethod
@@ -22,9 +24,10 @@ from fxrank.passes.spectra import truncated_factors
 class FactorPair(nn.Module):
     """Two thin layers, `v(u(x))`, in the place of one dense layer.
 
-    Children: `u`, `v`, and `norm`, a BatchNorm between them if it was asked for. The state dict has only their plain keys
-    (`u.weight`, `v.weight`, `v.bias`, …). For code that only looks at the layer, `weight`, `bias` and the geometry are readable under the dense
-    layer's own names; `weight` builds the dense product at every reading, so do not compute with it.
+    Children: `u`, `v`, and `norm`, a BatchNorm between them if it was asked for. The state dict has only their
+    plain keys (`u.weight`, `v.weight`, `v.bias`, …). For code that only looks at the layer, `weight`, `bias` and
+    the geometry are readable under the dense layer's own names; `weight` builds the dense product at every reading,
+    so do not compute with it.
     """
 
     form: ClassVar[str] = "channel"
@@ -38,7 +41,8 @@ class FactorPair(nn.Module):
     norm: nn.Module | None
 
     def __init__(self, dense: nn.Module, rank: int, extra_bn: bool = False) -> None:
-        """Empty factors of rank `rank` (columns of `V` per group) with the geometry, dtype, device and training mode of `dense`.
+        """Empty factors of rank `rank` (columns of `V` per group) with the geometry, dtype, device and training
+        mode of `dense`.
 
         Raises `RankError` if `rank` is not in 1 … full rank.
         """
@@ -47,7 +51,7 @@ class FactorPair(nn.Module):
         if not 1 <= rank <= full:
             raise RankError(f"a rank must be in 1 … {full}, the full rank of the layer; got {rank}.")
         self.rank = rank
-        self._shape = tuple(dense.weight.shape)
+        self.dense_shape: tuple[int, ...] = tuple(dense.weight.shape)  # type: ignore[arg-type, operator]
         for name in self.geometry:
             self.__dict__[name] = getattr(dense, name)
         weight = dense.weight
@@ -75,7 +79,9 @@ class FactorPair(nn.Module):
         return cls.unroll(dense, tensor)
 
     @abstractmethod
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> tuple[nn.Module, nn.Module | None, nn.Module]: ...
+    def _layers(
+        self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
+    ) -> tuple[nn.Module, nn.Module | None, nn.Module]: ...
 
     @abstractmethod
     def fold_u(self, u: Tensor) -> Tensor:
@@ -99,10 +105,14 @@ class FactorPair(nn.Module):
 
     @abstractmethod
     def to_dense(self) -> nn.Module:
-        """The dense layer with the product of the factors as its weight (exact up to rounding; a `norm` is folded in with its running statistics)."""
+        """The dense layer with the product of the factors as its weight (exact up to rounding; a `norm` is folded
+        in with its running statistics).
+        """
 
     def split(self, weight: Tensor) -> None:
-        """Fill the factors with the best rank-r approximation of the dense `weight`, singular values split by √Σ (Cuttlefish §3.3)."""
+        """Fill the factors with the best rank-r approximation of the dense `weight`, singular values split by √Σ
+        (Cuttlefish §3.3).
+        """
         u, v = truncated_factors(type(self).unroll(self, weight), self.rank)
         with torch.no_grad():
             self.u.weight.copy_(self.fold_u(u))  # type: ignore[operator, union-attr]
@@ -129,14 +139,14 @@ class FactorPair(nn.Module):
         return bias
 
     def extra_repr(self) -> str:
-        return f"{self.kind} {self._shape}, rank={self.rank}"
+        return f"{self.kind} {self.dense_shape}, rank={self.rank}"
 
 
 class LowRankLinear(FactorPair):
     """`Linear(in, out)` as `Linear(in, r, bias=False)` then `Linear(r, out)`.
 
-    Break-even rank `in·out / (in + out)` in parameters and in MACs. `extra_bn` is not available: the feature dimension's place in the
-    input is the caller's business.
+    Break-even rank `in·out / (in + out)` in parameters and in MACs. `extra_bn` is not available: the feature
+    dimension's place in the input is the caller's business.
     """
 
     kind = "linear"
@@ -149,7 +159,9 @@ class LowRankLinear(FactorPair):
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         return tensor[None]
 
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    def _layers(
+        self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
+    ) -> tuple[nn.Module, nn.Module | None, nn.Module]:
         first = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
         return first, None, nn.utils.skip_init(nn.Linear, self.rank, self.out_features, bias=False, **place)
 
@@ -177,10 +189,11 @@ class LowRankLinear(FactorPair):
 
 
 class LowRankConv2d(FactorPair):
-    """`Conv2d(m, n, k)` as `Conv2d(m, g·r, k)` then `Conv2d(g·r, n, 1)`, both with the layer's `g` groups and rank `r` in each.
+    """`Conv2d(m, n, k)` as `Conv2d(m, g·r, k)` then `Conv2d(g·r, n, 1)`, both with the layer's `g` groups and rank
+    `r` in each.
 
-    Unrolled matrix per group `(n/g, m/g·kh·kw)`. Break-even rank `m·n·kh·kw / (m·kh·kw + n·g)` for `g = 1`; see `Layer.break_even_rank`.
-    Stride, padding (numbers or `same`), padding mode and dilation stay with the first.
+    Unrolled matrix per group `(n/g, m/g·kh·kw)`. Break-even rank `m·n·kh·kw / (m·kh·kw + n·g)` for `g = 1`; see
+    `Layer.break_even_rank`. Stride, padding (numbers or `same`), padding mode and dilation stay with the first.
     """
 
     kind = "conv2d"
@@ -232,7 +245,9 @@ class LowRankConv2d(FactorPair):
         conv: nn.Module = nn.utils.skip_init(nn.Conv2d, **(options | changes), **place)
         return conv
 
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    def _layers(
+        self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
+    ) -> tuple[nn.Module, nn.Module | None, nn.Module]:
         width = self.groups * self.rank
         pointwise = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
         first = self._conv(place, out_channels=width)
@@ -255,7 +270,7 @@ class LowRankConv2d(FactorPair):
         return tensor.reshape(self.groups, -1, self.rank)
 
     def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self._shape)
+        return matrix.reshape(self.dense_shape)
 
     def to_dense(self) -> nn.Module:
         v, u = self.unfold_v(self.v.weight.detach()), self.unfold_u(self.u.weight.detach())  # type: ignore[operator, union-attr]
@@ -300,10 +315,11 @@ def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | No
 
 
 def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: bool = False) -> FactorPair:
-    """A factor pair of rank `rank` that approximates `dense` best (Eckart-Young); equal to it up to rounding at full rank.
+    """A factor pair of rank `rank` that approximates `dense` best (Eckart-Young); equal to it up to rounding at
+    full rank.
 
-    `dense` is left as it is; its bias parameter is shared, not copied. Raises `RankError` for a rank outside 1 … full rank and
-    `TypeError` for a layer whose exact type has no pair.
+    `dense` is left as it is; its bias parameter is shared, not copied. Raises `RankError` for a rank outside 1 …
+    full rank and `TypeError` for a layer whose exact type has no pair.
     """
     cls = pair_class(dense, form)
     if cls is None:

@@ -1,15 +1,17 @@
 """σ_max of many weights, many times, at a few matrix-vector products each.
 
-Training changes a weight slowly, so the leading singular vector of the last look is an excellent start for the next. A Lanczos process on
-`W Wᵀ` (short side) with full reorthogonalization then needs 3-6 products where a cold start needs 10-40 and power iteration up to 600
-on the flat spectra of fresh layers.
+Training changes a weight slowly, so the leading singular vector of the last look is an excellent start for the
+next. A Lanczos process on `W Wᵀ` (short side) with full reorthogonalization then needs 3-6 products where a cold
+start needs 10-40 and power iteration up to 600 on the flat spectra of fresh layers.
 
-When to stop: a Ritz pair `(θ, y)` with residual `ρ = ‖W Wᵀ y − θ y‖` has an eigenvalue within `ρ²/γ` of `θ`, `γ` the gap to the next Ritz value
-(Parlett, *The Symmetric Eigenvalue Problem*, §11.7), and within `ρ` if the gap is unknown. That bounds the distance to *an* eigenvalue; where two
-nearly coincide the process could lock on the second. So the start always mixes in the second Ritz vector and a fresh random
-direction, and the second must have converged too before the gap is believed.
+When to stop: a Ritz pair `(θ, y)` with residual `ρ = ‖W Wᵀ y − θ y‖` has an eigenvalue within `ρ²/γ` of `θ`, `γ`
+the gap to the next Ritz value (Parlett, *The Symmetric Eigenvalue Problem*, §11.7), and within `ρ` if the gap is
+unknown. That bounds the distance to *an* eigenvalue; where two nearly coincide the process could lock on the
+second. So the start always mixes in the second Ritz vector and a fresh random direction, and the second must have
+converged too before the gap is believed.
 
-The scalars of a few steps of all layers travel to the host in one transfer, so on a GPU a whole sample costs a handful of synchronizations.
+The scalars of a few steps of all layers travel to the host in one transfer, so on a GPU a whole sample costs a
+handful of synchronizations.
 """
 
 from dataclasses import dataclass, field
@@ -86,7 +88,8 @@ class _Run:
 class StableRankTracker:
     """Stable ranks of a fixed list of weights, cheap from the second look on.
 
-    `seed` fixes the random directions. The state is the last two Ritz vectors of every matrix: float32, two vectors of the short side each.
+    `seed` fixes the random directions. The state is the last two Ritz vectors of every matrix: float32, two vectors
+    of the short side each.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -94,10 +97,12 @@ class StableRankTracker:
         self._ritz: dict[tuple[int, int], Tensor] = {}
 
     def __call__(self, stacks: list[Tensor], names: list[str]) -> list[float]:
-        """Stable rank `‖W‖_F² / σ_max²` of every stack `(groups, rows, cols)`, the mean over its groups; 0 for a zero matrix.
+        """Stable rank `‖W‖_F² / σ_max²` of every stack `(groups, rows, cols)`, the mean over its groups; 0 for a
+        zero matrix.
 
-        `names` are used in errors only. Relative error below 1e-3 on 99 % of the layers of real training runs (measured, see
-        benchmarks/results). Raises `NonFiniteWeightError` that names the first weight with NaN or infinity.
+        `names` are used in errors only. Relative error below 1e-3 on 99 % of the layers of real training runs
+        (measured, see benchmarks/results). Raises `NonFiniteWeightError` that names the first weight with NaN or
+        infinity.
         """
         runs: dict[tuple[int, int], _Run] = {}
         squared_norms: list[Tensor] = []
@@ -150,5 +155,7 @@ def _mixed(scalars: list[Tensor]) -> bool:
 
 
 def _steps(matrix: Tensor) -> int:
-    """Steps between two looks at the residual: where a product is cheap, more of them, as a guard against a hidden leader."""
+    """Steps between two looks at the residual: where a product is cheap, more of them, as a guard against a hidden
+    leader.
+    """
     return 2 * STEPS_PER_ROUND if matrix.numel() < SMALL else STEPS_PER_ROUND

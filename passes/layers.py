@@ -1,7 +1,7 @@
 """Graph → the layers that hold weight matrices, each with what can be done to it, or the reason why nothing can.
 
-One `Layer` per unique weight: a module called several times, registered under several names, or two modules that share one parameter are one
-layer with several call sites.
+One `Layer` per unique weight: a module called several times, registered under several names, or two modules that
+share one parameter are one layer with several call sites.
 """
 
 import fnmatch
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrank.passes.errors import NothingToFactorizeError
-from fxrank.passes.factors import pair_class
+from fxrank.passes.factors import FactorPair, pair_class
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
 
@@ -25,8 +25,9 @@ Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
 class Layer:
     """One weight of the model, seen from the graph.
 
-    The weight unrolls to `groups` matrices of `(rows, cols)`. `positions` is how often each of its numbers is used in one call
-    of the model at the example's sizes, so that the dense layer takes `groups · rows · cols · positions` multiply-adds (MACs).
+    The weight unrolls to `groups` matrices of `(rows, cols)`. `positions` is how often each of its numbers is used
+    in one call of the model at the example's sizes, so that the dense layer takes `groups · rows · cols ·
+    positions` multiply-adds (MACs).
     """
 
     name: str
@@ -69,43 +70,59 @@ class Layer:
 
     @property
     def break_even_rank(self) -> float:
-        """`rows·cols / (rows + cols)`: a pair of this rank is as large, and takes as many MACs, as the layer (spec of the rule: Pufferfish Table 1)."""
+        """`rows·cols / (rows + cols)`: a pair of this rank is as large, and takes as many MACs, as the layer (spec
+        of the rule: Pufferfish Table 1).
+        """
         return self.rows * self.cols / (self.rows + self.cols) if self.rows else 0.0
 
 
 def discover(gm: fx.GraphModule, model: nn.Module, *, form: str = "channel") -> list[Layer]:
     """Every weight with two or more dimensions, in graph order, then those that the traced call does not reach.
 
-    `gm` comes from `trace(model, …)`. A weight that cannot be factorized is in the list too, with its `reason`; normalization weights and
-    relative-position tables owned by a supported layer's module are not matrices of a layer and are left out if they have one dimension.
+    `gm` comes from `trace(model, …)`. A weight that cannot be factorized is in the list too, with its `reason`;
+    normalization weights and relative-position tables owned by a supported layer's module are not matrices of a
+    layer and are left out if they have one dimension.
     """
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
     found: dict[int, Layer] = {}
     for node in gm.graph.nodes:
-        for weight, layer in _used_at(gm, node, names, form):
+        for weight, layer in _used_at(gm, model, node, names, form):
             known = found.get(id(weight))
             found[id(weight)] = layer if known is None else _merge(known, layer)
     boundary = _boundaries(gm, {n for layer in found.values() for n in layer.nodes})
-    layers = [replace(layer, boundary=next((boundary[n] for n in layer.nodes if n in boundary), None)) for layer in found.values()]
+    layers = [
+        replace(layer, boundary=next((boundary[n] for n in layer.nodes if n in boundary), None))
+        for layer in found.values()
+    ]
+    in_pairs = {id(p) for m in model.modules() if isinstance(m, FactorPair) for p in m.parameters()}
     for path, module in model.named_modules():
         for name, weight in module.named_parameters(recurse=False):
-            if weight.ndim >= 2 and id(weight) not in found:
+            if weight.ndim >= 2 and id(weight) not in found and id(weight) not in in_pairs:
                 own = path if name == "weight" else f"{path}.{name}".lstrip(".")
-                found[id(weight)] = _unsupported(own, type(module).__name__, weight, "the traced call does not reach it")
+                found[id(weight)] = _unsupported(
+                    own, type(module).__name__, weight, "the traced call does not reach it"
+                )
                 layers.append(found[id(weight)])
     return layers
 
 
 def candidates(
-    layers: Sequence[Layer], model: nn.Module, *, include: Iterable[Selector] | Selector = (), exclude: Iterable[Selector] | Selector = ()
+    layers: Sequence[Layer],
+    model: nn.Module,
+    *,
+    include: Iterable[Selector] | Selector = (),
+    exclude: Iterable[Selector] | Selector = (),
 ) -> list[Layer]:
-    """The same layers, with a `reason` on those that are left alone by rule: the first, the last, and what `exclude` names.
+    """The same layers, with a `reason` on those that are left alone by rule: the first, the last, and what
+    `exclude` names.
 
-    The first and the last layer (by position in the graph: nothing with a weight before, or after) stay dense because they are small, see raw inputs
-    or produce the logits, and lose accuracy soonest (Pufferfish §3; Cuttlefish §3.2). `include` takes them in; `exclude` wins over it. A selector is a name or glob
-    (`"layer4.*"`), a regular expression (`re.compile(…)` or `"re:…"`), a module class, or a module. Raises `ValueError` for a selector that matches no layer.
+    The first and the last layer (by position in the graph: nothing with a weight before, or after) stay dense
+    because they are small, see raw inputs or produce the logits, and lose accuracy soonest (Pufferfish §3;
+    Cuttlefish §3.2). `include` takes them in; `exclude` wins over it. A selector is a name or glob (`"layer4.*"`),
+    a regular expression (`re.compile(…)` or `"re:…"`), a module class, or a module. Raises `ValueError` for a
+    selector that matches no layer.
     """
     included = _selected(layers, model, include, "include")
     excluded = _selected(layers, model, exclude, "exclude")
@@ -123,7 +140,10 @@ def candidates(
 def require_some(layers: Sequence[Layer]) -> None:
     """Raise `NothingToFactorizeError`, with each layer's reason, if all have one."""
     if all(layer.reason for layer in layers):
-        listing = "".join(f"\n  {layer.name} ({layer.kind}): {layer.reason}" for layer in layers) or "\n  (no weight matrix at all)"
+        listing = (
+            "".join(f"\n  {layer.name} ({layer.kind}): {layer.reason}" for layer in layers)
+            or "\n  (no weight matrix at all)"
+        )
         raise NothingToFactorizeError(
             f"at least one layer must be factorizable; 0 of {len(layers)} are:{listing}\nName layers to take in with include=… ('*' takes everything)."
         )
@@ -137,7 +157,9 @@ def stack_of(layer: Layer, model: nn.Module, *, form: str = "channel") -> Tensor
     return cls.spectral_view(module, module.weight.detach())  # type: ignore[operator, arg-type]
 
 
-def _used_at(gm: fx.GraphModule, node: fx.Node, names: dict[int, list[str]], form: str) -> list[tuple[nn.Parameter, Layer]]:
+def _used_at(
+    gm: fx.GraphModule, model: nn.Module, node: fx.Node, names: dict[int, list[str]], form: str
+) -> list[tuple[nn.Parameter, Layer]]:
     if node.op == "get_attr":
         target = str(node.target)
         owner, _, attribute = target.rpartition(".")
@@ -147,20 +169,46 @@ def _used_at(gm: fx.GraphModule, node: fx.Node, names: dict[int, list[str]], for
         name = owner if attribute == "weight" and owner else target
         users = ", ".join(sorted(user.name for user in node.users))
         reason = f"its weight is read as a raw parameter, by {users}; fxrank factorizes weights that their own module applies"
-        return [(weight, replace(_unsupported(name, "parameter", weight, reason), nodes=tuple(u.name for u in node.users)))]
+        return [
+            (weight, replace(_unsupported(name, "parameter", weight, reason), nodes=tuple(u.name for u in node.users)))
+        ]
     if node.op != "call_module":
         return []
+    owner = str(node.target).rpartition(".")[0]
+    if owner and isinstance(pair := model.get_submodule(owner), FactorPair):
+        if str(node.target) != f"{owner}.u":
+            return []
+        reason = f"already a factor pair, of rank {pair.rank}"
+        return [
+            (
+                pair.u.weight,
+                replace(
+                    _unsupported(owner, pair.kind, pair.u.weight, reason),
+                    weight_shape=pair.dense_shape,
+                    nodes=(node.name,),
+                ),
+            )
+        ]  # type: ignore[arg-type, list-item]
     module = gm.get_submodule(str(node.target))
     cls = pair_class(module, form)
     paths = tuple(names.get(id(module), [str(node.target)]))
     if cls is None or "weight" not in dict(module.named_parameters(recurse=False)):
         derived = cls is not None
-        reason = "its weight is derived from other parameters (weight norm or another hook)" if derived else f"{type(module).__name__} has no factor pair"
+        reason = (
+            "its weight is derived from other parameters (weight norm or another hook)"
+            if derived
+            else f"{type(module).__name__} has no factor pair"
+        )
         found = []
         for path, parameter in module.named_parameters():
             if parameter.ndim >= 2:
                 name = str(node.target) if path == "weight" else f"{node.target}.{path}"
-                found.append((parameter, replace(_unsupported(name, type(module).__name__, parameter, reason), nodes=(node.name,))))
+                found.append(
+                    (
+                        parameter,
+                        replace(_unsupported(name, type(module).__name__, parameter, reason), nodes=(node.name,)),
+                    )
+                )
         return found
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
@@ -235,7 +283,9 @@ def _boundaries(gm: fx.GraphModule, weighted: set[str]) -> dict[str, str]:
     return {n: "first" for n in weighted - after_some} | {n: "last" for n in weighted - before_some if n in after_some}
 
 
-def _selected(layers: Sequence[Layer], model: nn.Module, selectors: Iterable[Selector] | Selector, argument: str) -> set[str]:
+def _selected(
+    layers: Sequence[Layer], model: nn.Module, selectors: Iterable[Selector] | Selector, argument: str
+) -> set[str]:
     if isinstance(selectors, (str, re.Pattern, type, nn.Module)):
         selectors = [selectors]
     chosen: set[str] = set()
@@ -253,10 +303,14 @@ def _selected(layers: Sequence[Layer], model: nn.Module, selectors: Iterable[Sel
             inside = {id(m) for m in selector.modules()}
             hits = {a.name for a in layers if id(modules.get(a.name)) in inside}
         else:
-            raise TypeError(f"{argument} takes names, globs, regular expressions, module classes or modules; got {type(selector).__name__}.")
+            raise TypeError(
+                f"{argument} takes names, globs, regular expressions, module classes or modules; got {type(selector).__name__}."
+            )
         if not hits:
             near = get_close_matches(str(selector), [p for a in layers for p in a.paths], n=3)
             hint = f" Nearest names: {', '.join(near)}." if near else ""
-            raise ValueError(f"each selector in {argument} must match at least one layer; {selector!r} matches none of {len(layers)}.{hint}")
+            raise ValueError(
+                f"each selector in {argument} must match at least one layer; {selector!r} matches none of {len(layers)}.{hint}"
+            )
         chosen |= hits
     return chosen

@@ -1,8 +1,10 @@
-"""How long a layer takes, dense and as a factor pair, on this device: the measurement behind K and behind "never slower".
+"""How long a layer takes, dense and as a factor pair, on this device: the measurement behind K and behind "never
+slower".
 
-Forward and backward of the layer alone are timed (Cuttlefish Alg. 2 times training iterations of the whole net with one stack factorized; timing the stack itself takes seconds
-instead of minutes and is not drowned by the rest). Rounds are interleaved: each round times every variant once, so that a drifting clock
-rate hits all alike; the median over the rounds counts.
+Forward and backward of the layer alone are timed (Cuttlefish Alg. 2 times training iterations of the whole net with
+one stack factorized; timing the stack itself takes seconds instead of minutes and is not drowned by the rest).
+Rounds are interleaved: each round times every variant once, so that a drifting clock rate hits all alike; the
+median over the rounds counts.
 """
 
 import statistics
@@ -21,7 +23,9 @@ from fxrank.passes.stacks import Stack
 
 
 class Stopwatch:
-    """Elapsed time on a device: CUDA events there (no synchronization until read), the monotonic clock elsewhere. One code path."""
+    """Elapsed time on a device: CUDA events there (no synchronization until read), the monotonic clock elsewhere.
+    One code path.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -55,8 +59,9 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextMa
 class StackProfile:
     """Measured and counted cost of one layer of a stack, forward + backward for times, forward for the counts.
 
-    `probe_rank` is the rank of the measured pair; `speedup = dense_ms / pair_ms`. `flops` are 2 per multiply-add; `bytes_moved` counts input, weight
-    and output once; `intensity = flops / bytes_moved` (FLOP per byte; Williams et al., the roofline model).
+    `probe_rank` is the rank of the measured pair; `speedup = dense_ms / pair_ms`. `flops` are 2 per multiply-add;
+    `bytes_moved` counts input, weight and output once; `intensity = flops / bytes_moved` (FLOP per byte; Williams
+    et al., the roofline model).
     """
 
     names: tuple[str, ...]
@@ -84,18 +89,29 @@ class StackProfile:
         return self.pair_flops / self.pair_bytes_moved
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"speedup": self.speedup, "intensity": self.intensity, "pair_intensity": self.pair_intensity}
+        return asdict(self) | {
+            "speedup": self.speedup,
+            "intensity": self.intensity,
+            "pair_intensity": self.pair_intensity,
+        }
 
 
 class Profiler:
     """Times layers of `model` under the job's conditions.
 
-    `amp` is the autocast dtype or None; `rounds` how many interleaved measurements the median is over; `budget_ms` bounds the time for one comparison
-    (at least 3 rounds are made). Inputs are random; the model's weights are neither read nor changed.
+    `amp` is the autocast dtype or None; `rounds` how many interleaved measurements the median is over; `budget_ms`
+    bounds the time for one comparison (at least 3 rounds are made). Inputs are random; the model's weights are
+    neither read nor changed.
     """
 
     def __init__(
-        self, model: nn.Module, device: torch.device, *, amp: torch.dtype | None = None, rounds: int = 11, budget_ms: float = 400.0
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        amp: torch.dtype | None = None,
+        rounds: int = 11,
+        budget_ms: float = 400.0,
     ) -> None:
         self._model, self._device, self._amp = model, device, amp
         self._rounds, self._budget_ms = rounds, budget_ms
@@ -175,7 +191,9 @@ class Profiler:
 
 
 def _detach_and_fill(module: nn.Module) -> None:
-    """Own random parameters: nothing is shared with the user's layer. Scaled so that no number overflows or becomes subnormal."""
+    """Own random parameters: nothing is shared with the user's layer. Scaled so that no number overflows or becomes
+    subnormal.
+    """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
             fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 1

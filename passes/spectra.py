@@ -1,13 +1,14 @@
 """Singular values of weights: exact spectra, truncated factors, and the rank metrics built on them.
 
-Everything here works on *stacks of matrices* of shape `(groups, rows, cols)`: a Linear weight or an ungrouped convolution is a
-stack of one, a grouped convolution has one matrix per group. One stack gets one number (the mean over its groups), because the
-factor pair of a grouped layer has one rank for all groups.
+Everything here works on *stacks of matrices* of shape `(groups, rows, cols)`: a Linear weight or an ungrouped
+convolution is a stack of one, a grouped convolution has one matrix per group. One stack gets one number (the mean
+over its groups), because the factor pair of a grouped layer has one rank for all groups.
 
-Exact spectra come from the Gram matrix of the short side, `G = W Wᵀ` (or `Wᵀ W`), whose eigenvalues are `σ²`: for an `m × n` matrix
-that costs `m²n + O(m³)` with a small constant instead of the full SVD's. In float64 the relative error of `σ_max` is about 1e-15, of a
-singular value `σ` about `1e-16 · (σ_max/σ)²`. The truncated factors do not depend on that accuracy: they are a *projection*
-`Q (Qᵀ W)`, so at full rank the product is `W` up to rounding whatever the eigenvalues were.
+Exact spectra come from the Gram matrix of the short side, `G = W Wᵀ` (or `Wᵀ W`), whose eigenvalues are `σ²`: for
+an `m × n` matrix that costs `m²n + O(m³)` with a small constant instead of the full SVD's. In float64 the relative
+error of `σ_max` is about 1e-15, of a singular value `σ` about `1e-16 · (σ_max/σ)²`. The truncated factors do not
+depend on that accuracy: they are a *projection* `Q (Qᵀ W)`, so at full rank the product is `W` up to rounding
+whatever the eigenvalues were.
 """
 
 import math
@@ -24,8 +25,9 @@ from fxrank.passes.errors import NonFiniteWeightError, unknown_name
 def as_stack(weight: Tensor) -> Tensor:
     """View a weight as a stack of matrices `(groups, rows, cols)`.
 
-    A 2-D weight `(out, in)` becomes `(1, out, in)`; a weight with more dimensions, as of a convolution `(out, in, kh, kw)`, is unrolled
-    to `(1, out, in·kh·kw)` (Cuttlefish §3.1; spec of the unrolling: Pufferfish §2.2). Raises `ValueError` below two dimensions.
+    A 2-D weight `(out, in)` becomes `(1, out, in)`; a weight with more dimensions, as of a convolution `(out, in,
+    kh, kw)`, is unrolled to `(1, out, in·kh·kw)` (Cuttlefish §3.1; spec of the unrolling: Pufferfish §2.2). Raises
+    `ValueError` below two dimensions.
     """
     if weight.ndim < 2:
         raise ValueError(
@@ -59,13 +61,18 @@ def gram(stack: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
 def singular_values(stack: Tensor) -> Tensor:
     """All singular values, `(groups, min(rows, cols))`, descending, float64, on the CPU.
 
-    The spectrum is computed in float64 from the Gram matrix on the weight's own device, whatever the weight's dtype.
-    Source: Cuttlefish §3.1 takes a full SVD; the Gram route is exact to 1e-14 for the metrics below.
+    The spectrum is computed in float64 from the Gram matrix on the weight's own device, whatever the weight's
+    dtype. Source: Cuttlefish §3.1 takes a full SVD; the Gram route is exact to 1e-14 for the metrics below.
     """
     matrices = gram(stack)
     if matrices.device.type == "cpu":
         eigenvalues = torch.from_numpy(
-            np.stack([scipy.linalg.eigh(g.numpy(), eigvals_only=True, check_finite=False, overwrite_a=True) for g in matrices])
+            np.stack(
+                [
+                    scipy.linalg.eigh(g.numpy(), eigvals_only=True, check_finite=False, overwrite_a=True)
+                    for g in matrices
+                ]
+            )
         )
     else:
         eigenvalues = torch.linalg.eigvalsh(matrices).cpu()
@@ -75,9 +82,10 @@ def singular_values(stack: Tensor) -> Tensor:
 def truncated_factors(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The best rank-`rank` factors with the singular values split evenly, `W ≈ V U`.
 
-    Returns `U` `(groups, rank, cols)` and `V` `(groups, rows, rank)` in float64 if the stack is float64, else float32, on its device, with
-    `‖u_i‖ = ‖v_i‖ = √σ_i` (Cuttlefish §3.3, Pufferfish Alg. 1). The product is the projection of `W` on its leading singular subspace, so its error
-    is Eckart-Young's optimum up to rounding (excess about 1e-12 relative in float32), and at `rank = min(rows, cols)` it is `W` itself.
+    Returns `U` `(groups, rank, cols)` and `V` `(groups, rows, rank)` in float64 if the stack is float64, else
+    float32, on its device, with `‖u_i‖ = ‖v_i‖ = √σ_i` (Cuttlefish §3.3, Pufferfish Alg. 1). The product is the
+    projection of `W` on its leading singular subspace, so its error is Eckart-Young's optimum up to rounding
+    (excess about 1e-12 relative in float32), and at `rank = min(rows, cols)` it is `W` itself.
 
     Only the leading `rank` eigenvectors of the short side's Gram matrix are computed.
     """
@@ -117,7 +125,9 @@ def _exact_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def truncation_error(sigma: Tensor, rank: int) -> float:
-    """Relative Frobenius error of the best rank-`rank` approximation, `√(Σ_{i>rank} σ_i² / Σ σ_i²)`, for `sigma` `(groups, s)`."""
+    """Relative Frobenius error of the best rank-`rank` approximation, `√(Σ_{i>rank} σ_i² / Σ σ_i²)`, for `sigma`
+    `(groups, s)`.
+    """
     total = float(sigma.square().sum())
     return math.sqrt(float(sigma[:, rank:].square().sum()) / total) if total > 0 else 0.0
 
@@ -125,9 +135,9 @@ def truncation_error(sigma: Tensor, rank: int) -> float:
 def stable_rank(weight: Tensor) -> float:
     """Stable rank `‖W‖_F² / σ_max²` of one weight, a real number in `[1, min(rows, cols)]`; 0 for a zero matrix.
 
-    `weight` is a matrix `(out, in)` or a kernel `(out, in, …)`, unrolled to `(out, in·…)`; any float dtype and device; exact (float64). The
-    reference code rounds this down; the paper (Cuttlefish §3.1) and fxrank do not. Raises `ValueError` below two dimensions,
-    `NonFiniteWeightError` on NaN or infinity.
+    `weight` is a matrix `(out, in)` or a kernel `(out, in, …)`, unrolled to `(out, in·…)`; any float dtype and
+    device; exact (float64). The reference code rounds this down; the paper (Cuttlefish §3.1) and fxrank do not.
+    Raises `ValueError` below two dimensions, `NonFiniteWeightError` on NaN or infinity.
     """
     stack = as_stack(weight)
     check_finite(stack)
@@ -135,7 +145,9 @@ def stable_rank(weight: Tensor) -> float:
 
 
 def mean_over_groups(metric: Callable[[Tensor], float], sigma: Tensor) -> float:
-    """`metric` of every row of `sigma` `(groups, s)`, averaged: the pair of a grouped layer has one rank for all groups."""
+    """`metric` of every row of `sigma` `(groups, s)`, averaged: the pair of a grouped layer has one rank for all
+    groups.
+    """
     return sum(metric(row) for row in sigma) / len(sigma)
 
 
@@ -154,12 +166,16 @@ def accumulative(sigma: Tensor, share: float = 0.8) -> float:
 
 
 def energy(sigma: Tensor, share: float = 0.9) -> float:
-    """Least `r` whose squared singular values hold `share` of `‖W‖_F²`: the truncation error is then at most `√(1-share)`."""
+    """Least `r` whose squared singular values hold `share` of `‖W‖_F²`: the truncation error is then at most
+    `√(1-share)`.
+    """
     return float(_least_covering(sigma.square(), share))
 
 
 def entropy(sigma: Tensor) -> float:
-    """Effective rank `exp(H(p))`, `p_i = σ_i / Σ σ` (Roy & Vetterli 2007). Not pinned near 1 by one dominant singular value."""
+    """Effective rank `exp(H(p))`, `p_i = σ_i / Σ σ` (Roy & Vetterli 2007). Not pinned near 1 by one dominant
+    singular value.
+    """
     total = float(sigma.sum())
     if total == 0:
         return 0.0

@@ -1,4 +1,6 @@
-"""Layers → layer stacks: layers of the same kind, weight shape, geometry and input shape take the same time, so one measurement serves all."""
+"""Layers → layer stacks: layers of the same kind, weight shape, geometry and input shape take the same time, so one
+measurement serves all.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

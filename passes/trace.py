@@ -1,12 +1,13 @@
 """Model and one example call → `GraphModule` in which every node knows its value's shape and dtype and its owner.
 
-The tracer's proxies carry a value: a fake tensor (shape, dtype, device; no data), or a plain Python number, tuple or dict. Questions that Python must have
-answered on the spot (`bool`, `len`, iteration, `int`) are answered from the value; everything else stays a node, so `x.shape[0]` remains symbolic
-and the graph runs at other batch sizes. That is what lets it go through shape tests, keyword and nested inputs, and decorated forwards where
+The tracer's proxies carry a value: a fake tensor (shape, dtype, device; no data), or a plain Python number, tuple
+or dict. Questions that Python must have answered on the spot (`bool`, `len`, iteration, `int`) are answered from
+the value; everything else stays a node, so `x.shape[0]` remains symbolic and the graph runs at other batch sizes.
+That is what lets it go through shape tests, keyword and nested inputs, and decorated forwards where
 `torch.fx.symbolic_trace` stops. Shapes come for free: `node.meta["val"]`.
 
-A module that reads `self.training` and owns no matrix (Dropout, DropPath, a fused BatchNorm and activation) stays one node, so that the graph
-follows `train()` and `eval()`.
+A module that reads `self.training` and owns no matrix (Dropout, DropPath, a fused BatchNorm and activation) stays
+one node, so that the graph follows `train()` and `eval()`.
 """
 
 import inspect
@@ -23,15 +24,17 @@ from torch.utils import _pytree as pytree
 from fxrank.passes.errors import TraceError
 
 Example = Any
-"""One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values may nest."""
+"""One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values
+may nest.
+"""
 
 
 def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`example` as `(args, kwargs)` of one call.
 
-    A tensor is the only positional argument, a tuple or list are the positional arguments, a mapping the keyword arguments. A tuple or list that
-    does not fit the signature of `model.forward` while its first element does (a batch `(inputs, targets)`) stands for that element.
-    Raises `TypeError` if nothing fits.
+    A tensor is the only positional argument, a tuple or list are the positional arguments, a mapping the keyword
+    arguments. A tuple or list that does not fit the signature of `model.forward` while its first element does (a
+    batch `(inputs, targets)`) stands for that element. Raises `TypeError` if nothing fits.
     """
     try:
         signature = inspect.signature(model.forward)
@@ -53,7 +56,9 @@ def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...],
     elif isinstance(example, (tuple, list)):
         candidates = [(tuple(example), {})]
         if example:
-            candidates.append(call_arguments(model, example[0]) if isinstance(example[0], Mapping) else ((example[0],), {}))
+            candidates.append(
+                call_arguments(model, example[0]) if isinstance(example[0], Mapping) else ((example[0],), {})
+            )
         candidates.append(((example,), {}))
     else:
         candidates = [((example,), {})]
@@ -78,13 +83,16 @@ def describe(value: object) -> str:
 
 
 def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Module], ...] = ()) -> fx.GraphModule:
-    """One graph of `model` for the example call, in the model's present mode, sharing its submodules and parameters.
+    """One graph of `model` for the example call, in the model's present mode, sharing its submodules and
+    parameters.
 
-    The result's placeholders are the tensors of the example call under their parameter names. `node.meta["val"]` is a fake tensor (or tuple, number, …)
-    with the shape and dtype at the example's sizes; `node.meta["nn_module_stack"]` names the owner. `leaf_modules` are classes to keep as one
-    node. Nothing of the model is changed and no random number is drawn.
+    The result's placeholders are the tensors of the example call under their parameter names. `node.meta["val"]` is
+    a fake tensor (or tuple, number, …) with the shape and dtype at the example's sizes;
+    `node.meta["nn_module_stack"]` names the owner. `leaf_modules` are classes to keep as one node. Nothing of the
+    model is changed and no random number is drawn.
 
-    Raises `TraceError`, naming the innermost module at fault, where Python needs a tensor's *data* (`if x.sum() > 0`) or the model refuses the example.
+    Raises `TraceError`, naming the innermost module at fault, where Python needs a tensor's *data* (`if x.sum() >
+    0`) or the model refuses the example.
     """
     args, kwargs = call_arguments(model, example)
     tracer = _ValueTracer(args, kwargs, leaf_modules)
@@ -164,7 +172,9 @@ class _ValueProxy(fx.Proxy):
     def _concrete(self, question: str) -> Any:
         value = self._value
         if isinstance(value, Tensor):
-            raise TypeError(f"{question}() of the tensor {self.node.name!r} needs its data, which a trace does not have")
+            raise TypeError(
+                f"{question}() of the tensor {self.node.name!r} needs its data, which a trace does not have"
+            )
         return value
 
 
@@ -309,7 +319,9 @@ def _values(tree: Any) -> Any:
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Put back what a forward assigned: attributes, buffers, and caches held in plain dicts or lists."""
-    saved = [(module, {k: _copy(v) for k, v in vars(module).items()}, vars(module).copy()) for module in model.modules()]
+    saved = [
+        (module, {k: _copy(v) for k, v in vars(module).items()}, vars(module).copy()) for module in model.modules()
+    ]
     try:
         yield
     finally:

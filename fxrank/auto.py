@@ -1,0 +1,106 @@
+"""`auto_lowrank`: the one call. A training loop around `LowRankSession`."""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxrank.batches import LossFn
+from fxrank.checkpoint import save
+from fxrank.passes.layers import Selector
+from fxrank.plan import Plan
+from fxrank.policies import as_policy
+from fxrank.policy import Policy
+from fxrank.report import figure
+from fxrank.trainer import Result, Trainer
+
+log = logging.getLogger("fxrank")
+
+
+def auto_lowrank(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    epochs: int | None = None,
+    steps_per_epoch: int | None = None,
+    val_loader: Iterable[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    scheduler_per: str = "epoch",
+    device: str | torch.device | None = None,
+    amp: str | torch.dtype | None = None,
+    policy: Policy | Plan | str | None = None,
+    include: Iterable[Selector] | Selector = (),
+    exclude: Iterable[Selector] | Selector = (),
+    seed: int | None = None,
+    progress: bool = True,
+    output_dir: str | os.PathLike[str] | None = None,
+) -> Result:
+    """Train `model` on `loader`, full-rank first; when its ranks have settled, make it low-rank, and train on.
+
+    Defaults, so that two arguments are enough:
+
+    - the loss: the model's own (`outputs.loss`), cross-entropy for integer targets, mean squared error for float
+      ones; `loss_fn(outputs, targets)` otherwise;
+    - batches: `(inputs, targets)`, `(input, input, …, targets)`, dicts (keywords of the model), nested; moved to
+      the device as they are;
+    - optimizer: `AdamW(lr=1e-3, weight_decay=0.01)`; schedule: linear warm-up over 5 % of the steps, then cosine to
+      0, stepped per batch;
+    - `epochs=30`, printed; device: a GPU if there is one, else where the model is; float32 (`amp="bfloat16"` or
+      `"float16"` for autocast, the latter with loss scaling);
+    - `policy=Cuttlefish()`: E, K and R by themselves.
+
+    `steps_per_epoch` is needed for a loader without a length. A `scheduler` of yours is stepped once an epoch, or a
+    batch with `scheduler_per="batch"` (`ReduceLROnPlateau` gets the validation loss, or else the training loss).
+    `include` and `exclude` as in `factorize`. `seed` fixes torch's random numbers. `output_dir` receives
+    `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`.
+
+    Returns a `Result`; its model is `model` itself. If nothing could be factorized the trained full-rank model is
+    returned with a `NothingFactorizedWarning`. Raises before touching anything: `ValueError` or `TypeError` for an
+    empty loader or a bad option, `TraceError`, `NothingToFactorizeError`, `NonFiniteWeightError`. Source:
+    Cuttlefish Alg. 1 (Wang et al., MLSys 2023).
+    """
+    trainer = Trainer(
+        model,
+        loader,
+        epochs,
+        steps_per_epoch,
+        val_loader,
+        loss_fn,
+        optimizer,
+        scheduler,
+        scheduler_per,
+        device,
+        amp,
+        as_policy(policy),
+        seed,
+        progress,
+    )
+    result = trainer.run(include, exclude)
+    if output_dir is not None:
+        write_run(result, output_dir, trainer.steps_per_epoch)
+    return result
+
+
+def write_run(result: Result, output_dir: str | os.PathLike[str], steps_per_epoch: int) -> None:
+    """Write model, plan, report and figure of a run to a folder."""
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    save(result.model, folder)
+    result.report.save(folder / "report.json")
+    (folder / "report.txt").write_text(f"{result.report}\n", encoding="utf-8")
+    curves = {name: curve for name, curve in result.curves.items() if name != "steps"}
+    if curves:
+        try:
+            figure(curves, result.curves["steps"], result.plan, steps_per_epoch, folder / "ranks.png")
+        except ImportError:
+            log.warning("no figure of the rank curves: matplotlib is not installed (pip install fxrank[figures])")
+
+
+__all__ = ["Result", "auto_lowrank"]

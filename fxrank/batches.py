@@ -1,0 +1,124 @@
+"""What a batch is, how the model is called with it, and what its loss and accuracy are: inferred where it can be,
+refused with the fix where not.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.trace import call_arguments, describe
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The same nest with every tensor on `device`, copies overlapping where the memory is pinned."""
+    return pytree.tree_map(lambda x: x.to(device, non_blocking=True) if isinstance(x, Tensor) else x, batch)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """`(inputs, targets)`: the last element of a tuple or list of two or more is the target; a mapping or a tensor
+    is all input, its own target.
+    """
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        inputs = batch[0] if len(batch) == 2 else tuple(batch[:-1])
+        return inputs, batch[-1]
+    if isinstance(batch, (tuple, list)) and len(batch) == 1:
+        return batch[0], batch[0]
+    return batch, batch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One batch's loss (scalar, differentiable), number of examples, and correct predictions as a device tensor
+    (None where accuracy has no meaning).
+    """
+
+    loss: Tensor
+    examples: int
+    correct: Tensor | None
+    predictions: int
+
+
+def run_batch(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Outcome:
+    """Forward and loss. `loss_fn(outputs, targets)`; for mapping or bare-tensor batches the second argument is the
+    batch itself.
+
+    Without `loss_fn`: the model's own `.loss` (or `["loss"]`), else cross-entropy for integer targets and mean
+    squared error for float ones. Raises `TypeError` or `ValueError` that names the shapes where none of that fits.
+    """
+    inputs, targets = split_batch(batch)
+    args, kwargs = call_arguments(model, inputs)
+    outputs = model(*args, **kwargs)
+    if loss_fn is not None:
+        loss = loss_fn(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss_fn must return a scalar tensor; got {describe(loss)}.")
+    else:
+        loss = _inferred_loss(outputs, targets, batch)
+    correct, predictions = _correct(outputs, targets)
+    return Outcome(loss, _examples(batch), correct, predictions)
+
+
+def _inferred_loss(outputs: Any, targets: Any, batch: Any) -> Tensor:
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    if targets is batch or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+        raise TypeError(
+            f"the loss can be inferred for batches (inputs, targets) with tensor outputs, or for models that return .loss; got a batch "
+            f"{describe(batch)} and outputs {describe(outputs)}. Pass loss_fn(outputs, targets)."
+        )
+    if targets.is_floating_point():
+        if outputs.shape != targets.shape:
+            raise ValueError(
+                f"float targets take the mean squared error, with outputs of their shape; got outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}. "
+                "Pass loss_fn(outputs, targets)."
+            )
+        return F.mse_loss(outputs, targets)
+    logits, labels = _logits(outputs, targets)
+    if logits is None:
+        raise ValueError(
+            f"integer targets take the cross-entropy, with one more output dimension (classes); got outputs {tuple(outputs.shape)} and targets "
+            f"{tuple(targets.shape)}. Pass loss_fn(outputs, targets)."
+        )
+    return F.cross_entropy(logits, labels)
+
+
+def _logits(outputs: Any, targets: Any) -> tuple[Tensor | None, Tensor]:
+    """Outputs as `(N, classes, …)` for integer targets `(N, …)`: torch's order, or classes last as language models
+    have it.
+    """
+    if (
+        not isinstance(outputs, Tensor)
+        or not isinstance(targets, Tensor)
+        or targets.is_floating_point()
+        or targets.is_complex()
+    ):
+        return None, targets
+    if outputs.ndim == targets.ndim + 1 and outputs.shape[0] == targets.shape[0]:
+        if outputs.shape[2:] == targets.shape[1:]:
+            return outputs, targets
+        if outputs.shape[:-1] == targets.shape:
+            return outputs.flatten(0, -2), targets.flatten()
+    return None, targets
+
+
+def _correct(outputs: Any, targets: Any) -> tuple[Tensor | None, int]:
+    own = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    labels = targets.get("labels") if isinstance(targets, Mapping) else targets
+    logits, labels = _logits(own, labels)
+    if logits is None:
+        return None, 0
+    with torch.no_grad():
+        return (logits.argmax(1) == labels).sum(), labels.numel()
+
+
+def _examples(batch: Any) -> int:
+    tensors = [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor) and x.ndim]
+    return len(tensors[0]) if tensors else 1

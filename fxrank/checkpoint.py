@@ -1,0 +1,105 @@
+"""Save and load: safetensors for the numbers, `plan.json` for the architecture. No pickle anywhere."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fxrank.passes.errors import CheckpointError, PlanMismatchError
+from fxrank.passes.factors import pair_class
+from fxrank.plan import Plan
+from fxrank.surgery import apply_plan, plan_of
+
+WEIGHTS, PLAN = "model.safetensors", "plan.json"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write `path/model.safetensors` and `path/plan.json`. The model must be one that fxrank has rewritten
+    (`plan_of`); shared tensors are stored once.
+
+    Each file is written beside its place and moved into it, weights first. Raises `ValueError` for a model without
+    a plan.
+    """
+    plan = plan_of(model)
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        weights = Path(scratch) / WEIGHTS
+        safetensors.torch.save_model(model, str(weights), metadata={"format": "pt", "writer": "fxrank"})
+        plan.save(Path(scratch) / PLAN)
+        os.replace(weights, folder / WEIGHTS)
+        os.replace(Path(scratch) / PLAN, folder / PLAN)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Turn a freshly built dense `model` into the saved one, in place, and return it.
+
+    Strict: plan, names, shapes must fit; the first mismatch is named and nothing is changed. Raises
+    `CheckpointError` for a missing, damaged or foreign file, `PlanMismatchError` for a plan of another model.
+    """
+    folder = Path(path)
+    for name in (PLAN, WEIGHTS):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"a checkpoint is a folder with {PLAN} and {WEIGHTS}; {name} is missing in {folder}. Pass what fxrank.save wrote."
+            )
+    try:
+        plan = Plan.load(folder / PLAN)
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{PLAN} must be UTF-8 JSON; {error}.") from error
+    try:
+        with safe_open(str(folder / WEIGHTS), "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            aliases = set(file.metadata() or {}) - {"format", "writer"}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
+        ) from error
+    _check_names(model, plan, stored, aliases)
+    apply_plan(model, plan, split=False)
+    safetensors.torch.load_model(model, str(folder / WEIGHTS), strict=True)
+    return model
+
+
+def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]], aliases: set[str]) -> None:
+    """Compare what the file holds with what the rewritten model will ask for, before the model is touched."""
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        paths.setdefault(id(weight), []).append(path)
+    for decision in plan.layers:
+        if decision.rank is None:
+            continue
+        try:
+            module = model.get_submodule(decision.name)
+        except AttributeError:
+            continue  # apply_plan names it
+        cls = pair_class(module, decision.form)
+        if cls is None or not 1 <= decision.rank <= cls.full_rank_of(module):
+            continue
+        pair = cls(module, decision.rank, decision.extra_bn)
+        for path in paths[id(module.weight)]:
+            own_bias = model.get_submodule(path).bias
+            for name in [n for n in expected if n.startswith(path + ".")]:
+                del expected[name]
+            for name, value in pair.state_dict().items():
+                if name != "v.bias" or own_bias is not None:
+                    expected[f"{path}.{name}"] = tuple(value.shape)
+    for name, shape in stored.items():
+        if name not in expected:
+            raise PlanMismatchError(
+                f"every stored tensor must have a place in the model; {name!r} has none. Build the architecture that was saved."
+            )
+        if shape != expected[name]:
+            raise PlanMismatchError(
+                f"stored shapes must fit the model; {name!r} is {shape} in the file and {expected[name]} in the model."
+            )
+    for name in expected:
+        if name not in stored and name not in aliases:
+            raise PlanMismatchError(
+                f"every tensor of the model must be stored; {name!r} is not in the file. Build the architecture that was saved."
+            )

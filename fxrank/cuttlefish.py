@@ -1,0 +1,213 @@
+"""Cuttlefish: E from the rank curves, K from profiling, R from the spectra."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from fxrank.monitor import Detector, ReferenceDetector, SlopeDetector
+from fxrank.passes.errors import unknown_name
+from fxrank.passes.layers import Layer
+from fxrank.passes.spectra import truncation_error
+from fxrank.plan import LayerDecision
+from fxrank.policy import Clock, Policy, Scene, spectrum_of
+from fxrank.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
+from fxrank.surgery import keep, take
+
+FULL_SPEED = 1.0
+"""A pair must be faster than the dense layer at the very rank chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuttlefish(Policy):
+    """E, K and R by themselves (Wang et al., MLSys 2023).
+
+    - E: switch when the stable rank of every eligible layer has settled. `epsilon` is in percent of the full rank
+      per 1/300 of the run; see `SlopeDetector`. `latest` is the share of the run at which the switch is made in any
+      case, None for never.
+    - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is faster than
+      `speedup_threshold` times. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
+      longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
+    - R: `rank_metric` is a name in `fxrank.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
+      for `"ratio"`. `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
+      it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
+      `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
+      rounded up to a multiple of it; `"auto"` measures the rank and the next multiples of 8 and 16 and takes the
+      fastest.
+
+    Always: a layer whose rank reaches break-even, or whose pair is not faster at the rank chosen, stays dense.
+    """
+
+    rank_metric: str = "scaled_stable_rank"
+    epsilon: float = 0.1
+    window: int = 15
+    latest: float | None = 0.5
+    speedup_threshold: float | None = 1.5
+    probe_ratio: float = 0.25
+    k_rule: str = "stack"
+    share: float = 0.8
+    ratio: float = 0.25
+    min_ratio: float = 0.0
+    xi: Xi = "init"
+    round_to: int | str = "auto"
+    test: Detector | None = None
+    """A convergence test of your own instead of the slope test."""
+    samples: int | str = 300
+    """Samples of the ranks in a run, or `"epoch"` for one an epoch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rank_rule(self.rank_metric)
+        if self.k_rule not in ("stack", "prefix"):
+            raise unknown_name("k_rule", self.k_rule, ("stack", "prefix"))
+        if isinstance(self.xi, str) and self.xi not in ("init", "random"):
+            raise unknown_name("xi (or a number, or a dict by layer name)", self.xi, ("init", "random"))
+        if isinstance(self.samples, str) and self.samples != "epoch":
+            raise unknown_name("samples (or a number)", self.samples, ("epoch",))
+        if isinstance(self.round_to, str) and self.round_to != "auto":
+            raise unknown_name("round_to (or a number)", self.round_to, ("auto",))
+        for option in ("probe_ratio", "ratio", "share"):
+            if not 0 < getattr(self, option) <= 1:
+                raise ValueError(f"{option} must be above 0 and at most 1; got {getattr(self, option)}.")
+        if not isinstance(self.round_to, str) and self.round_to < 1:
+            raise ValueError(f"round_to must be at least 1; got {self.round_to}. 1 keeps ranks as they are.")
+        if self.epsilon <= 0 or self.window < 2:
+            raise ValueError(f"epsilon must be above 0 and window at least 2; got {self.epsilon} and {self.window}.")
+
+    @classmethod
+    def paper(cls) -> "Cuttlefish":
+        """The paper's own rule: one look an epoch, `|d rank / d epoch| ≤ 0.1` for every layer, prefix K at 1.5, no
+        rounding, no deadline (Alg. 1 and 2).
+        """
+        return cls(
+            test=SlopeDetector(epsilon=0.1, window=2, relative=False),
+            samples="epoch",
+            k_rule="prefix",
+            round_to=1,
+            latest=None,
+        )
+
+    @classmethod
+    def reference(cls) -> "Cuttlefish":
+        """The reference code's detector on CIFAR (spec §3.3): window 15, tail 11, relaxed for the last two layers,
+        a second warm-up after the switch.
+        """
+        return cls(
+            test=ReferenceDetector(), samples="epoch", k_rule="prefix", round_to=1, latest=None, rewarmup=5 / 300
+        )
+
+    @property
+    def speedup_needed(self) -> float | None:
+        return self.speedup_threshold
+
+    @property
+    def probe(self) -> float:
+        return self.probe_ratio
+
+    def detector(self) -> Detector | None:
+        return self.test or SlopeDetector(self.epsilon, self.window)
+
+    def interval(self, clock: Clock) -> int:
+        return (
+            clock.steps_per_epoch if isinstance(self.samples, str) else max(1, round(clock.total_steps / self.samples))
+        )
+
+    def eligible(self, scene: Scene) -> dict[str, str]:
+        threshold = self.speedup_threshold
+        if threshold is None:
+            return {}
+        slow = {n: p.speedup for n, p in scene.profiles.items() if p.speedup <= threshold}
+        if self.k_rule == "prefix":
+            leading = {}
+            for layer in scene.layers:
+                if layer.reason is None:
+                    if layer.name not in slow:
+                        break
+                    leading[layer.name] = slow[layer.name]
+            slow = leading
+        return {
+            name: f"a pair at {self.probe_ratio:g} of full rank is {speedup:.2f}x as fast, at most the threshold {threshold:g}x"
+            for name, speedup in slow.items()
+        }
+
+    def ready(self, clock: Clock, scene: Scene) -> str | None:
+        assert scene.monitor is not None
+        watched = set(scene.monitor.curves) - set(self.eligible(scene))
+        if watched and watched <= scene.monitor.settled:
+            return f"the ranks of all {len(watched)} eligible layers have settled"
+        if self.latest is not None and clock.step >= self.latest * clock.total_steps:
+            unsettled = sorted(watched - scene.monitor.settled)
+            return f"deadline at {self.latest:g} of the run; {len(unsettled)} of {len(watched)} layers had not settled"
+        return None
+
+    def decide(self, scene: Scene) -> list[LayerDecision]:
+        slow = self.eligible(scene)
+        decisions = []
+        for layer in scene.layers:
+            reason = layer.reason or slow.get(layer.name)
+            decision = keep(layer, reason) if reason else self._decide_one(layer, scene)
+            profile = scene.profiles.get(layer.name)
+            if profile is not None and decision.speedup is None:
+                decision = replace(decision, speedup=round(profile.speedup, 4))
+            decisions.append(decision)
+        return decisions
+
+    def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
+        sigma, rank_now = spectrum_of(layer, scene.model, self.form)
+        if rank_now == 0:
+            return keep(layer, "its weight is zero (stable rank 0)")
+        xi = self._xi_of(layer, scene)
+        value = rank_rule(self.rank_metric)(Evidence(sigma, xi, self.share, self.ratio))
+        rank = whole_rank(max(value, self.min_ratio * layer.full_rank), layer.full_rank)
+        known = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
+        if rank >= layer.break_even_rank:
+            return replace(
+                keep(
+                    layer,
+                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}",
+                ),
+                **known,
+            )
+        rank, speedup = self._round(layer, rank, scene)
+        if speedup is not None and speedup <= FULL_SPEED:
+            return replace(
+                keep(layer, f"at rank {rank} a pair measured {speedup:.2f}x as fast as the layer"),
+                speedup=round(speedup, 4),
+                **known,
+            )
+        decision = take(
+            layer, rank, f"{self.rank_metric} {value:.1f} of {layer.full_rank}", form=self.form, extra_bn=self.extra_bn
+        )
+        return replace(
+            decision,
+            truncation_error=round(truncation_error(sigma, rank), 6),
+            speedup=None if speedup is None else round(speedup, 4),
+            **known,
+        )
+
+    def _round(self, layer: Layer, rank: int, scene: Scene) -> tuple[int, float | None]:
+        """The rank after hardware rounding, below break-even, and its measured speed-up (None without timing)."""
+        multiples = (8, 16) if isinstance(self.round_to, str) else (self.round_to,)
+        rounded = {-(-rank // m) * m for m in multiples}
+        limit = min(layer.full_rank, layer.break_even_rank)
+        allowed = sorted(r for r in rounded if r < limit)
+        if scene.profiler is None:
+            return (allowed[0] if allowed and not isinstance(self.round_to, str) else rank), None
+        choices = sorted({rank, *allowed}) if isinstance(self.round_to, str) else (allowed[:1] or [rank])
+        dense, *pairs = scene.profiler.times_ms(layer, choices)
+        # A tie goes to the larger rank: it costs nothing and keeps more.
+        best = max(i for i, t in enumerate(pairs) if t <= 1.02 * min(pairs))
+        return choices[best], dense / pairs[best]
+
+    def _xi_of(self, layer: Layer, scene: Scene) -> float:
+        if isinstance(self.xi, Mapping):
+            if layer.name not in self.xi:
+                raise ValueError(
+                    f"xi as a dict must name every layer to factorize; {layer.name!r} is missing. Add it, or use 'init' or 'random'."
+                )
+            return float(self.xi[layer.name])
+        if not isinstance(self.xi, str):
+            return float(self.xi)
+        if self.xi == "random":
+            return random_matrix_xi(layer.rows, layer.cols)
+        assert scene.monitor is not None
+        first = scene.monitor.curves[layer.name][0]
+        return layer.full_rank / first if first > 0 else 1.0

@@ -1,0 +1,173 @@
+"""E: stable ranks of the live weights, sampled by optimizer step, and the test whether they have settled.
+
+Ranks are sampled at even steps, 300 times in a run (the papers' runs have 300 epochs and look once an epoch), so
+that one rule serves 10 epochs, 300 epochs, or one long epoch: a slope is measured per sample, that is per 1/300 of
+the training.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fxrank.passes.lanczos import StableRankTracker
+from fxrank.passes.layers import Layer, stack_of
+from fxrank.passes.spectra import mean_over_groups, singular_values, stable
+
+
+@dataclass(frozen=True)
+class Detector(ABC):
+    """Says which layers' rank curves have settled."""
+
+    @abstractmethod
+    def settled(
+        self, curves: dict[str, list[float]], full_ranks: dict[str, int], before: frozenset[str]
+    ) -> frozenset[str]:
+        """Names of the settled layers. `curves` hold one value per sample, the first at initialization; `before` is
+        the last answer.
+        """
+
+
+@dataclass(frozen=True)
+class SlopeDetector(Detector):
+    """A layer has settled when a straight line through its last `window` samples is flat.
+
+    Flat means `|slope| ≤ epsilon` ranks per sample if `relative` is false (the paper's criterion, Cuttlefish Alg.
+    1, with ε in ranks per epoch), or `|slope| ≤ epsilon` percent of the layer's full rank per sample if it is true:
+    an absolute slope asks more of wide layers than of narrow ones. A least-squares slope does not mistake jitter
+    for movement or a slow ramp for rest. A verdict lasts only while it is true.
+    """
+
+    epsilon: float = 0.1
+    window: int = 15
+    relative: bool = True
+
+    def settled(
+        self, curves: dict[str, list[float]], full_ranks: dict[str, int], before: frozenset[str]
+    ) -> frozenset[str]:
+        result = set()
+        for name, curve in curves.items():
+            if len(curve) < self.window + 1:  # the sample at initialization is not part of the curve's own movement
+                continue
+            slope = abs(float(np.polyfit(np.arange(self.window), curve[-self.window :], 1)[0]))
+            limit = self.epsilon * full_ranks[name] / 100 if self.relative else self.epsilon
+            if slope <= limit:
+                result.add(name)
+        return frozenset(result)
+
+
+@dataclass(frozen=True)
+class ReferenceDetector(Detector):
+    """The detector of the reference code (spec §3.3), kept for comparison: rounded-down ranks, an exponential
+    moving average, sticky verdicts.
+
+    With `w = 2/(window + 1)` the average is `ema = w·x + (1-w)·ema`; a layer settles when the mean of the last
+    `tail` values of `|gradient of ema|` is at most `epsilon`, times `relax[n]` when only `n` layers are left. No
+    verdict before sample `window` (the first sample is number 0).
+    """
+
+    epsilon: float = 0.1
+    window: int = 15
+    tail: int = 11
+    relax: tuple[tuple[int, float], ...] = ((1, 5.0), (2, 2.5))
+    """(largest number of layers left, factor), the first that fits counts."""
+
+    def settled(
+        self, curves: dict[str, list[float]], full_ranks: dict[str, int], before: frozenset[str]
+    ) -> frozenset[str]:
+        remaining = len(curves) - len(before)
+        factor = next((f for left, f in self.relax if remaining <= left), 1.0)
+        result = set(before)
+        for name, curve in curves.items():
+            if name not in before and self.statistic(curve) <= self.epsilon * factor:
+                result.add(name)
+        return frozenset(result)
+
+    def statistic(self, curve: Sequence[float]) -> float:
+        """Mean of the last `tail` absolute gradients of the moving average; infinite before there are `window + 1`
+        samples.
+        """
+        if len(curve) <= self.window:
+            return float("inf")
+        return float(np.abs(np.gradient(moving_average(np.floor(curve), self.window)))[-self.tail :].mean())
+
+
+def moving_average(values: Sequence[float] | np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
+    """Exponential moving average with weight `2/(window + 1)`, started at the first value (spec §3.3)."""
+    weight = 2 / (window + 1)
+    out = [float(values[0])]
+    for value in values[1:]:
+        out.append(weight * float(value) + (1 - weight) * out[-1])
+    return np.array(out)
+
+
+class RankMonitor:
+    """Histories of the stable ranks of `layers`, weights read live from `model`.
+
+    `interval` is in optimizer steps. `steps[i]` is the number of optimizer steps before sample `i`;
+    `curves[name][i]` the stable rank then. The sample at step 0 is exact (it makes ξ); later ones come from the
+    warm-started Lanczos tracker.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        model: nn.Module,
+        detector: Detector,
+        interval: int,
+        *,
+        form: str = "channel",
+        seed: int = 0,
+    ) -> None:
+        self._layers = [layer for layer in layers if layer.reason is None]
+        self._model, self._form = model, form
+        self._detector = detector
+        self.interval = max(1, interval)
+        self._tracker = StableRankTracker(seed)
+        self.steps: list[int] = []
+        self.curves: dict[str, list[float]] = {layer.name: [] for layer in self._layers}
+        self.settled: frozenset[str] = frozenset()
+        self.full_ranks = {layer.name: layer.full_rank for layer in self._layers}
+
+    def observe(self, step: int, *, exact: bool = False, judged: frozenset[str] | None = None) -> None:
+        """Take a sample after `step` optimizer steps. `judged` are the layers the detector looks at (default all).
+
+        Raises `NonFiniteWeightError` that names the layer.
+        """
+        with torch.no_grad():
+            stacks = [stack_of(layer, self._model, form=self._form) for layer in self._layers]
+            if exact:
+                values = [mean_over_groups(stable, singular_values(stack)) for stack in stacks]
+            else:
+                values = self._tracker(stacks, [layer.name for layer in self._layers])
+        self.steps.append(step)
+        for layer, value in zip(self._layers, values, strict=True):
+            self.curves[layer.name].append(value)
+        watched = {n: c for n, c in self.curves.items() if judged is None or n in judged}
+        self.settled = self._detector.settled(watched, self.full_ranks, self.settled)
+
+    def due(self, step: int) -> bool:
+        """Whether a sample belongs after this step."""
+        return step % self.interval == 0
+
+    def latest(self) -> dict[str, float]:
+        """The last sample of each layer."""
+        return {name: curve[-1] for name, curve in self.curves.items() if curve}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Histories and verdicts, plain data."""
+        return {
+            "steps": list(self.steps),
+            "curves": {n: list(c) for n, c in self.curves.items()},
+            "settled": sorted(self.settled),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.steps = list(state["steps"])
+        self.curves = {n: list(c) for n, c in state["curves"].items()}
+        self.settled = frozenset(state["settled"])

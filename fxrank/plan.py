@@ -1,0 +1,209 @@
+"""A plan: every decision about every layer, as plain data with JSON in and out."""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from fxrank.passes.errors import PlanMismatchError
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerDecision:
+    """What was decided about one weight, and why.
+
+    `rank` is None for a layer kept dense. `full_rank` counts one group. Measured fields are None where nothing was
+    measured: `stable_rank` and `xi` at the switch, `speedup` dense over pair at the rank chosen (at the probe rank
+    for a layer kept), `truncation_error` relative in the Frobenius norm.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    full_rank: int
+    rank: int | None
+    reason: str
+    form: str = "channel"
+    extra_bn: bool = False
+    parameters: int = 0
+    pair_parameters: int | None = None
+    macs: int = 0
+    pair_macs: int | None = None
+    stable_rank: float | None = None
+    xi: float | None = None
+    speedup: float | None = None
+    truncation_error: float | None = None
+
+    @property
+    def factorized(self) -> bool:
+        return self.rank is not None
+
+    @property
+    def ratio(self) -> float | None:
+        """Rank over full rank; None if kept."""
+        return None if self.rank is None else self.rank / self.full_rank
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All decisions of one run. `layers` are in graph order.
+
+    `switch_step` counts optimizer steps made before the switch, `switch_epoch` (E) is the same in epochs; None for
+    a one-shot rewrite or if nothing was factorized.
+    """
+
+    policy: str
+    layers: tuple[LayerDecision, ...]
+    switch_step: int | None = None
+    switch_epoch: float | None = None
+    note: str = ""
+
+    @property
+    def E(self) -> float | None:
+        """Switch epoch."""
+        return self.switch_epoch
+
+    @property
+    def K(self) -> int:
+        """Number of leading layers left alone; all of them if nothing is factorized."""
+        return next((i for i, layer in enumerate(self.layers) if layer.factorized), len(self.layers))
+
+    @property
+    def R(self) -> dict[str, int]:
+        """Rank per factorized layer."""
+        return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
+
+    def layer(self, name: str) -> LayerDecision:
+        """The decision about one layer. Raises `KeyError`."""
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(name)
+
+    def with_layers(self, changed: Iterable[LayerDecision]) -> "Plan":
+        """The plan with some decisions replaced, by name."""
+        by_name = {layer.name: layer for layer in changed}
+        return replace(self, layers=tuple(by_name.get(layer.name, layer) for layer in self.layers))
+
+    def to_json(self) -> str:
+        """Human-readable JSON; `from_json` is its inverse."""
+        data = {"format": "fxrank-plan", "version": PLAN_VERSION} | asdict(self)
+        return json.dumps(data, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """Read a plan. Raises `PlanMismatchError` that names the first thing wrong with it."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PlanMismatchError(f"a plan must be JSON; {error}. Use the file that Plan.save wrote.") from error
+        if not isinstance(data, dict) or data.get("format") != "fxrank-plan":
+            raise PlanMismatchError(
+                'a plan must be a JSON object with "format": "fxrank-plan"; this one is not. Use the file that Plan.save wrote.'
+            )
+        if data.get("version") != PLAN_VERSION:
+            raise PlanMismatchError(
+                f"this fxrank reads plans of version {PLAN_VERSION}; got version {data.get('version')!r}. Install the fxrank that wrote it."
+            )
+        layers = data.get("layers")
+        if not isinstance(layers, list):
+            raise PlanMismatchError(f"a plan's layers must be a list; got {type(layers).__name__}.")
+        return cls(
+            policy=_typed(data, "policy", str, "plan"),
+            layers=tuple(_read_layer(entry, i) for i, entry in enumerate(layers)),
+            switch_step=_typed(data, "switch_step", int, "plan", optional=True),
+            switch_epoch=_typed(data, "switch_epoch", float, "plan", optional=True),
+            note=_typed(data, "note", str, "plan"),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write JSON to `path`."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Plan":
+        """Read JSON from `path`. Raises `PlanMismatchError`, or `FileNotFoundError`."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name,
+                layer.kind,
+                "x".join(map(str, layer.weight_shape)),
+                layer.full_rank,
+                "-" if layer.rank is None else layer.rank,
+                "-" if layer.ratio is None else f"{layer.ratio:.2f}",
+                "-" if layer.truncation_error is None else f"{layer.truncation_error:.3f}",
+                "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
+                layer.reason,
+            )
+            for layer in self.layers
+        ]
+        return tabulate(
+            rows,
+            headers=("layer", "kind", "weight", "full", "rank", "ratio", "error", "speed-up", "reason"),
+            disable_numparse=True,
+        )
+
+
+_TYPES: dict[str, tuple[type, bool]] = {
+    "name": (str, False),
+    "kind": (str, False),
+    "full_rank": (int, False),
+    "rank": (int, True),
+    "reason": (str, False),
+    "form": (str, False),
+    "extra_bn": (bool, False),
+    "parameters": (int, False),
+    "pair_parameters": (int, True),
+    "macs": (int, False),
+    "pair_macs": (int, True),
+    "stable_rank": (float, True),
+    "xi": (float, True),
+    "speedup": (float, True),
+    "truncation_error": (float, True),
+}
+
+
+def _read_layer(entry: Any, index: int) -> LayerDecision:
+    where = f"layer {index} of the plan"
+    if not isinstance(entry, dict):
+        raise PlanMismatchError(f"{where} must be an object; got {type(entry).__name__}.")
+    known = {f.name for f in fields(LayerDecision)}
+    if unknown := sorted(set(entry) - known):
+        raise PlanMismatchError(f"{where} has unknown fields {unknown}; known are {sorted(known)}.")
+    shape = entry.get("weight_shape")
+    if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
+        raise PlanMismatchError(f"{where}: weight_shape must be a list of whole numbers; got {shape!r}.")
+    values = {name: _typed(entry, name, kind, where, optional) for name, (kind, optional) in _TYPES.items()}
+    decision = LayerDecision(weight_shape=tuple(shape), **values)
+    if decision.rank is not None and not 1 <= decision.rank <= decision.full_rank:
+        raise PlanMismatchError(
+            f"{where} ({decision.name}): rank must be in 1 … {decision.full_rank}; got {decision.rank}."
+        )
+    return decision
+
+
+def _typed(data: dict[str, Any], name: str, kind: type, where: str, optional: bool = False) -> Any:
+    value = data.get(name)
+    if value is None and optional:
+        return None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if (
+        not isinstance(value, kind)
+        or (isinstance(value, bool) and kind is not bool)
+        or (isinstance(value, float) and not math.isfinite(value))
+    ):
+        raise PlanMismatchError(
+            f"{where}: {name} must be {kind.__name__}{' or null' if optional else ''}; got {value!r}."
+        )
+    return value

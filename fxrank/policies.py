@@ -1,0 +1,137 @@
+"""Who decides E, K and R: one policy per method, all used through the same calls."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from fxrank.cuttlefish import Cuttlefish
+from fxrank.passes.errors import unknown_name
+from fxrank.passes.layers import Layer
+from fxrank.passes.spectra import truncation_error
+from fxrank.plan import LayerDecision, Plan
+from fxrank.policy import Clock, Policy, Scene, spectrum_of
+from fxrank.ranks import ratio_rank
+from fxrank.surgery import keep, take
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullRank(Policy):
+    """Never switch: the full-rank twin, through the same calls."""
+
+    def ready(self, clock: Clock, scene: Scene) -> str | None:
+        return None
+
+    def decide(self, scene: Scene) -> list[LayerDecision]:
+        return [keep(layer, layer.reason or "policy FullRank keeps every layer dense") for layer in scene.layers]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pufferfish(Policy):
+    """E, K and one ratio by hand (Wang et al., MLSys 2021): after `E` epochs every layer beyond the first `K` gets
+    `⌊ratio · full rank⌋`.
+
+    The first and last layer stay dense as everywhere; ranks are used as given, except that no layer is made larger.
+    """
+
+    E: float
+    K: int = 1
+    ratio: float = 0.25
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.E < 0 or self.K < 0:
+            raise ValueError(f"E and K must not be negative; got E={self.E}, K={self.K}.")
+        if not 0 < self.ratio <= 1:
+            raise ValueError(f"ratio must be above 0 and at most 1; got {self.ratio}.")
+
+    def ready(self, clock: Clock, scene: Scene) -> str | None:
+        return f"E = {self.E:g} epochs as given" if clock.epoch >= self.E else None
+
+    def decide(self, scene: Scene) -> list[LayerDecision]:
+        leading = {layer.name for layer in scene.layers[: self.K]}
+
+        def rank(layer: Layer) -> int | str:
+            return (
+                f"among the first K = {self.K} layers"
+                if layer.name in leading
+                else ratio_rank(layer.full_rank, self.ratio)
+            )
+
+        return _fixed(self, scene, rank, f"{self.ratio:g} of full rank as given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralInit(Pufferfish):
+    """Low-rank from the start: spectral initialization with Frobenius decay (Khodak et al., ICLR 2021), the case E
+    = 0 of Pufferfish.
+    """
+
+    E: float = field(default=0.0, init=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPlan(Policy):
+    """Do what a plan says, at the step it says: repeats a run exactly. A plan without a switch step is applied at
+    once.
+    """
+
+    given: Plan
+
+    def ready(self, clock: Clock, scene: Scene) -> str | None:
+        return "as planned" if clock.step >= (self.given.switch_step or 0) and self.given.R else None
+
+    def decide(self, scene: Scene) -> list[LayerDecision]:
+        return list(self.given.layers)
+
+
+def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], why: str) -> list[LayerDecision]:
+    """Decisions for given ranks: a string from `rank_of` is the reason to keep."""
+    decisions = []
+    for layer in scene.layers:
+        rank = layer.reason or rank_of(layer)
+        if isinstance(rank, str):
+            decisions.append(keep(layer, rank))
+            continue
+        if rank >= layer.break_even_rank:
+            decisions.append(
+                keep(
+                    layer,
+                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}",
+                )
+            )
+            continue
+        sigma, rank_now = spectrum_of(layer, scene.model, policy.form)
+        decision = take(layer, rank, why, form=policy.form, extra_bn=policy.extra_bn)
+        decisions.append(
+            replace(decision, stable_rank=round(rank_now, 4), truncation_error=round(truncation_error(sigma, rank), 6))
+        )
+    return decisions
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "cuttlefish": Cuttlefish,
+    "cuttlefish-paper": Cuttlefish.paper,
+    "cuttlefish-reference": Cuttlefish.reference,
+    "pufferfish": Pufferfish,
+    "spectral-init": SpectralInit,
+    "full-rank": FullRank,
+}
+"""Policies by the names the command line takes."""
+
+
+def as_policy(policy: Policy | Plan | str | None) -> Policy:
+    """A policy as users may give it: an object, a plan to repeat, a name, or None for the default. `ValueError`
+    lists the valid names.
+    """
+    if policy is None:
+        return Cuttlefish()
+    if isinstance(policy, Plan):
+        return FixedPlan(given=policy)
+    if isinstance(policy, str):
+        if policy not in POLICIES:
+            raise unknown_name("policy", policy, POLICIES)
+        return POLICIES[policy]()
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must be a fxrank policy, a Plan or a name; got {type(policy).__name__}. Valid names: {', '.join(POLICIES)}."
+        )
+    return policy

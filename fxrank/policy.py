@@ -1,0 +1,121 @@
+"""What a policy is: the three questions that a session asks it, and what it may look at to answer them.
+
+A policy is a frozen dataclass of options. The session asks it three things: which layers may be factorized at all
+(`eligible`, K), whether to switch now (`ready`, E), and what becomes of each layer (`decide`, R).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fxrank.monitor import Detector, RankMonitor
+from fxrank.passes.errors import unknown_name
+from fxrank.passes.layers import Layer, stack_of
+from fxrank.passes.profile import Profiler, StackProfile
+from fxrank.passes.spectra import check_finite, mean_over_groups, singular_values, stable
+from fxrank.plan import LayerDecision, Plan
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where the training is: `step` optimizer steps made of `total_steps`, `steps_per_epoch` of them an epoch."""
+
+    step: int
+    total_steps: int
+    steps_per_epoch: int
+
+    @property
+    def epoch(self) -> float:
+        return self.step / self.steps_per_epoch
+
+
+@dataclass
+class Scene:
+    """What a policy may look at. `profiles` are by layer name; `profiler` measures more when asked, None if timing
+    is off.
+    """
+
+    model: nn.Module
+    layers: list[Layer]
+    profiles: dict[str, StackProfile] = field(default_factory=dict)
+    profiler: Profiler | None = None
+    monitor: RankMonitor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy(ABC):
+    """Options common to all policies.
+
+    `frobenius_decay`: strength λ of the decay on `‖VU‖_F²` after the switch, `"auto"` for the optimizer group's own
+    weight decay, None for none (the factors then keep the ordinary weight decay). `extra_bn`: a calibrated
+    BatchNorm between the factors of convolutions. `lr_scale` multiplies the scheduled learning rate after the
+    switch; `rewarmup` is the share of the run over which it ramps up linearly from there, never above the schedule.
+    """
+
+    frobenius_decay: float | str | None = "auto"
+    extra_bn: bool = False
+    form: str = "channel"
+    lr_scale: float = 1.0
+    rewarmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        decay = self.frobenius_decay
+        if isinstance(decay, str) and decay != "auto":
+            raise unknown_name("frobenius_decay (or a number, or None)", decay, ["auto"])
+        if self.lr_scale <= 0:
+            raise ValueError(f"lr_scale must be above 0; got {self.lr_scale}. 1.0 keeps the schedule.")
+        if not 0 <= self.rewarmup < 1:
+            raise ValueError(f"rewarmup is a share of the run in [0, 1); got {self.rewarmup}. 0 switches it off.")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def speedup_needed(self) -> float | None:
+        """The threshold for which stacks are profiled, or None if no timing is wanted."""
+        return None
+
+    @property
+    def probe(self) -> float:
+        return 0.25
+
+    def detector(self) -> Detector | None:
+        """The convergence test, or None if ranks need not be watched."""
+        return None
+
+    def interval(self, clock: Clock) -> int:
+        """Optimizer steps between two samples of the ranks."""
+        return max(1, round(clock.total_steps / 300))
+
+    def eligible(self, scene: Scene) -> dict[str, str]:
+        """K: layers that this policy leaves dense whatever their rank, with the reason."""
+        return {}
+
+    @abstractmethod
+    def ready(self, clock: Clock, scene: Scene) -> str | None:
+        """E: why to switch now, or None to go on."""
+
+    @abstractmethod
+    def decide(self, scene: Scene) -> list[LayerDecision]:
+        """R: one decision per layer, in order."""
+
+    def plan(self, scene: Scene, clock: Clock, why: str) -> Plan:
+        """The plan for a switch at `clock`."""
+        return Plan(
+            policy=self.name,
+            layers=tuple(self.decide(scene)),
+            switch_step=clock.step,
+            switch_epoch=round(clock.epoch, 4),
+            note=why,
+        )
+
+
+def spectrum_of(layer: Layer, model: nn.Module, form: str) -> tuple[torch.Tensor, float]:
+    """Exact singular values `(groups, s)` and the stable rank."""
+    stack = stack_of(layer, model, form=form)
+    check_finite(stack, layer.name)
+    sigma = singular_values(stack)
+    return sigma, mean_over_groups(stable, sigma)

@@ -1,0 +1,111 @@
+"""`fxrank.profile`: the profiling pass as a call of its own."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.layers import Layer, Selector, candidates, discover, require_some
+from fxrank.passes.profile import Profiler, StackProfile
+from fxrank.passes.stacks import stacks
+from fxrank.passes.trace import Example, trace
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Measured stacks in graph order, and what follows from them at `threshold`: `K` (prefix rule: leading layers
+    left alone) and the layers kept by the per-stack rule.
+    """
+
+    stacks: tuple[StackProfile, ...]
+    layers: tuple[Layer, ...]
+    threshold: float
+    seconds: float
+    device: str
+
+    @property
+    def K(self) -> int:
+        """Number of leading layers left alone: up to the first layer whose stack is faster than the threshold."""
+        fast = {name for stack in self.stacks if stack.speedup > self.threshold for name in stack.names}
+        return next((i for i, layer in enumerate(self.layers) if layer.name in fast), len(self.layers))
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Layers of stacks that are not faster than the threshold."""
+        return tuple(name for stack in self.stacks if stack.speedup <= self.threshold for name in stack.names)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "threshold": self.threshold,
+            "K": self.K,
+            "kept": list(self.kept),
+            "stacks": [s.to_dict() for s in self.stacks],
+        }
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                s.names[0] + (f" +{len(s.names) - 1}" if len(s.names) > 1 else ""),
+                "x".join(map(str, s.weight_shape)),
+                "x".join(map(str, s.input_shape)),
+                s.probe_rank,
+                f"{s.dense_ms:.3f}",
+                f"{s.pair_ms:.3f}",
+                f"{s.speedup:.2f}x",
+                f"{s.flops / 1e9:.3f}",
+                f"{s.intensity:.1f}",
+                f"{s.pair_intensity:.1f}",
+                "factorize" if s.speedup > self.threshold else "keep",
+            )
+            for s in self.stacks
+        ]
+        headers = (
+            "stack",
+            "weight",
+            "input",
+            "rank",
+            "dense ms",
+            "pair ms",
+            "speed-up",
+            "GFLOP",
+            "FLOP/B",
+            "pair FLOP/B",
+            "verdict",
+        )
+        table = tabulate(rows, headers=headers, disable_numparse=True)
+        return (
+            f"{table}\nK = {self.K} at threshold {self.threshold:g}x on {self.device}; measured in {self.seconds:.1f} s"
+        )
+
+
+def profile(
+    model: nn.Module,
+    example_inputs: Example,
+    *,
+    device: str | torch.device | None = None,
+    amp: torch.dtype | None = None,
+    probe_ratio: float = 0.25,
+    speedup_threshold: float = 1.5,
+    include: Iterable[Selector] | Selector = (),
+    exclude: Iterable[Selector] | Selector = (),
+) -> Profile:
+    """Time every layer stack, dense and as a factor pair at `probe_ratio` of its full rank, forward and backward,
+    on `device` (default: the model's).
+
+    `example_inputs` sets batch size and shapes. The model is neither moved nor changed. Times are medians in ms;
+    FLOPs and bytes are per forward call. Raises `TraceError`, `NothingToFactorizeError`. Source: Cuttlefish Alg. 2,
+    per stack.
+    """
+    place = next(model.parameters()).device if device is None else torch.device(device)
+    here = next(model.parameters()).device
+    inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
+    layers = candidates(discover(trace(model, inputs), model), model, include=include, exclude=exclude)
+    require_some(layers)
+    profiler = Profiler(model, place, amp=amp)
+    measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))
+    return Profile(measured, tuple(layers), speedup_threshold, profiler.seconds, str(place))

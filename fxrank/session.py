@@ -1,0 +1,300 @@
+"""The engine: watches a model in anybody's training loop and makes the switch inside `optimizer.step()`.
+
+    session = fxrank.LowRankSession.attach(model, optimizer, example_inputs=batch, total_steps=n)
+    for ...:            # an ordinary loop, nothing to call, nothing to forget
+        loss.backward(); optimizer.step(); optimizer.zero_grad()
+    print(session.plan)
+
+Order of events: `attach` traces, lists the layers, profiles their stacks and takes the first sample (ξ). After
+every `interval` optimizer steps the ranks are sampled; when the policy says so, the weights are split, the pairs
+installed in the model and in the graph, the optimizer's parameters and state follow.
+"""
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.optim import Optimizer
+
+from fxrank.monitor import RankMonitor
+from fxrank.optim import FactorRegime, check_holds, swap_parameters
+from fxrank.passes.errors import FxrankError, NothingFactorizedWarning
+from fxrank.passes.layers import Selector, candidates, discover, require_some, stack_of
+from fxrank.passes.profile import Profiler, Stopwatch
+from fxrank.passes.spectra import check_finite
+from fxrank.passes.stacks import stacks
+from fxrank.passes.trace import Example, trace
+from fxrank.plan import Plan
+from fxrank.policies import FullRank, as_policy
+from fxrank.policy import Clock, Policy, Scene
+from fxrank.surgery import apply_plan, keep
+
+FULL, LOW = "full-rank", "low-rank"
+Listener = Callable[[str, "LowRankSession"], None]
+"""Called with `"before_switch"` and `"after_switch"`, inside the optimizer step after which the switch is made."""
+
+
+class LowRankSession:
+    """One model, one optimizer, one policy, from attach to the end of training. Made by `attach`.
+
+    Public state: `phase` (`"full-rank"` or `"low-rank"`), `plan` (None before the switch), `monitor` (rank
+    histories), `clock`, `graph_module`, `seconds` (time spent in monitor, profile and switch), `step_ms` (recent
+    step times by phase), `notes`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        graph_module: fx.GraphModule,
+        scene: Scene,
+        policy: Policy,
+        clock: Clock,
+        example: Example,
+        listener: Listener | None,
+    ) -> None:
+        self.model, self.optimizer, self.graph_module = model, optimizer, graph_module
+        self.policy, self.clock, self.scene = policy, clock, scene
+        self.phase = FULL
+        self.plan: Plan | None = None
+        self.notes: list[str] = []
+        self.seconds = {"monitor": 0.0, "profile": 0.0, "switch": 0.0}
+        self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}
+        self._example, self._listener = example, listener
+        self._regime: FactorRegime | None = None
+        self._watch = Stopwatch(next(model.parameters()).device)
+        self._handles: list[Any] = []
+
+    @classmethod
+    def attach(
+        cls,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        example_inputs: Example,
+        total_steps: int,
+        steps_per_epoch: int | None = None,
+        policy: Policy | Plan | str | None = None,
+        include: Iterable[Selector] | Selector = (),
+        exclude: Iterable[Selector] | Selector = (),
+        amp: torch.dtype | None = None,
+        seed: int = 0,
+        listener: Listener | None = None,
+    ) -> "LowRankSession":
+        """Watch `model` through `optimizer.step()`.
+
+        `example_inputs` is one batch of the job's size on the model's device: a tensor, a tuple of positional
+        inputs, a dict of keyword inputs, or a batch `(inputs, targets)`. `total_steps` counts optimizer steps;
+        `steps_per_epoch` (default: all) gives E its unit. `policy` defaults to `Cuttlefish()`; a `Plan` is repeated
+        as it stands. `include` and `exclude` select layers by name, glob, regular expression, class or module.
+        `amp` is the autocast dtype for profiling. A policy with E = 0 switches right here.
+
+        Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
+        option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
+        `NothingToFactorizeError`.
+        """
+        chosen = as_policy(policy)
+        steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
+        if total_steps < 1 or steps_per_epoch < 1:
+            raise ValueError(
+                f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
+            )
+        check_holds(optimizer, model)
+        gm = trace(model, example_inputs)
+        layers = candidates(discover(gm, model, form=chosen.form), model, include=include, exclude=exclude)
+        for layer in layers:
+            if layer.reason is None:
+                check_finite(stack_of(layer, model, form=chosen.form), layer.name)
+        if not isinstance(chosen, FullRank):
+            require_some(layers)
+        scene = Scene(model, layers)
+        session = cls(
+            model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener
+        )
+        session._start(amp, seed)
+        return session
+
+    def _start(self, amp: torch.dtype | None, seed: int) -> None:
+        scene, policy = self.scene, self.policy
+        if policy.speedup_needed is not None:
+            device = next(self.model.parameters()).device
+            scene.profiler = Profiler(self.model, device, amp=amp)
+            for stack in stacks(scene.layers):
+                profile = scene.profiler.stack(stack, policy.probe)
+                scene.profiles.update(dict.fromkeys(profile.names, profile))
+            self.seconds["profile"] = scene.profiler.seconds
+        detector = policy.detector()
+        if detector is not None:
+            scene.monitor = RankMonitor(
+                scene.layers, self.model, detector, policy.interval(self.clock), form=policy.form, seed=seed
+            )
+            self._observe(exact=True)
+        self._handles = [
+            self.optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+        self._consider_switch()
+        self._watch.mark()
+
+    # -- inside optimizer.step()
+
+    def _before_step(self) -> None:
+        if self._regime is not None:
+            self._regime.before_step()
+
+    def _after_step(self) -> None:
+        self._watch.mark()
+        if self._regime is not None:
+            self._regime.after_step()
+        self.clock = Clock(self.clock.step + 1, self.clock.total_steps, self.clock.steps_per_epoch)
+        monitor = self.scene.monitor
+        if self.phase == FULL and (monitor is None or monitor.due(self.clock.step)):
+            self.step()
+        elif self.clock.step % 64 == 0:
+            self._collect_times()
+        self._watch.mark()
+
+    def step(self) -> bool:
+        """Take a rank sample now and switch if the policy says so. Called by itself at every due step; call it per
+        epoch to be explicit. True after the switch.
+        """
+        if self.phase == FULL:
+            self._collect_times()
+            if self.scene.monitor is not None and self.scene.monitor.steps[-1] != self.clock.step:
+                self._observe()
+            self._consider_switch()
+        return self.phase == LOW
+
+    def _observe(self, exact: bool = False) -> None:
+        assert self.scene.monitor is not None
+        start = time.perf_counter()
+        kept = self.policy.eligible(self.scene)
+        judged = frozenset(layer.name for layer in self.scene.layers if layer.reason is None and layer.name not in kept)
+        self.scene.monitor.observe(self.clock.step, exact=exact, judged=judged)
+        self.seconds["monitor"] += time.perf_counter() - start
+
+    def _collect_times(self) -> None:
+        # Marks alternate: end of our work, start of our work. Every other lap is the user's own step, data loading included.
+        self.step_ms[self.phase].extend(self._watch.laps_ms()[0::2])
+
+    def _consider_switch(self) -> None:
+        why = self.policy.ready(self.clock, self.scene)
+        if why is not None and self.phase == FULL and self.plan is None:
+            self._switch(why)
+
+    def _switch(self, why: str) -> None:
+        if self._listener is not None:
+            self._listener("before_switch", self)
+        start = time.perf_counter()
+        profiled = self.scene.profiler.seconds if self.scene.profiler else 0.0
+        plan = self.policy.plan(self.scene, self.clock, why)
+        self.seconds["profile"] += (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
+        measured = (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
+        self.install(plan)
+        self.seconds["switch"] += time.perf_counter() - start - measured
+        if self._listener is not None:
+            self._listener("after_switch", self)
+
+    def install(self, plan: Plan, *, split: bool = True) -> None:
+        """Make the switch that `plan` describes: model, graph and optimizer. `split=False` leaves the factors for a
+        checkpoint to fill.
+        """
+        self.plan = plan
+        self.phase = LOW if plan.R else FULL
+        if not plan.R:
+            return
+        replacements = apply_plan(self.model, plan, gm=self.graph_module, example=self._example, split=split)
+        self.notes += swap_parameters(self.optimizer, replacements)
+        self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)
+        ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
+        scale, first = self.policy.lr_scale, plan.switch_step or 0
+        if ramp or scale != 1.0:
+            self._regime.scale_lr(lambda: scale * (min(1.0, (self.clock.step - first + 1) / ramp) if ramp else 1.0))
+
+    # -- the end
+
+    def finish(self) -> Plan:
+        """Take the hooks off and return the plan. Warns with `NothingFactorizedWarning`, listing the reasons, if
+        every layer was left dense.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._collect_times()
+        if self._regime is not None:
+            self._regime.after_step()
+        if self.plan is None:
+            self.plan = self._never_switched()
+        if not self.plan.R and not isinstance(self.policy, FullRank):
+            listing = "".join(f"\n  {d.name} ({d.kind}): {d.reason}" for d in self.plan.layers)
+            warnings.warn(
+                f"nothing was factorized ({self.plan.note}); the model is full-rank. Layer by layer:{listing}",
+                NothingFactorizedWarning,
+                stacklevel=2,
+            )
+        return self.plan
+
+    def _never_switched(self) -> Plan:
+        if isinstance(self.policy, FullRank):
+            return Plan(self.policy.name, tuple(self.policy.decide(self.scene)), note="full rank as asked")
+        kept = self.policy.eligible(self.scene)
+        settled = self.scene.monitor.settled if self.scene.monitor else frozenset()
+        decisions = []
+        for layer in self.scene.layers:
+            waiting = "its rank had settled, others had not" if layer.name in settled else "its rank had not settled"
+            decisions.append(
+                keep(
+                    layer,
+                    layer.reason or kept.get(layer.name) or f"no switch within {self.clock.step} steps; {waiting}",
+                )
+            )
+        return Plan(
+            self.policy.name,
+            tuple(decisions),
+            note=f"the policy did not switch within {self.clock.step} of {self.clock.total_steps} steps",
+        )
+
+    def __enter__(self) -> "LowRankSession":
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.finish()
+
+    @property
+    def settled_count(self) -> tuple[int, int]:
+        """(layers settled, layers watched)."""
+        if self.scene.monitor is None:
+            return 0, 0
+        kept = self.policy.eligible(self.scene)
+        watched = [n for n in self.scene.monitor.curves if n not in kept]
+        return len(self.scene.monitor.settled & set(watched)), len(watched)
+
+    # -- persistence
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data: clock, plan, rank histories. Save it beside the model's and the optimizer's own state."""
+        return {
+            "version": 1,
+            "clock": [self.clock.step, self.clock.total_steps, self.clock.steps_per_epoch],
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "monitor": None if self.scene.monitor is None else self.scene.monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring a freshly attached session to the saved point; load the model's and the optimizer's states after
+        it, they then fit.
+        """
+        if state.get("version") != 1:
+            raise FxrankError(
+                f"session state must have version 1; got {state.get('version')!r}. Install the fxrank that wrote it."
+            )
+        self.clock = Clock(*state["clock"])
+        if self.scene.monitor is not None and state["monitor"] is not None:
+            self.scene.monitor.load_state_dict(state["monitor"])
+        if state["plan"] is not None and self.plan is None:
+            self.install(Plan.from_json(state["plan"]), split=False)

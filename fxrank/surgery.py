@@ -1,0 +1,280 @@
+"""A plan applied to a model, read back from it, and undone."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx, nn
+
+from fxrank.passes.calibrate import calibrate
+from fxrank.passes.errors import PlanMismatchError, RankError
+from fxrank.passes.factorize import Factorize, install, pairs_in
+from fxrank.passes.factors import FactorPair, pair_class
+from fxrank.passes.layers import Layer, Selector, candidates, discover, require_some
+from fxrank.passes.spectra import check_finite
+from fxrank.passes.trace import Example, call_arguments, trace
+from fxrank.plan import LayerDecision, Plan
+from fxrank.ranks import ratio_rank
+
+_PLAN = "_fxrank_plan"
+
+Rank = int | float | Mapping[str, int | float] | Plan
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """One weight that became a factor pair: the dense parameter that is gone, and the pair that came."""
+
+    name: str
+    weight: nn.Parameter
+    pair: FactorPair
+
+
+def apply_plan(
+    model: nn.Module, plan: Plan, *, gm: fx.GraphModule | None = None, example: Example = None, split: bool = True
+) -> list[Replacement]:
+    """Put the plan's factor pairs into `model`, in place, and into its graph `gm` if given. Returns what was
+    replaced.
+
+    Everything is checked before anything is changed: `PlanMismatchError` names the first layer that is missing, of
+    another kind or shape; `NonFiniteWeightError` and `RankError` name the layer. `split=False` leaves the factors
+    unfilled, for loading a checkpoint. Pairs with an extra BatchNorm are calibrated on `example`, if there is one.
+    """
+    dense = {d.name: _dense_layer(model, d) for d in plan.layers if d.factorized}
+    if split:
+        for name, module in dense.items():
+            check_finite(module.weight.detach(), name)  # type: ignore[operator, arg-type]
+    decisions = {d.name: d for d in plan.layers}
+    by_weight: dict[int, tuple[str, list[nn.Module]]] = {id(m.weight): (name, []) for name, m in dense.items()}
+    for module in model.modules():
+        if id(getattr(module, "weight", None)) in by_weight and not isinstance(module, FactorPair):
+            by_weight[id(module.weight)][1].append(module)
+    replacements: list[Replacement] = []
+    for name, modules in by_weight.values():
+        decision = decisions[name]
+        assert decision.rank is not None
+        first: FactorPair | None = None
+        weight = modules[0].weight
+        assert isinstance(weight, nn.Parameter)
+        for module in modules:
+            cls = pair_class(module, decision.form)
+            assert cls is not None, name
+            pair = cls(module, decision.rank, decision.extra_bn)
+            if first is None:
+                first = pair
+                if split:
+                    pair.split(weight)
+                replacements.append(Replacement(name, weight, pair))
+            else:  # another module with the same weight: the same factors, its own bias and geometry
+                pair.u.weight, pair.v.weight = first.u.weight, first.v.weight
+            paths = install(model, {id(module): pair})
+            if gm is not None:
+                Factorize(pairs=dict.fromkeys(paths, pair))(gm)
+    norms = [r.pair.norm for r in replacements if isinstance(r.pair.norm, nn.BatchNorm2d)]
+    if norms and example is not None:
+        args, kwargs = call_arguments(model, example)
+        calibrate(norms, model, lambda: model(*args, **kwargs))
+    remember_plan(model, plan)
+    return replacements
+
+
+def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
+    try:
+        module = model.get_submodule(decision.name)
+    except AttributeError:
+        raise PlanMismatchError(
+            f"every layer of a plan must exist in the model; {type(model).__name__} has no {decision.name!r}. Use the plan of this very architecture."
+        ) from None
+    if isinstance(module, FactorPair):
+        raise PlanMismatchError(
+            f"a plan applies to a dense model; {decision.name!r} is already a factor pair. Pass a freshly built model."
+        )
+    cls = pair_class(module, decision.form)
+    shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
+    if cls is None or cls.kind != decision.kind or shape != tuple(decision.weight_shape):
+        raise PlanMismatchError(
+            f"layers must match the plan; {decision.name!r} is {type(module).__name__} with weight {shape}, "
+            f"the plan has {decision.kind} with {tuple(decision.weight_shape)}. Use the plan of this very architecture."
+        )
+    assert decision.rank is not None
+    if not 1 <= decision.rank <= cls.full_rank_of(module):
+        raise RankError(
+            f"the rank of {decision.name!r} must be in 1 … {cls.full_rank_of(module)}, its full rank; got {decision.rank}."
+        )
+    return module
+
+
+def remember_plan(model: nn.Module, plan: Plan) -> None:
+    """Keep the plan with the model: it survives deepcopy and pickle and is not in the state dict."""
+    model.__dict__[_PLAN] = plan
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a model that fxrank has rewritten or loaded. Raises `ValueError` for any other model."""
+    plan = model.__dict__.get(_PLAN)
+    if not isinstance(plan, Plan):
+        raise ValueError(
+            f"only a model that fxrank has rewritten has a plan; this {type(model).__name__} has none. Rewrite it with fxrank.factorize or fxrank.auto_lowrank."
+        )
+    return plan
+
+
+def factorize(
+    model: nn.Module,
+    example_inputs: Example,
+    rank: Rank = 0.25,
+    *,
+    include: Iterable[Selector] | Selector = (),
+    exclude: Iterable[Selector] | Selector = (),
+    form: str = "channel",
+    extra_bn: bool = False,
+) -> nn.Module:
+    """A factorized copy of `model`, same class; the original is untouched.
+
+    `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
+    full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
+    layers, a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
+    first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
+    returns the decisions with their reasons.
+
+    Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
+    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
+    """
+    small = copy.deepcopy(model)
+    if isinstance(rank, Plan):
+        apply_plan(small, rank, example=example_inputs)
+        return small
+    gm = trace(small, example_inputs)
+    layers = discover(gm, small, form=form)
+    if isinstance(rank, Mapping):
+        chosen = _named_ranks(layers, rank)
+        layers = [
+            layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
+            for layer in layers
+        ]
+    else:
+        layers = candidates(layers, small, include=include, exclude=exclude)
+        if not pairs_in(small):
+            require_some(layers)
+        chosen = {layer.name: rank for layer in layers if layer.reason is None}
+    pairs = pairs_in(small)
+    decisions = []
+    for layer in layers:
+        if layer.name in pairs:
+            decisions.append(
+                replace(
+                    keep(layer, layer.reason or ""), rank=pairs[layer.name].rank, full_rank=min(layer.rows, layer.cols)
+                )
+            )
+        elif layer.name in chosen:
+            decisions.append(_given(layer, chosen[layer.name], form, extra_bn))
+        else:
+            decisions.append(keep(layer, layer.reason or ""))
+    _warn_above_break_even(layers, decisions)
+    plan = Plan(policy="factorize", layers=tuple(decisions))
+    apply_plan(small, replace(plan, layers=tuple(d for d in decisions if d.name not in pairs)), example=example_inputs)
+    if pairs and not any(d.factorized and d.name not in pairs for d in decisions) and _PLAN in model.__dict__:
+        plan = plan_of(model)  # nothing new: the plan that made the pairs stands
+    remember_plan(small, plan)
+    return small
+
+
+def keep(layer: Layer, reason: str) -> LayerDecision:
+    """The decision to leave a layer dense."""
+    return LayerDecision(
+        name=layer.name,
+        kind=layer.kind,
+        weight_shape=layer.weight_shape,
+        full_rank=layer.full_rank,
+        rank=None,
+        reason=reason,
+        parameters=layer.parameters,
+        macs=layer.macs,
+    )
+
+
+def take(layer: Layer, rank: int, reason: str, *, form: str = "channel", extra_bn: bool = False) -> LayerDecision:
+    """The decision to factorize a layer at `rank`."""
+    return replace(
+        keep(layer, reason),
+        rank=rank,
+        form=form,
+        extra_bn=extra_bn and layer.kind == "conv2d",
+        pair_parameters=layer.pair_parameters(rank),
+        pair_macs=layer.pair_macs(rank),
+    )
+
+
+def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
+    """A rank as a user writes it (float: ratio, int: rank), checked, as a whole number."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(
+            f"a rank is an int (rank) or a float (ratio of the full rank); got {type(rank).__name__} for {name!r}."
+        )
+    if isinstance(rank, float):
+        if not 0 < rank <= 1:
+            raise RankError(
+                f"a rank ratio must be above 0 and at most 1.0; got {rank} for {name!r}. An int gives a rank instead."
+            )
+        return ratio_rank(full_rank, rank)
+    if not 1 <= rank <= full_rank:
+        raise RankError(
+            f"the rank of {name!r} must be in 1 … {full_rank}, its full rank; got {rank}. Lower it, give a ratio (float), or give a dict of ranks by layer name."
+        )
+    return rank
+
+
+def _given(layer: Layer, rank: int | float, form: str, extra_bn: bool) -> LayerDecision:
+    whole = whole_given_rank(layer.name, layer.full_rank, rank)
+    reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
+    return take(layer, whole, reason, form=form, extra_bn=extra_bn)
+
+
+def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> dict[str, int | float]:
+    by_path = {path: layer for layer in layers for path in layer.paths}
+    chosen = {}
+    for name, rank in ranks.items():
+        if name not in by_path:
+            known = ", ".join(layer.name for layer in layers if layer.reason is None)
+            raise ValueError(
+                f"each name in rank= must be a layer of the model; {name!r} is none. Layers that can be factorized: {known}."
+            )
+        layer = by_path[name]
+        if layer.reason is not None:
+            raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
+        chosen[layer.name] = rank
+    return chosen
+
+
+def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:
+    above = [
+        f"{layer.name} (rank {d.rank}, break-even {layer.break_even_rank:.1f})"
+        for layer, d in zip(layers, decisions, strict=True)
+        if d.rank is not None and d.pair_parameters is not None and d.rank >= layer.break_even_rank
+    ]
+    if above:
+        listing = ", ".join(above[:5]) + (f" and {len(above) - 5} more" if len(above) > 5 else "")
+        warnings.warn(
+            f"ranks at or above break-even make a layer no smaller: {listing}. They are used as given.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """A dense copy: every factor pair becomes one dense layer of the original class with the product as its weight.
+    The original is untouched.
+
+    Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
+    The state dict fits the untouched original class. Layers that shared a weight no longer share memory but hold
+    equal values.
+    """
+    dense = copy.deepcopy(model)
+    with torch.no_grad():
+        for module in list(dense.modules()):
+            if isinstance(module, FactorPair):
+                install(dense, {id(module): module.to_dense()})
+    dense.__dict__.pop(_PLAN, None)
+    return dense

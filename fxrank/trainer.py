@@ -1,0 +1,352 @@
+"""The training loop behind `auto_lowrank`, and the defaults it fills in."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+from tqdm import tqdm
+
+from fxrank.batches import LossFn, run_batch, split_batch, to_device
+from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
+from fxrank.passes.errors import unknown_name
+from fxrank.passes.layers import Selector
+from fxrank.passes.profile import autocast
+from fxrank.plan import Plan
+from fxrank.policy import Policy
+from fxrank.report import Report
+from fxrank.session import FULL, LOW, LowRankSession
+
+log = logging.getLogger("fxrank")
+
+DEFAULT_EPOCHS = 30
+AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Result:
+    """What `auto_lowrank` returns.
+
+    `model` is the object that was passed in, trained and factorized. `graph_module` is its fx graph over the same
+    parameters: each factorized layer shows as two nodes. `history` has one dict per epoch: `epoch`, `phase`,
+    `loss`, `accuracy`, `val_loss`, `val_accuracy`, `lr`, `step_ms`, `stable_ranks`. `curves` holds every rank
+    sample: `{"steps": […], layer: […]}`.
+    """
+
+    model: nn.Module
+    graph_module: fx.GraphModule
+    plan: Plan
+    history: list[dict[str, Any]]
+    report: Report
+    curves: dict[str, list[Any]]
+
+
+class Trainer:
+    """One run of `auto_lowrank`; the arguments are its arguments."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        epochs: int | None,
+        steps_per_epoch: int | None,
+        val_loader: Iterable[Any] | None,
+        loss_fn: LossFn | None,
+        optimizer: Optimizer | None,
+        scheduler: Any,
+        scheduler_per: str,
+        device: str | torch.device | None,
+        amp: str | torch.dtype | None,
+        policy: Policy,
+        seed: int | None,
+        progress: bool,
+    ) -> None:
+        if epochs is not None and epochs < 1:
+            raise ValueError(f"epochs must be at least 1; got {epochs}.")
+        if scheduler_per not in ("epoch", "batch"):
+            raise unknown_name("scheduler_per", scheduler_per, ("epoch", "batch"))
+        if scheduler is not None and optimizer is None:
+            raise ValueError(
+                "a scheduler drives one optimizer; got a scheduler without optimizer=. Pass the optimizer it was built with."
+            )
+        if not any(True for _ in model.parameters()):
+            raise ValueError(f"the model must have parameters to train; {type(model).__name__} has none.")
+        self.amp = _amp_type(amp)
+        self.steps_per_epoch = _length(loader) if steps_per_epoch is None else steps_per_epoch
+        self.first = _first(loader)
+        self.epochs = DEFAULT_EPOCHS if epochs is None else epochs
+        if epochs is None and progress:
+            print(f"fxrank: training for {self.epochs} epochs of {self.steps_per_epoch} steps (epochs= to change)")
+        self.total_steps = self.epochs * self.steps_per_epoch
+        self.model, self.loader, self.val_loader, self.loss_fn = model, loader, val_loader, loss_fn
+        self.policy, self.seed, self.progress = policy, seed, progress
+        here = next(model.parameters()).device
+        self.device = (
+            torch.device(device)
+            if device is not None
+            else (torch.device("cuda") if torch.cuda.is_available() else here)
+        )
+        self.optimizer, self.scheduler, self.scheduler_per = optimizer, scheduler, scheduler_per
+        self.history: list[dict[str, Any]] = []
+        self.memory: dict[str, int | None] = {FULL: None, LOW: None}
+        self.at_switch: dict[str, float | None] = {"before_switch": None, "after_switch": None}
+        self.evaluation_seconds = 0.0
+
+    def run(self, include: Iterable[Selector] | Selector, exclude: Iterable[Selector] | Selector) -> Result:
+        start = time.perf_counter()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        was_training = self.model.training
+        self.model.to(self.device)
+        self.model.train()
+        if self.optimizer is None:
+            self.optimizer, self.scheduler = _default_optimizer(self.model, self.total_steps)
+            self.scheduler_per = "batch"
+        before = parameter_count(self.model)
+        try:
+            session = LowRankSession.attach(
+                self.model,
+                self.optimizer,
+                example_inputs=split_batch(to_device(self.first, self.device))[0],
+                total_steps=self.total_steps,
+                steps_per_epoch=self.steps_per_epoch,
+                policy=self.policy,
+                include=include,
+                exclude=exclude,
+                amp=self.amp,
+                seed=self.seed or 0,
+                listener=self._at_switch,
+            )
+        except Exception:
+            self.model.train(was_training)
+            raise
+        self._train(session)
+        plan = session.finish()
+        if not plan.R:
+            from fxrank.surgery import remember_plan
+
+            remember_plan(self.model, plan)
+        report = self._report(session, plan, before, time.perf_counter() - start)
+        monitor = session.scene.monitor
+        curves: dict[str, list[Any]] = {} if monitor is None else {"steps": monitor.steps, **monitor.curves}
+        return Result(self.model, session.graph_module, plan, self.history, report, curves)
+
+    def _train(self, session: LowRankSession) -> None:
+        assert self.optimizer is not None
+        scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        with _progress(self.total_steps, self.progress) as bar:
+            for epoch in range(self.epochs):
+                self.model.train()
+                totals = _Totals(self.device)
+                taken = 0
+                for batch in self.loader:
+                    if taken == self.steps_per_epoch:
+                        break
+                    taken += 1
+                    batch = to_device(batch, self.device)
+                    phase = session.phase
+                    steps_in_phase = session.clock.step - (session.plan.switch_step or 0 if session.plan else 0)
+                    if self.memory[phase] is None and steps_in_phase >= 2:
+                        with StepMemory(self.model, self.optimizer) as memory:
+                            self._step(batch, scaler, totals)
+                        # A switch inside this very step would mix the phases.
+                        self.memory[phase] = memory.peak_bytes if session.phase == phase else None
+                    else:
+                        self._step(batch, scaler, totals)
+                    if self.scheduler is not None and self.scheduler_per == "batch":
+                        self.scheduler.step()
+                    bar.advance(epoch, self.epochs, session, totals)
+                if taken == 0:
+                    raise ValueError(
+                        f"the loader must yield batches in every epoch; epoch {epoch} had none. A generator is spent after one pass: pass a DataLoader or list."
+                    )
+                self._end_epoch(epoch, session, totals)
+
+    def _step(self, batch: Any, scaler: torch.amp.GradScaler, totals: "_Totals") -> None:
+        assert self.optimizer is not None
+        with autocast(self.device, self.amp):
+            outcome = run_batch(self.model, batch, self.loss_fn)
+        self.optimizer.zero_grad(set_to_none=True)
+        scaler.scale(outcome.loss).backward()
+        scaler.step(self.optimizer)
+        scaler.update()
+        totals.add(outcome.loss.detach(), outcome.examples, outcome.correct, outcome.predictions)
+
+    def _end_epoch(self, epoch: int, session: LowRankSession, totals: "_Totals") -> None:
+        assert self.optimizer is not None
+        loss, accuracy = totals.means()
+        if not math.isfinite(loss):
+            log.warning("the training loss of epoch %d is %s", epoch, loss)
+        val_loss, val_accuracy = self.evaluate()
+        row = {
+            "epoch": epoch,
+            "phase": session.phase,
+            "loss": loss,
+            "accuracy": accuracy,
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+        }
+        row["lr"] = float(self.optimizer.param_groups[0]["lr"])
+        row["step_ms"] = median(session.step_ms[session.phase])
+        row["stable_ranks"] = session.scene.monitor.latest() if session.scene.monitor and session.phase == FULL else {}
+        self.history.append(row)
+        log.info("epoch %d (%s): loss %.4f, validation accuracy %s", epoch, session.phase, loss, val_accuracy)
+        if self.scheduler is not None and self.scheduler_per == "epoch":
+            if isinstance(self.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+                self.scheduler.step(loss if val_loss is None else val_loss)
+            else:
+                self.scheduler.step()
+
+    def evaluate(self) -> tuple[float | None, float | None]:
+        """Mean loss and accuracy on `val_loader`, or Nones."""
+        if self.val_loader is None:
+            return None, None
+        start = time.perf_counter()
+        was_training = self.model.training
+        self.model.eval()
+        totals = _Totals(self.device)
+        with torch.no_grad():
+            for batch in self.val_loader:
+                with autocast(self.device, self.amp):
+                    outcome = run_batch(self.model, to_device(batch, self.device), self.loss_fn)
+                totals.add(outcome.loss, outcome.examples, outcome.correct, outcome.predictions)
+        self.model.train(was_training)
+        self.evaluation_seconds += time.perf_counter() - start
+        return totals.means()
+
+    def _at_switch(self, event: str, session: LowRankSession) -> None:
+        _, self.at_switch[event] = self.evaluate()
+        if event == "after_switch" and session.plan is not None:
+            log.info(
+                "switch at epoch %s: %d layers factorized (%s)", session.plan.E, len(session.plan.R), session.plan.note
+            )
+
+    def _report(self, session: LowRankSession, plan: Plan, before: int, total: float) -> Report:
+        macs_before, macs_after = planned_macs(plan)
+        step_ms = {phase: median(session.step_ms[phase]) for phase in (FULL, LOW)}
+        dense_ms = {name: p.dense_ms for name, p in session.scene.profiles.items()}
+        full = step_ms[FULL]
+        last = self.history[-1]
+        return Report(
+            plan=plan,
+            parameters_before=before,
+            parameters_after=parameter_count(self.model),
+            macs_before=macs_before,
+            macs_after=macs_after,
+            epochs=self.epochs,
+            settings={
+                "device": str(self.device),
+                "amp": str(self.amp),
+                "policy": repr(self.policy) if len(repr(self.policy)) < 2000 else plan.policy,
+                "seed": self.seed,
+            },
+            step_ms=step_ms,
+            memory_bytes=self.memory,
+            predicted_speedup=None if full is None else predicted_speedup(plan, dense_ms, full),
+            loss=last["loss"],
+            accuracy=last["accuracy"],
+            val_loss=last["val_loss"],
+            val_accuracy=last["val_accuracy"],
+            accuracy_before_switch=self.at_switch["before_switch"],
+            accuracy_after_switch=self.at_switch["after_switch"],
+            seconds={"total": total, "evaluation": self.evaluation_seconds, **session.seconds},
+            notes=session.notes,
+        )
+
+
+class _Totals:
+    """Running sums on the device: nothing is read back before the epoch's end, so the GPU is never waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), device=device)
+        self.correct = torch.zeros((), device=device)
+        self.examples = 0
+        self.predictions = 0
+
+    def add(self, loss: Tensor, examples: int, correct: Tensor | None, predictions: int) -> None:
+        self.loss += loss.float() * examples
+        self.examples += examples
+        if correct is not None:
+            self.correct += correct
+            self.predictions += predictions
+
+    def means(self) -> tuple[float, float | None]:
+        accuracy = float(self.correct) / self.predictions if self.predictions else None
+        return float(self.loss) / max(self.examples, 1), accuracy
+
+
+class _Bar:
+    def __init__(self, bar: "tqdm[Any]") -> None:
+        self._bar = bar
+
+    def advance(self, epoch: int, epochs: int, session: LowRankSession, totals: _Totals) -> None:
+        self._bar.update()
+        if self._bar.disable or self._bar.n % 10:
+            return
+        loss, accuracy = totals.means()
+        settled, watched = session.settled_count
+        self._bar.set_description(f"epoch {epoch + 1}/{epochs} {session.phase}", refresh=False)
+        shown = {"loss": f"{loss:.3f}"} | ({} if accuracy is None else {"acc": f"{accuracy:.3f}"})
+        if session.phase == FULL and watched:
+            shown["settled"] = f"{settled}/{watched}"
+        self._bar.set_postfix(shown, refresh=False)
+
+
+@contextmanager
+def _progress(total: int, enabled: bool) -> Iterator[_Bar]:
+    with tqdm(total=total, disable=not enabled, unit="step", dynamic_ncols=True) as bar:
+        yield _Bar(bar)
+
+
+def _default_optimizer(model: nn.Module, total_steps: int) -> tuple[Optimizer, Any]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    warmup = max(1, total_steps // 20)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total_steps - warmup))))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _amp_type(amp: str | torch.dtype | None) -> torch.dtype | None:
+    if amp is None or amp in AMP_TYPES.values():
+        return amp  # type: ignore[return-value]
+    if isinstance(amp, str) and amp in AMP_TYPES:
+        return AMP_TYPES[amp]
+    raise unknown_name("amp", amp, AMP_TYPES)
+
+
+def _length(loader: Iterable[Any]) -> int:
+    try:
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            f"the loader must have a length, so that schedule and switch can be placed; {type(loader).__name__} has none. Pass steps_per_epoch=."
+        ) from None
+    if length == 0:
+        raise ValueError(
+            "the loader must yield at least one batch; it is empty (length 0). Check the data set, batch_size and drop_last."
+        )
+    return length
+
+
+def _first(loader: Iterable[Any]) -> Any:
+    iterator = iter(loader)
+    if iterator is loader:
+        raise TypeError(
+            f"the loader must be iterable again for every epoch; got a one-pass {type(loader).__name__}. Pass a DataLoader or a list of batches."
+        )
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise ValueError(
+            "the loader must yield at least one batch; it is empty. Check the data set, batch_size and drop_last."
+        ) from None

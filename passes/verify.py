@@ -1,0 +1,86 @@
+"""Equality and error bounds, for tests and for users who want to see a rewrite proved on their own model."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.factors import FactorPair
+from fxrank.passes.spectra import singular_values, truncation_error
+from fxrank.passes.trace import Example, call_arguments
+
+
+@dataclass(frozen=True)
+class PairError:
+    """How far a pair's product is from the dense weight.
+
+    `spectral` is `‖W - VU‖₂` (largest over the groups), `bound` the least possible, `σ_{r+1}`
+    (Eckart-Young-Mirsky); `relative` is the Frobenius error over `‖W‖_F`, `relative_bound` its optimum. A Linear's
+    output moves by at most `spectral · ‖x‖₂`.
+    """
+
+    spectral: float
+    bound: float
+    relative: float
+    relative_bound: float
+
+
+def pair_error(dense: nn.Module, pair: FactorPair) -> PairError:
+    """Compare `pair`, without its `norm`, to `dense` in float64."""
+    stack = type(pair).unroll(dense, dense.weight.detach().double())  # type: ignore[operator, union-attr]
+    u, v = pair.unfold_u(pair.u.weight.detach().double()), pair.unfold_v(pair.v.weight.detach().double())  # type: ignore[operator, union-attr]
+    sigma = singular_values(stack)
+    residual = stack - v @ u
+    norm = float(torch.linalg.vector_norm(stack))
+    return PairError(
+        spectral=float(torch.linalg.matrix_norm(residual, 2).max()),
+        bound=float(sigma[:, pair.rank].max()) if pair.rank < sigma.shape[1] else 0.0,
+        relative=float(torch.linalg.vector_norm(residual)) / norm if norm else 0.0,
+        relative_bound=truncation_error(sigma, pair.rank),
+    )
+
+
+def largest_difference(a: Any, b: Any) -> float:
+    """Largest `|a - b|` over the tensors of two nests of the same structure, relative to the largest `|a|` of each
+    tensor.
+
+    Raises `ValueError` if the structures or shapes differ. Tensors without floating-point numbers must be equal
+    (difference 0 or infinity).
+    """
+    leaves_a, spec_a = pytree.tree_flatten(a)
+    leaves_b, spec_b = pytree.tree_flatten(b)
+    if spec_a != spec_b:
+        raise ValueError(f"both outputs must have one structure; got {spec_a} and {spec_b}.")
+    worst = 0.0
+    for x, y in zip(leaves_a, leaves_b, strict=True):
+        if not isinstance(x, Tensor):
+            continue
+        if x.shape != y.shape:
+            raise ValueError(f"both outputs must have one shape; got {tuple(x.shape)} and {tuple(y.shape)}.")
+        if not x.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
+        elif x.numel():
+            x, y = x.double(), y.double()
+            difference, scale = float((x - y).abs().max()), float(x.abs().max())
+            worst = max(worst, difference / scale if scale > 0 else difference)
+    return worst
+
+
+def output_difference(model: nn.Module, other: nn.Module, example: Example) -> float:
+    """`largest_difference` of both models' outputs for one call, without gradients, each in its present mode.
+
+    Random numbers (dropout) are drawn alike for both; buffers are put back afterwards.
+    """
+    outputs = []
+    for net in (model, other):
+        args, kwargs = call_arguments(model, example)
+        buffers = {name: b.clone() for name, b in net.named_buffers()}
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            outputs.append(net(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+            for name, buffer in net.named_buffers():
+                buffer.copy_(buffers[name])
+    return largest_difference(*outputs)
