@@ -41,8 +41,11 @@ class NothingFactorizedWarning(UserWarning):
 
 
 def unknown_name(what: str, found: object, valid: Iterable[str]) -> ValueError:
-    """The error for a name that is not in a registry: lists the valid ones and the nearest."""
+    """The error for a name that is not in a registry: lists the valid ones, of a long registry only the nearest."""
     names = sorted(valid)
-    near = get_close_matches(str(found), names, n=1)
+    near = get_close_matches(str(found), names, n=5, cutoff=0.5)
+    if len(names) > 24:
+        listing = f"one of {len(names)} names" + (f", near it {', '.join(map(repr, near))}" if near else "")
+        return ValueError(f"{what} must be {listing}; got {found!r}.")
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"{what} must be one of {', '.join(map(repr, names))}; got {found!r}.{hint}")

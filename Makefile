@@ -1,0 +1,23 @@
+# Two commands: `make demo` runs the main job on embedded data, `make test` runs the tests. Each makes .venv if there is none.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+demo: .venv/installed
+	$(BIN)/fxrank demo --output run/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+.PHONY: demo test lint

@@ -1,0 +1,237 @@
+"""The `fxrank` command: demo, train, profile, inspect."""
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import nn
+
+from fxrank._version import __version__
+from fxrank.auto import auto_lowrank
+from fxrank.passes.errors import FxrankError, unknown_name
+from fxrank.passes.layers import candidates, discover
+from fxrank.passes.trace import trace
+from fxrank.plan import Plan
+from fxrank.policies import POLICIES, as_policy
+from fxrank.profiling import profile
+
+MODEL_HELP = "torchvision:NAME, timm:NAME, digits (the demo's network), or package.module:callable that returns a model"
+SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"
+
+
+def build_model(spec: str, classes: int | None = None) -> nn.Module:
+    """The model that `--model` names, untrained. Raises `ValueError` that lists the forms, `ImportError` for a missing package."""
+    source, _, name = spec.partition(":")
+    options = {} if classes is None else {"num_classes": classes}
+    if spec == "digits":
+        from fxrank.demo import DigitsNet
+
+        return DigitsNet()
+    if source == "torchvision" and name:
+        models = importlib.import_module("torchvision.models")
+        if name not in models.list_models():
+            raise unknown_name("torchvision model", name, models.list_models())
+        model: nn.Module = models.get_model(name, **options)
+        return model
+    if source == "timm" and name:
+        timm = importlib.import_module("timm")
+        if not timm.is_model(name):
+            raise unknown_name("timm model", name, timm.list_models())
+        model = timm.create_model(name, **options)
+        return model
+    if name:
+        return _called(spec, nn.Module, "a model")
+    raise ValueError(f"--model must be {MODEL_HELP}; got {spec!r}.")
+
+
+def _called(spec: str, kind: type, what: str) -> Any:
+    """Import `package.module:callable`, call it, check what it returns."""
+    module, _, name = spec.partition(":")
+    sys.path.insert(0, "")
+    try:
+        result = getattr(importlib.import_module(module), name)()
+    finally:
+        sys.path.pop(0)
+    if not isinstance(result, kind):
+        raise ValueError(f"{spec} must return {what}; got {type(result).__name__}.")
+    return result
+
+
+def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tuple[Any, Any]:
+    """`(training, validation)` loaders for `--data`: digits, an image folder with train/ and val/ (or test/), or a callable that returns both."""
+    if spec == "digits":
+        from fxrank.demo import digits
+
+        return digits(seed)
+    folder = Path(spec)
+    if folder.is_dir():
+        from torchvision import datasets, transforms
+
+        held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
+        if not (folder / "train").is_dir() or held_out is None:
+            raise ValueError(f"an image folder must hold train/ and val/ (or test/), one folder per class in each; {spec} does not.")
+        normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+        augment = [transforms.RandomResizedCrop(image_size, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()]
+        plain = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
+        train = datasets.ImageFolder(str(folder / "train"), transforms.Compose(augment + normalize))
+        val = datasets.ImageFolder(str(held_out), transforms.Compose(plain + normalize))
+        make = torch.utils.data.DataLoader
+        return make(train, batch_size, shuffle=True, drop_last=True, num_workers=2), make(val, batch_size, num_workers=2)
+    if ":" in spec:
+        loaders = _called(spec, tuple, "a tuple (training loader, validation loader)")
+        if len(loaders) != 2:
+            raise ValueError(f"{spec} must return (training loader, validation loader); got {len(loaders)} values.")
+        return loaders[0], loaders[1]
+    raise ValueError(f"--data must be digits, an image folder, or package.module:callable; got {spec!r}.")
+
+
+def _example(shape: str) -> torch.Tensor:
+    try:
+        sizes = [int(n) for n in shape.split("x")]
+        if not sizes or min(sizes) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--input must be positive sizes joined by x, batch first, as 32x3x224x224; got {shape!r}.") from None
+    return torch.randn(sizes)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from fxrank.demo import run
+
+    print("Training a small residual CNN on 1,797 real scans of digits: first the full-rank twin, then the same with fxrank.")
+    demo = run(options.output, epochs=options.epochs, seed=options.seed, progress=not options.quiet)
+    print(f"\n{demo.lowrank.report}\n\n{demo}\n")
+    print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))
+
+
+def _train(options: argparse.Namespace) -> None:
+    model = build_model(options.model, options.classes)
+    train, val = build_loaders(options.data, options.batch_size, options.image_size, options.seed)
+    result = auto_lowrank(
+        model,
+        train,
+        epochs=options.epochs,
+        val_loader=val,
+        device=options.device,
+        amp=options.amp,
+        policy=Plan.load(options.policy) if options.policy.endswith(".json") else as_policy(options.policy),
+        include=options.include,
+        exclude=options.exclude,
+        seed=options.seed,
+        progress=not options.quiet,
+        output_dir=options.output,
+    )
+    print(result.report)
+
+
+def _profile(options: argparse.Namespace) -> None:
+    model = build_model(options.model, options.classes)
+    if options.device:
+        model = model.to(options.device)
+    measured = profile(
+        model,
+        _example(options.input),
+        device=options.device,
+        probe_ratio=options.probe_ratio,
+        speedup_threshold=options.threshold,
+        include=options.include,
+        exclude=options.exclude,
+    )
+    print(json.dumps(measured.to_dict(), indent=1) if options.json else measured)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    with torch.device("meta"):
+        model = build_model(options.model, options.classes)
+        example = _example(options.input)
+    layers = candidates(discover(trace(model, example), model), model, include=options.include, exclude=options.exclude)
+    if options.json:
+        names = ("name", "kind", "weight_shape", "full_rank", "break_even_rank", "parameters", "macs", "reason")
+        print(json.dumps([{n: getattr(layer, n) for n in names} for layer in layers], indent=1))
+        return
+    rows = [
+        (
+            layer.name,
+            layer.kind,
+            "x".join(map(str, layer.weight_shape)),
+            layer.full_rank,
+            f"{layer.break_even_rank:.1f}",
+            f"{layer.parameters:,}",
+            f"{layer.macs / 1e6:,.1f}",
+            layer.reason or "can be factorized",
+        )
+        for layer in layers
+    ]
+    headers = ("layer", "kind", "weight", "full rank", "break-even", "parameters", "M MACs", "decision")
+    print(tabulate(rows, headers=headers, disable_numparse=True))
+    free = [layer for layer in layers if layer.reason is None]
+    total = sum(layer.parameters for layer in layers)
+    share = sum(layer.parameters for layer in free) / total if total else 0.0
+    print(f"{len(free)} of {len(layers)} layers can be factorized, {100 * share:.1f} % of {total:,} weights")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="fxrank", description="Make a PyTorch model smaller and faster while it trains.")
+    top.add_argument("--version", action="version", version=f"fxrank {__version__}")
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "train on embedded data, beside a full-rank twin; about two minutes on two CPU cores")
+    demo.add_argument("--output", default="run/demo", help="folder for report, plan, model and figure (default %(default)s)")
+    demo.add_argument("--epochs", type=int, default=30)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    train = command("train", _train, "train a model with auto_lowrank")
+    train.add_argument("--data", required=True, help="digits, an image folder with train/ and val/, or package.module:callable")
+    train.add_argument("--epochs", type=int, default=None, help="default 30")
+    train.add_argument("--batch-size", type=int, default=128)
+    train.add_argument("--image-size", type=int, default=224, help="for an image folder (default %(default)s)")
+    train.add_argument("--amp", choices=("bfloat16", "float16"), default=None)
+    train.add_argument("--policy", default="cuttlefish", help=f"{', '.join(sorted(set(POLICIES) - {'pufferfish'}))}, or a plan.json to repeat")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--output", default="run/train", help="folder for report, plan, model and figure (default %(default)s)")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
+    timing.add_argument("--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)")
+    timing.add_argument("--threshold", type=float, default=1.5, help="speed-up from which a stack is factorized (default %(default)s)")
+
+    table = command("inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights")
+    for sub in (timing, table):
+        sub.add_argument("--input", required=True, help="input shape, batch first, as 32x3x224x224")
+        sub.add_argument("--json", action="store_true", help="print JSON")
+    for sub in (train, timing, table):
+        sub.add_argument("--model", required=True, help=MODEL_HELP)
+        sub.add_argument("--classes", type=int, default=None, help="number of classes for torchvision and timm models")
+        sub.add_argument("--include", action="append", default=[], help=SELECT_HELP)
+        sub.add_argument("--exclude", action="append", default=[], help=SELECT_HELP)
+    for sub in (train, timing):
+        sub.add_argument("--device", default=None, help="cpu, cuda, … (train: a GPU if there is one)")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 if it went well, 2 with one line on standard error if the input was refused."""
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (FxrankError, ValueError, TypeError, ImportError, OSError) as error:
+        print(f"fxrank {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
