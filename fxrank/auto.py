@@ -50,7 +50,7 @@ def auto_lowrank(
       ones; `loss_fn(outputs, targets)` otherwise;
     - batches: `(inputs, targets)`, `(input, input, …, targets)`, dicts (keywords of the model), nested; moved to
       the device as they are;
-    - optimizer: `AdamW(lr=1e-3, weight_decay=0.01)`; schedule: linear warm-up over 5 % of the steps, then cosine to
+    - optimizer: `AdamW(lr=1e-3, weight_decay=0.05)`; schedule: linear warm-up over 5 % of the steps, then cosine to
       0, stepped per batch;
     - `epochs=30`, printed; device: a GPU if there is one, else where the model is; float32 (`amp="bfloat16"` or
       `"float16"` for autocast, the latter with loss scaling);

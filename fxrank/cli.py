@@ -43,8 +43,8 @@ def build_model(spec: str, classes: int | None = None) -> nn.Module:
         timm = importlib.import_module("timm")
         if not timm.is_model(name):
             raise unknown_name("timm model", name, timm.list_models())
-        model = timm.create_model(name, **options)
-        return model
+        created: nn.Module = timm.create_model(name, **options)
+        return created
     if name:
         return _called(spec, nn.Module, "a model")
     raise ValueError(f"--model must be {MODEL_HELP}; got {spec!r}.")
@@ -75,14 +75,18 @@ def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tup
 
         held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
         if not (folder / "train").is_dir() or held_out is None:
-            raise ValueError(f"an image folder must hold train/ and val/ (or test/), one folder per class in each; {spec} does not.")
+            raise ValueError(
+                f"an image folder must hold train/ and val/ (or test/), one folder per class in each; {spec} does not."
+            )
         normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         augment = [transforms.RandomResizedCrop(image_size, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()]
         plain = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
         train = datasets.ImageFolder(str(folder / "train"), transforms.Compose(augment + normalize))
         val = datasets.ImageFolder(str(held_out), transforms.Compose(plain + normalize))
         make = torch.utils.data.DataLoader
-        return make(train, batch_size, shuffle=True, drop_last=True, num_workers=2), make(val, batch_size, num_workers=2)
+        return make(train, batch_size, shuffle=True, drop_last=True, num_workers=2), make(
+            val, batch_size, num_workers=2
+        )
     if ":" in spec:
         loaders = _called(spec, tuple, "a tuple (training loader, validation loader)")
         if len(loaders) != 2:
@@ -97,14 +101,18 @@ def _example(shape: str) -> torch.Tensor:
         if not sizes or min(sizes) < 1:
             raise ValueError
     except ValueError:
-        raise ValueError(f"--input must be positive sizes joined by x, batch first, as 32x3x224x224; got {shape!r}.") from None
+        raise ValueError(
+            f"--input must be positive sizes joined by x, batch first, as 32x3x224x224; got {shape!r}."
+        ) from None
     return torch.randn(sizes)
 
 
 def _demo(options: argparse.Namespace) -> None:
     from fxrank.demo import run
 
-    print("Training a small residual CNN on 1,797 real scans of digits: first the full-rank twin, then the same with fxrank.")
+    print(
+        "Training a small residual CNN on 1,797 real scans of digits: first the full-rank twin, then the same with fxrank."
+    )
     demo = run(options.output, epochs=options.epochs, seed=options.seed, progress=not options.quiet)
     print(f"\n{demo.lowrank.report}\n\n{demo}\n")
     print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))
@@ -188,27 +196,43 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "train on embedded data, beside a full-rank twin; about two minutes on two CPU cores")
-    demo.add_argument("--output", default="run/demo", help="folder for report, plan, model and figure (default %(default)s)")
+    demo.add_argument(
+        "--output", default="run/demo", help="folder for report, plan, model and figure (default %(default)s)"
+    )
     demo.add_argument("--epochs", type=int, default=30)
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--quiet", action="store_true", help="no progress bar")
 
     train = command("train", _train, "train a model with auto_lowrank")
-    train.add_argument("--data", required=True, help="digits, an image folder with train/ and val/, or package.module:callable")
+    train.add_argument(
+        "--data", required=True, help="digits, an image folder with train/ and val/, or package.module:callable"
+    )
     train.add_argument("--epochs", type=int, default=None, help="default 30")
     train.add_argument("--batch-size", type=int, default=128)
     train.add_argument("--image-size", type=int, default=224, help="for an image folder (default %(default)s)")
     train.add_argument("--amp", choices=("bfloat16", "float16"), default=None)
-    train.add_argument("--policy", default="cuttlefish", help=f"{', '.join(sorted(set(POLICIES) - {'pufferfish'}))}, or a plan.json to repeat")
+    train.add_argument(
+        "--policy",
+        default="cuttlefish",
+        help=f"{', '.join(sorted(set(POLICIES) - {'pufferfish'}))}, or a plan.json to repeat",
+    )
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--output", default="run/train", help="folder for report, plan, model and figure (default %(default)s)")
+    train.add_argument(
+        "--output", default="run/train", help="folder for report, plan, model and figure (default %(default)s)"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
-    timing.add_argument("--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)")
-    timing.add_argument("--threshold", type=float, default=1.5, help="speed-up from which a stack is factorized (default %(default)s)")
+    timing.add_argument(
+        "--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)"
+    )
+    timing.add_argument(
+        "--threshold", type=float, default=1.5, help="speed-up from which a stack is factorized (default %(default)s)"
+    )
 
-    table = command("inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights")
+    table = command(
+        "inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights"
+    )
     for sub in (timing, table):
         sub.add_argument("--input", required=True, help="input shape, batch first, as 32x3x224x224")
         sub.add_argument("--json", action="store_true", help="print JSON")

@@ -130,7 +130,7 @@ class Cuttlefish(Policy):
 
     def ready(self, clock: Clock, scene: Scene) -> str | None:
         assert scene.monitor is not None
-        watched = set(scene.monitor.curves) - set(self.eligible(scene))
+        watched = scene.watched(self.eligible(scene))
         if watched and watched <= scene.monitor.settled:
             return f"the ranks of all {len(watched)} eligible layers have settled"
         if self.latest is not None and clock.step >= self.latest * clock.total_steps:

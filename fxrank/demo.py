@@ -26,7 +26,9 @@ class Residual(nn.Module):
         self.conv2 = nn.Conv2d(n, n, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(n)
         same = stride == 1 and m == n
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(m, n, 1, stride, bias=False), nn.BatchNorm2d(n))
+        self.shortcut = (
+            nn.Identity() if same else nn.Sequential(nn.Conv2d(m, n, 1, stride, bias=False), nn.BatchNorm2d(n))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -77,7 +79,9 @@ def digits(seed: int = SEED) -> tuple[Batches, Batches]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise ImportError("the demo's images ship with scikit-learn, which is not installed; pip install 'fxrank[demo]'") from None
+        raise ImportError(
+            "the demo's images ship with scikit-learn, which is not installed; pip install 'fxrank[demo]'"
+        ) from None
 
     data = load_digits()
     images = torch.as_tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -128,7 +132,9 @@ def run(output_dir: str | os.PathLike[str], *, epochs: int = EPOCHS, seed: int =
         torch.manual_seed(seed)
         model = DigitsNet()
         results.append(
-            auto_lowrank(model, train, val_loader=val, epochs=epochs, policy=policy, seed=seed, device="cpu", progress=progress)
+            auto_lowrank(
+                model, train, val_loader=val, epochs=epochs, policy=policy, seed=seed, device="cpu", progress=progress
+            )
         )
     demo = Demo(twin=results[0], lowrank=results[1])
     folder = Path(output_dir)

@@ -106,7 +106,7 @@ def moving_average(values: Sequence[float] | np.ndarray[Any, Any], window: int) 
 
 
 class RankMonitor:
-    """Histories of the stable ranks of `layers`, weights read live from `model`.
+    """Histories of the stable ranks of all `layers` whose kind is supported, weights read live from `model`.
 
     `interval` is in optimizer steps. `steps[i]` is the number of optimizer steps before sample `i`;
     `curves[name][i]` the stable rank then. The sample at step 0 is exact (it makes ξ); later ones come from the
@@ -123,7 +123,7 @@ class RankMonitor:
         form: str = "channel",
         seed: int = 0,
     ) -> None:
-        self._layers = [layer for layer in layers if layer.reason is None]
+        self._layers = [layer for layer in layers if layer.supported]
         self._model, self._form = model, form
         self._detector = detector
         self.interval = max(1, interval)

@@ -5,6 +5,7 @@ A policy is a frozen dataclass of options. The session asks it three things: whi
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +43,10 @@ class Scene:
     profiles: dict[str, StackProfile] = field(default_factory=dict)
     profiler: Profiler | None = None
     monitor: RankMonitor | None = None
+
+    def watched(self, kept: Mapping[str, str]) -> frozenset[str]:
+        """Layers whose ranks decide the switch: those that may still be factorized, given the policy's `kept`."""
+        return frozenset(layer.name for layer in self.layers if layer.reason is None and layer.name not in kept)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -172,8 +172,7 @@ class LowRankSession:
     def _observe(self, exact: bool = False) -> None:
         assert self.scene.monitor is not None
         start = time.perf_counter()
-        kept = self.policy.eligible(self.scene)
-        judged = frozenset(layer.name for layer in self.scene.layers if layer.reason is None and layer.name not in kept)
+        judged = self.scene.watched(self.policy.eligible(self.scene))
         self.scene.monitor.observe(self.clock.step, exact=exact, judged=judged)
         self.seconds["monitor"] += time.perf_counter() - start
 
@@ -270,9 +269,8 @@ class LowRankSession:
         """(layers settled, layers watched)."""
         if self.scene.monitor is None:
             return 0, 0
-        kept = self.policy.eligible(self.scene)
-        watched = [n for n in self.scene.monitor.curves if n not in kept]
-        return len(self.scene.monitor.settled & set(watched)), len(watched)
+        watched = self.scene.watched(self.policy.eligible(self.scene))
+        return len(self.scene.monitor.settled & watched), len(watched)
 
     # -- persistence
 

@@ -97,6 +97,7 @@ class Trainer:
         self.memory: dict[str, int | None] = {FULL: None, LOW: None}
         self.at_switch: dict[str, float | None] = {"before_switch": None, "after_switch": None}
         self.evaluation_seconds = 0.0
+        self.bar: _Bar | None = None
 
     def run(self, include: Iterable[Selector] | Selector, exclude: Iterable[Selector] | Selector) -> Result:
         start = time.perf_counter()
@@ -141,6 +142,7 @@ class Trainer:
         assert self.optimizer is not None
         scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
         with _progress(self.total_steps, self.progress) as bar:
+            self.bar = bar
             for epoch in range(self.epochs):
                 self.model.train()
                 totals = _Totals(self.device)
@@ -221,6 +223,8 @@ class Trainer:
         return totals.means()
 
     def _at_switch(self, event: str, session: LowRankSession) -> None:
+        if event == "before_switch" and self.bar is not None:
+            self.bar.say("switching")
         _, self.at_switch[event] = self.evaluate()
         if event == "after_switch" and session.plan is not None:
             log.info(
@@ -285,6 +289,10 @@ class _Bar:
     def __init__(self, bar: "tqdm[Any]") -> None:
         self._bar = bar
 
+    def say(self, phase: str) -> None:
+        """Show a phase at once."""
+        self._bar.set_description(phase)
+
     def advance(self, epoch: int, epochs: int, session: LowRankSession, totals: _Totals) -> None:
         self._bar.update()
         if self._bar.disable or self._bar.n % 10:
@@ -305,7 +313,7 @@ def _progress(total: int, enabled: bool) -> Iterator[_Bar]:
 
 
 def _default_optimizer(model: nn.Module, total_steps: int) -> tuple[Optimizer, Any]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.05)
     warmup = max(1, total_steps // 20)
 
     def factor(step: int) -> float:

@@ -46,6 +46,8 @@ class Layer:
     geometry: tuple[Any, ...] = ()
     reason: str | None = None
     """Why this layer cannot be factorized at all; None if it can."""
+    supported: bool = True
+    """Whether the layer's kind has a factor pair, whatever `reason` says about this one."""
     boundary: str | None = None
     """`"first"` if no other weight comes before it in the graph, `"last"` if none comes after."""
 
@@ -231,6 +233,7 @@ def _used_at(
         dtype=weight.dtype,
         geometry=tuple(str(getattr(module, g)) for g in cls.geometry),
         reason=reason_or_none,
+        supported=reason_or_none is None,
     )
     return [(weight, layer)]
 
@@ -253,6 +256,7 @@ def _unsupported(name: str, kind: str, weight: Tensor, reason: str) -> Layer:
         paths=(name,),
         dtype=weight.dtype,
         reason=reason,
+        supported=False,
     )
 
 
@@ -261,9 +265,10 @@ def _merge(known: Layer, again: Layer) -> Layer:
     paths = known.paths + tuple(p for p in again.paths if p not in known.paths)
     nodes = known.nodes + tuple(n for n in again.nodes if n not in known.nodes)
     reason = known.reason or again.reason
+    supported = known.supported and again.supported and known.kind == again.kind
     if known.kind != again.kind:
         reason = f"its weight is shared with {again.name!r} ({again.kind})"
-    return replace(known, paths=paths, nodes=nodes, positions=known.positions + again.positions, reason=reason)
+    return replace(known, paths=paths, nodes=nodes, positions=known.positions + again.positions, reason=reason, supported=supported)
 
 
 def _boundaries(gm: fx.GraphModule, weighted: set[str]) -> dict[str, str]:
