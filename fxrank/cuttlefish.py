@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from fxrank.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
-from fxrank.passes.spectra import truncation_error
+from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
-from fxrank.policy import Clock, Policy, Scene, spectrum_of
+from fxrank.policy import Clock, Policy, Scene, decomposition_of
 from fxrank.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.surgery import keep, take
 
@@ -151,7 +151,8 @@ class Cuttlefish(Policy):
         return decisions
 
     def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
-        sigma, rank_now = spectrum_of(layer, scene.model, self.form)
+        spectrum = decomposition_of(layer, scene.model, self.form)
+        sigma, rank_now = spectrum.sigma, mean_over_groups(stable, spectrum.sigma)
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 from fxrank.cuttlefish import Cuttlefish
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
-from fxrank.passes.spectra import truncation_error
+from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
-from fxrank.policy import Clock, Policy, Scene, spectrum_of
+from fxrank.policy import Clock, Policy, Scene, decomposition_of
 from fxrank.ranks import ratio_rank
 from fxrank.surgery import keep, take
 
@@ -99,11 +99,11 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
                 )
             )
             continue
-        sigma, rank_now = spectrum_of(layer, scene.model, policy.form)
+        spectrum = decomposition_of(layer, scene.model, policy.form)
+        scene.factors[layer.name] = spectrum.factors(rank)
+        rank_now, error = mean_over_groups(stable, spectrum.sigma), truncation_error(spectrum.sigma, rank)
         decision = take(layer, rank, why, form=policy.form, extra_bn=policy.extra_bn)
-        decisions.append(
-            replace(decision, stable_rank=round(rank_now, 4), truncation_error=round(truncation_error(sigma, rank), 6))
-        )
+        decisions.append(replace(decision, stable_rank=round(rank_now, 4), truncation_error=round(error, 6)))
     return decisions
 
 

@@ -8,15 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 
 from fxrank.monitor import Detector, RankMonitor
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.layers import Layer, stack_of
+from fxrank.passes.layers import Layer, matrices_of
 from fxrank.passes.profile import Profiler, StackProfile
-from fxrank.passes.spectra import check_finite, mean_over_groups, singular_values, stable
+from fxrank.passes.spectra import Decomposition, check_finite, decompose
 from fxrank.plan import LayerDecision, Plan
+from fxrank.surgery import Factors
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Scene:
     profiles: dict[str, StackProfile] = field(default_factory=dict)
     profiler: Profiler | None = None
     monitor: RankMonitor | None = None
+    factors: Factors = field(default_factory=dict)
+    """Factors of the layers decided on, so that the switch needs no second decomposition."""
 
     def watched(self, kept: Mapping[str, str]) -> frozenset[str]:
         """Layers whose ranks decide the switch: those that may still be factorized, given the policy's `kept`."""
@@ -118,9 +120,8 @@ class Policy(ABC):
         )
 
 
-def spectrum_of(layer: Layer, model: nn.Module, form: str) -> tuple[torch.Tensor, float]:
-    """Exact singular values `(groups, s)` and the stable rank."""
-    stack = stack_of(layer, model, form=form)
+def decomposition_of(layer: Layer, model: nn.Module, form: str) -> Decomposition:
+    """The layer's spectrum, with `σ_max` exact. Raises `NonFiniteWeightError` with its name."""
+    stack = matrices_of(layer, model, form=form)
     check_finite(stack, layer.name)
-    sigma = singular_values(stack)
-    return sigma, mean_over_groups(stable, sigma)
+    return decompose(stack)

@@ -206,7 +206,9 @@ class LowRankSession:
         self.phase = LOW if plan.R else FULL
         if not plan.R:
             return
-        replacements = apply_plan(self.model, plan, gm=self.graph_module, example=self._example, split=split)
+        replacements = apply_plan(
+            self.model, plan, gm=self.graph_module, example=self._example, split=split, factors=self.scene.factors
+        )
         self.notes += swap_parameters(self.optimizer, replacements)
         self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)
         ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0

@@ -32,8 +32,18 @@ class Replacement:
     pair: FactorPair
 
 
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""`(U, V)` by layer name, where a policy has already computed them."""
+
+
 def apply_plan(
-    model: nn.Module, plan: Plan, *, gm: fx.GraphModule | None = None, example: Example = None, split: bool = True
+    model: nn.Module,
+    plan: Plan,
+    *,
+    gm: fx.GraphModule | None = None,
+    example: Example = None,
+    split: bool = True,
+    factors: Factors | None = None,
 ) -> list[Replacement]:
     """Put the plan's factor pairs into `model`, in place, and into its graph `gm` if given. Returns what was
     replaced.
@@ -64,7 +74,9 @@ def apply_plan(
             pair = cls(module, decision.rank, decision.extra_bn)
             if first is None:
                 first = pair
-                if split:
+                if factors is not None and name in factors:
+                    pair.fill(*factors.pop(name))
+                elif split:
                     pair.split(weight)
                 replacements.append(Replacement(name, weight, pair))
             else:  # another module with the same weight: the same factors, its own bias and geometry

@@ -110,10 +110,11 @@ class FactorPair(nn.Module):
         """
 
     def split(self, weight: Tensor) -> None:
-        """Fill the factors with the best rank-r approximation of the dense `weight`, singular values split by √Σ
-        (Cuttlefish §3.3).
-        """
-        u, v = truncated_factors(type(self).unroll(self, weight), self.rank)
+        """Fill the factors with the best rank-r approximation of the dense `weight`, split by √Σ (Cuttlefish §3.3)."""
+        self.fill(*truncated_factors(type(self).unroll(self, weight), self.rank))
+
+    def fill(self, u: Tensor, v: Tensor) -> None:
+        """Fill the factors with `U` `(groups, r, cols)` and `V` `(groups, rows, r)`."""
         with torch.no_grad():
             self.u.weight.copy_(self.fold_u(u))  # type: ignore[operator, union-attr]
             self.v.weight.copy_(self.fold_v(v))  # type: ignore[operator, union-attr]

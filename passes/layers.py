@@ -159,6 +159,14 @@ def stack_of(layer: Layer, model: nn.Module, *, form: str = "channel") -> Tensor
     return cls.spectral_view(module, module.weight.detach())  # type: ignore[operator, arg-type]
 
 
+def matrices_of(layer: Layer, model: nn.Module, *, form: str = "channel") -> Tensor:
+    """The layer's live weight as `(groups, rows, cols)` in the order of rows and columns that a pair's factors have."""
+    module = model.get_submodule(layer.name)
+    cls = pair_class(module, form)
+    assert cls is not None, layer.name
+    return cls.unroll(module, module.weight.detach())  # type: ignore[operator, arg-type]
+
+
 def _used_at(
     gm: fx.GraphModule, model: nn.Module, node: fx.Node, names: dict[int, list[str]], form: str
 ) -> list[tuple[nn.Parameter, Layer]]:

@@ -1,0 +1,1 @@
+"""Benchmarks: the papers' tables, and what fxrank itself costs."""
