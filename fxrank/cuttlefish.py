@@ -38,7 +38,7 @@ class Cuttlefish(Policy):
 
     rank_metric: str = "scaled_stable_rank"
     epsilon: float = 0.1
-    window: int = 15
+    window: int = 25
     latest: float | None = 0.5
     speedup_threshold: float | None = 1.5
     probe_ratio: float = 0.25

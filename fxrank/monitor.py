@@ -43,7 +43,7 @@ class SlopeDetector(Detector):
     """
 
     epsilon: float = 0.1
-    window: int = 15
+    window: int = 25
     relative: bool = True
 
     def settled(

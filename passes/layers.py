@@ -212,7 +212,7 @@ def _used_at(
         found = []
         for path, parameter in module.named_parameters():
             if parameter.ndim >= 2:
-                name = str(node.target) if path == "weight" else f"{node.target}.{path}"
+                name = f"{node.target}.{path}".removesuffix(".weight")
                 found.append(
                     (
                         parameter,

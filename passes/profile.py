@@ -111,7 +111,7 @@ class Profiler:
         *,
         amp: torch.dtype | None = None,
         rounds: int = 11,
-        budget_ms: float = 400.0,
+        budget_ms: float = 200.0,
     ) -> None:
         self._model, self._device, self._amp = model, device, amp
         self._rounds, self._budget_ms = rounds, budget_ms

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.errors import TraceError
@@ -106,7 +106,8 @@ def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Mod
                 f"{where or 'its own forward'} with {type(error).__name__}: {error}. "
                 "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."
             ) from error
-    return fx.GraphModule(model, graph, type(model).__name__)
+        # Inside: tensors that the forward made are attributes of the model until it is put back.
+        return fx.GraphModule(model, graph, type(model).__name__)
 
 
 def _reads_mode(module: nn.Module) -> bool:
@@ -258,23 +259,48 @@ class _ValueTracer(fx.Tracer):
         args, kwargs = _values((tuple(args), dict(kwargs)))
         self._evaluating = True
         try:
-            with self._mode, torch.no_grad():
-                if kind == "get_attr":
-                    return self._mode.from_tensor(operator.attrgetter(target)(self.root), static_shapes=True)
-                if kind == "call_function":
-                    return target(*args, **kwargs)
-                if kind == "call_method":
+            with torch.no_grad():
+                if kind == "call_module":
+                    return self._leaf_value(self.root.get_submodule(target), args, kwargs)  # type: ignore[union-attr]
+                with self._mode:
+                    if kind == "get_attr":
+                        return self._fake(operator.attrgetter(target)(self.root))
+                    if kind == "call_function":
+                        return target(*args, **kwargs)
+                    assert kind == "call_method", kind
                     return getattr(args[0], target)(*args[1:], **kwargs)
-                assert kind == "call_module", kind
-                leaf = self.root.get_submodule(target)  # type: ignore[union-attr]
-                # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
-                state = {
-                    name: self._mode.from_tensor(tensor, static_shapes=True)
-                    for name, tensor in [*leaf.named_parameters(), *leaf.named_buffers()]
-                }
-                return torch.func.functional_call(leaf, state, args, kwargs)
         finally:
             self._evaluating = False
+
+    def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
+        # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
+        state = {name: self._fake(t) for name, t in [*leaf.named_parameters(), *leaf.named_buffers()]}
+        try:
+            with self._mode:
+                return torch.func.functional_call(leaf, state, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if not isinstance(leaf, self._leaves):
+                raise
+        return self._fake(self._really_returned(leaf))
+
+    def _really_returned(self, leaf: nn.Module) -> Any:
+        """What a leaf returns in a real run: the shapes of a module that looks at data are known no other way."""
+        returned: list[Any] = []
+        hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
+        buffers = [(b, b.clone()) for b in self.root.buffers()]  # type: ignore[union-attr]
+        devices = {b.device for b in pytree.tree_leaves(self._call) if isinstance(b, Tensor) and b.device.type == "cuda"}
+        args, kwargs = self._call
+        try:
+            with torch.random.fork_rng(devices=list(devices)):
+                self.root(*args, **kwargs)  # type: ignore[operator]
+        finally:
+            hook.remove()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        return returned[0]
+
+    def _fake(self, tree: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: self._mode.from_tensor(t.detach(), static_shapes=True), tree)
 
     # -- hooks of fx.Tracer
 

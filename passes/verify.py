@@ -63,7 +63,7 @@ def largest_difference(a: Any, b: Any) -> float:
         if not x.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
         elif x.numel():
-            x, y = x.double(), y.double()
+            x, y = x.detach().double(), y.detach().double()
             difference, scale = float((x - y).abs().max()), float(x.abs().max())
             worst = max(worst, difference / scale if scale > 0 else difference)
     return worst

@@ -1,0 +1,253 @@
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, weight_norm
+
+import fxrank
+from fxrank.passes.layers import candidates, discover, require_some
+from fxrank.passes.profile import Profiler
+from fxrank.passes.stacks import stacks
+from fxrank.passes.trace import trace
+
+
+def found(model, x, **options):
+    layers = candidates(discover(trace(model, x), model), model, **options)
+    return {layer.name: layer for layer in layers}
+
+
+class Zoo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.plain = nn.Conv2d(4, 4, 3, padding=1)
+        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.up = nn.ConvTranspose2d(4, 4, 2, 2)
+        self.line = nn.Conv1d(4, 4, 3, padding=1)
+        self.table = nn.Embedding(10, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.recurrent = nn.LSTM(4, 4, batch_first=True)
+        self.read = nn.Linear(4, 4)
+        self.raw = nn.Parameter(torch.randn(4, 4))
+        self.unused = nn.Linear(5, 5)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x, tokens):
+        x = self.up(self.depthwise(self.plain(self.first(x)))).flatten(2)
+        x = self.line(x).transpose(1, 2)[:, : tokens.shape[1]] + self.table(tokens)
+        x = self.attention(x, x, x, need_weights=False)[0]
+        x = self.recurrent(x)[0]
+        x = F.linear(x, self.read.weight) @ self.raw
+        return self.head(self.norm(x))
+
+
+def test_every_layer_is_listed_with_its_reason():
+    model = Zoo()
+    layers = found(model, (torch.randn(2, 3, 4, 4), torch.zeros(2, 6, dtype=torch.long)))
+    reasons = {name: layer.reason for name, layer in layers.items()}
+    assert reasons["plain"] is None
+    assert reasons["first"] == "first layer of the graph, left dense by default"
+    assert reasons["head"] == "last layer of the graph, left dense by default"
+    assert reasons["up"] == "ConvTranspose2d has no factor pair"
+    assert reasons["line"] == "Conv1d has no factor pair"
+    assert reasons["table"] == "Embedding has no factor pair"
+    assert reasons["attention.in_proj_weight"] == "MultiheadAttention has no factor pair"
+    assert reasons["recurrent.weight_ih_l0"] == "LSTM has no factor pair"
+    assert reasons["read"].startswith("its weight is read as a raw parameter, by linear")
+    assert reasons["raw"].startswith("its weight is read as a raw parameter, by matmul")
+    assert reasons["unused"] == "the traced call does not reach it"
+    matrices = {n.removesuffix(".weight") for n, p in model.named_parameters() if p.ndim >= 2}
+    assert set(reasons) == matrices
+    assert layers["depthwise"].full_rank == 1
+    assert layers["depthwise"].break_even_rank < 1
+
+
+def test_counts():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(6 * 9, 5))
+    layers = found(model, torch.randn(2, 3, 10, 10))
+    grouped, head = layers["1"], layers["3"]
+    assert (grouped.groups, grouped.rows, grouped.cols, grouped.full_rank) == (2, 3, 36, 3)
+    assert grouped.parameters == model[1].weight.numel()
+    assert grouped.macs == 2 * 6 * 9 * 36
+    assert head.macs == 2 * 54 * 5
+    pair = fxrank.factorize(model, torch.randn(2, 3, 10, 10), rank={"1": 2}).get_submodule("1")
+    assert grouped.pair_parameters(2) == pair.u.weight.numel() + pair.v.weight.numel()
+    assert grouped.break_even_rank == 3 * 36 / 39
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.b.weight = self.a.weight
+        self.alias = self.a
+        self.table = nn.Embedding(4, 4)
+        self.decoder = nn.Linear(4, 4)
+        self.decoder.weight = self.table.weight
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.b(self.a(self.alias(self.stem(x))))
+        return self.head(self.decoder(x) + self.table(torch.zeros(1, dtype=torch.long)))
+
+
+def test_one_layer_per_unique_weight():
+    model = Tied()
+    x = torch.randn(2, 4)
+    layers = found(model, x)
+    assert set(layers) == {"stem", "a", "table", "head"} or set(layers) == {"stem", "a", "decoder", "head"}
+    assert layers["a"].paths == ("a", "alias", "b")
+    assert len(layers["a"].nodes) == 3
+    assert layers["a"].macs == 3 * 2 * 16
+    shared = layers.get("decoder") or layers["table"]
+    assert "its weight is shared with" in shared.reason
+    with pytest.warns(UserWarning, match="break-even"):
+        small = fxrank.factorize(model, x, rank=1.0)
+    assert small.alias is small.a
+    assert small.a is not small.b
+    assert small.a.u.weight is small.b.u.weight
+    assert small.a.v.weight is small.b.v.weight
+    assert small.a.bias is not small.b.bias
+    assert small.decoder.weight is small.table.weight
+    torch.testing.assert_close(small(x), model(x), rtol=0, atol=1e-5)  # four float32 layers
+
+
+def test_derived_weights_are_left_alone():
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        parametrizations.weight_norm(nn.Linear(4, 4)),
+        parametrizations.spectral_norm(nn.Linear(4, 4)),
+        nn.Linear(4, 4),
+    )
+    layers = found(model, torch.randn(2, 4))
+    for name, layer in layers.items():
+        if name.startswith(("1", "2")):
+            assert "has no factor pair" in layer.reason
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model[1] = weight_norm(nn.Linear(4, 4))
+    layers = found(model, torch.randn(2, 4))
+    assert any(
+        "weight is derived from other parameters" in layer.reason for n, layer in layers.items() if n.startswith("1")
+    )
+    assert parametrize.is_parametrized(model[2])
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.middle = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.one, self.two = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x, y):
+        z = self.middle(self.left(x) + self.right(y))
+        return self.one(z), self.two(z)
+
+
+def test_first_and_last_are_found_by_position():
+    x = torch.randn(2, 4)
+    boundary = {n: layer.boundary for n, layer in found(Branches(), (x, x)).items()}
+    assert boundary == {"left": "first", "right": "first", "middle": None, "one": "last", "two": "last"}
+
+
+def sequential():
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4, 3),
+        nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 6)),
+        nn.Linear(6, 2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({}, {"1", "2.0", "2.2"}),
+        ({"include": "*"}, {"0", "1", "2.0", "2.2", "3"}),
+        ({"include": ["0"]}, {"0", "1", "2.0", "2.2"}),
+        ({"exclude": "2.*"}, {"1"}),
+        ({"exclude": re.compile(r"^\d$")}, {"2.0", "2.2"}),
+        ({"exclude": "re:0$"}, {"1", "2.2"}),
+        ({"exclude": nn.Linear}, {"1", "2.0"}),
+        ({"include": "*", "exclude": [nn.Conv2d, "3"]}, {"2.2"}),
+    ],
+)
+def test_selection(options, left):
+    layers = found(sequential(), torch.randn(2, 3, 7, 7), **options)
+    assert {n for n, layer in layers.items() if layer.reason is None} == left
+
+
+def test_selection_by_module_and_its_errors():
+    model = sequential()
+    x = torch.randn(2, 3, 7, 7)
+    layers = found(model, x, exclude=model[2])
+    assert layers["2.0"].reason == "excluded by the user"
+    with pytest.raises(
+        ValueError,
+        match=re.escape(
+            "each selector in exclude must match at least one layer; '2.9' matches none of 5. Nearest names: 2.2, 2.0"
+        ),
+    ):
+        found(model, x, exclude="2.9")
+    with pytest.raises(
+        TypeError, match="include takes names, globs, regular expressions, module classes or modules; got int"
+    ):
+        found(model, x, include=[3])
+
+
+def test_nothing_to_factorize_lists_every_reason():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(1, 1, 1), nn.Linear(4, 2))
+    layers = candidates(discover(trace(model, torch.randn(1, 4)), model), model)
+    with pytest.raises(fxrank.NothingToFactorizeError) as caught:
+        require_some(layers)
+    text = str(caught.value)
+    assert text.startswith("at least one layer must be factorizable; 0 of 3 are:\n  0 (linear): first layer")
+    assert "1 (Conv1d): Conv1d has no factor pair" in text
+    assert "'*' takes everything" in text
+
+
+def test_stacks_group_interchangeable_layers():
+    model = nn.Sequential(
+        *[nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)],
+        nn.Conv2d(4, 4, 3, padding=1, stride=2),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(64, 2),
+    )
+    groups = stacks(list(found(model, torch.randn(1, 4, 8, 8)).values()))
+    assert [[layer.name for layer in g.layers] for g in groups] == [["1", "2", "3"], ["4"], ["5"]]
+    assert groups[0].name == "1 +2"
+
+
+def test_profile_counts_and_leaves_the_model_alone():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 4))
+    x = torch.randn(5, 8)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    measured = fxrank.profile(model, x, include="*", exclude="0")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    first = measured.stacks[0]
+    assert first.names == ("1",)
+    assert first.probe_rank == 2
+    assert first.flops == 2 * 5 * 8 * 16
+    assert first.bytes_moved == 4 * (5 * 8 + 8 * 16 + 5 * 16)
+    assert first.pair_flops == 2 * 5 * 2 * (8 + 16)
+    assert first.pair_bytes_moved == 4 * (5 * 8 + 2 * (8 + 16) + 2 * 5 * 2 + 5 * 16)
+    assert first.intensity == first.flops / first.bytes_moved
+    assert first.dense_ms > 0
+    assert first.speedup == first.dense_ms / first.pair_ms
+    assert "FLOP/B" in str(measured)
+    assert measured.to_dict()["K"] == measured.K
+
+
+def test_profile_measures_what_it_is_asked_under_autocast():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3)).to(memory_format=torch.channels_last)
+    layer = found(model, torch.randn(2, 3, 8, 8), include="*")["1"]
+    times = Profiler(model, torch.device("cpu"), amp=torch.bfloat16, rounds=3).times_ms(layer, [1, 2])
+    assert len(times) == 3
+    assert min(times) > 0
