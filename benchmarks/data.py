@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import torch
+from PIL import Image
 from torch import Tensor
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -48,8 +50,6 @@ def cifar10(root: str | Path, source: str | Path | None = None, cache: str | Pat
 
 
 def _decode(archive: Path) -> Cifar:
-    from torchvision.io import ImageReadMode, decode_jpeg
-
     images: dict[str, list[Tensor]] = {"train": [], "test": []}
     names: dict[str, list[str]] = {"train": [], "test": []}
     with tarfile.open(archive) as tar:
@@ -59,8 +59,8 @@ def _decode(archive: Path) -> Cifar:
                 continue
             file = tar.extractfile(member)
             assert file is not None
-            encoded = torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
-            images[parts[-3]].append(decode_jpeg(encoded, ImageReadMode.RGB))
+            pixels = numpy.asarray(Image.open(file).convert("RGB"))
+            images[parts[-3]].append(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
             names[parts[-3]].append(parts[-2])
     if not images["train"] or not images["test"]:
         raise ValueError(f"the archive must hold train/<class>/*.jpg and test/<class>/*.jpg; {archive.name} does not.")

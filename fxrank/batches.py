@@ -60,16 +60,16 @@ def run_batch(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Outcome:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise TypeError(f"loss_fn must return a scalar tensor; got {describe(loss)}.")
     else:
-        loss = _inferred_loss(outputs, targets, batch)
+        loss = _inferred_loss(outputs, targets, batch, not (isinstance(batch, (tuple, list)) and len(batch) >= 2))
     correct, predictions = _correct(outputs, targets)
     return Outcome(loss, _examples(batch), correct, predictions)
 
 
-def _inferred_loss(outputs: Any, targets: Any, batch: Any) -> Tensor:
+def _inferred_loss(outputs: Any, targets: Any, batch: Any, untargeted: bool) -> Tensor:
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, Tensor):
         return own
-    if targets is batch or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+    if untargeted or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         raise TypeError(
             f"the loss can be inferred for batches (inputs, targets) with tensor outputs, or for models that return .loss; got a batch "
             f"{describe(batch)} and outputs {describe(outputs)}. Pass loss_fn(outputs, targets)."

@@ -1,5 +1,6 @@
 """Save and load: safetensors for the numbers, `plan.json` for the architecture. No pickle anywhere."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.factors import pair_class
 from fxrank.plan import Plan
-from fxrank.surgery import apply_plan, plan_of
+from fxrank.surgery import apply_plan, check_plan, plan_of
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 
@@ -24,11 +25,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     a plan.
     """
     plan = plan_of(model)
+    tensors, aliases, first = {}, {}, {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) in first:  # a shared parameter: stored once
+            aliases[name] = first[id(value)]
+            continue
+        first[id(value)] = name
+        tensors[name] = value.detach().contiguous()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = Path(scratch) / WEIGHTS
-        safetensors.torch.save_model(model, str(weights), metadata={"format": "pt", "writer": "fxrank"})
+        safetensors.torch.save_file(tensors, str(weights), metadata={"format": "pt", "aliases": json.dumps(aliases)})
         plan.save(Path(scratch) / PLAN)
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
@@ -53,18 +61,20 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            aliases = set(file.metadata() or {}) - {"format", "writer"}
-    except (SafetensorError, OSError) as error:
+            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
         ) from error
+    check_plan(model, plan)
     _check_names(model, plan, stored, aliases)
     apply_plan(model, plan, split=False)
-    safetensors.torch.load_model(model, str(folder / WEIGHTS), strict=True)
+    state = safetensors.torch.load_file(str(folder / WEIGHTS))
+    model.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
     return model
 
 
-def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]], aliases: set[str]) -> None:
+def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> None:
     """Compare what the file holds with what the rewritten model will ask for, before the model is touched."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     paths: dict[int, list[str]] = {}
@@ -74,13 +84,9 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
     for decision in plan.layers:
         if decision.rank is None:
             continue
-        try:
-            module = model.get_submodule(decision.name)
-        except AttributeError:
-            continue  # apply_plan names it
+        module = model.get_submodule(decision.name)
         cls = pair_class(module, decision.form)
-        if cls is None or not 1 <= decision.rank <= cls.full_rank_of(module):
-            continue
+        assert cls is not None
         pair = cls(module, decision.rank, decision.extra_bn)
         for path in paths[id(module.weight)]:
             own_bias = model.get_submodule(path).bias

@@ -55,9 +55,12 @@ def _called(spec: str, kind: type, what: str) -> Any:
     module, _, name = spec.partition(":")
     sys.path.insert(0, "")
     try:
-        result = getattr(importlib.import_module(module), name)()
+        function = getattr(importlib.import_module(module), name, None)
     finally:
         sys.path.pop(0)
+    if not callable(function):
+        raise ValueError(f"{spec} must name a callable; module {module!r} has none called {name!r}.")
+    result = function()
     if not isinstance(result, kind):
         raise ValueError(f"{spec} must return {what}; got {type(result).__name__}.")
     return result

@@ -16,7 +16,7 @@ from torch import nn
 
 from fxrank.passes.lanczos import StableRankTracker
 from fxrank.passes.layers import Layer, stack_of
-from fxrank.passes.spectra import mean_over_groups, singular_values, stable
+from fxrank.passes.spectra import check_finite, mean_over_groups, singular_values, stable
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,8 @@ class RankMonitor:
         with torch.no_grad():
             stacks = [stack_of(layer, self._model, form=self._form) for layer in self._layers]
             if exact:
+                for layer, stack in zip(self._layers, stacks, strict=True):
+                    check_finite(stack, layer.name)
                 values = [mean_over_groups(stable, singular_values(stack)) for stack in stacks]
             else:
                 values = self._tracker(stacks, [layer.name for layer in self._layers])

@@ -78,7 +78,7 @@ def _project_state(optimizer: Optimizer, replacement: Replacement, u: nn.Paramet
     new_u: dict[str, Any] = {}
     new_v: dict[str, Any] = {}
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() == 1:
+        if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
             new_u[key] = value.clone() if isinstance(value, Tensor) else value
             new_v[key] = value.clone() if isinstance(value, Tensor) else value
         elif value.shape == shape and key in LINEAR_STATE | SQUARED_STATE:
@@ -133,15 +133,25 @@ class FactorRegime:
         """
         self._lr_factor = factor
 
-    def before_step(self) -> None:
+    def before_step(self, closure: Callable[[], Any] | None = None) -> Callable[[], Any] | None:
+        """Set the learning rate and add the decay. A step with a `closure` makes its gradients inside: the closure
+        returned then adds the decay to them.
+        """
         factor = self._lr_factor()
         if factor != 1.0:
-            self._scheduled = [
-                g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"] for g in self._optimizer.param_groups
-            ]
+            self._scheduled = [group["lr"] for group in self._optimizer.param_groups]
             for group in self._optimizer.param_groups:
                 group["lr"] = group["lr"] * factor
-        self.decay()
+        if closure is None:
+            self.decay()
+            return None
+
+        def decayed() -> Any:
+            loss = closure()
+            self.decay()
+            return loss
+
+        return decayed
 
     def after_step(self) -> None:
         for group, lr in zip(self._optimizer.param_groups, self._scheduled, strict=False):
@@ -151,9 +161,8 @@ class FactorRegime:
     @torch.no_grad()
     def decay(self) -> None:
         """Add the Frobenius decay of this step."""
-        grad_scale = getattr(
-            self._optimizer, "grad_scale", None
-        )  # set by GradScaler when a fused step unscales by itself
+        # Both are set by GradScaler when a fused step unscales, and leaves out overflown gradients, by itself.
+        grad_scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         for site in self._sites:
             group = self._optimizer.param_groups[site.group]
             own = float(group.get("weight_decay", 0.0))
@@ -173,7 +182,8 @@ class FactorRegime:
                 lr = float(group["lr"])
                 shrink = 1.0 - lr * own
                 for w, pull in ((first, pull_u), (second, pull_v)):
-                    w.add_(w.mul(lr * own).sub_(pull, alpha=lr * strength), alpha=1.0 / shrink)
+                    change = w.mul(lr * own).sub_(pull, alpha=lr * strength).div_(shrink)
+                    w.add_(change if found_inf is None else change.mul_(found_inf.to(w.device) == 0))
                 continue
             sign = -1.0 if group.get("maximize") else 1.0
             for w, pull in ((first, pull_u), (second, pull_v)):

@@ -197,7 +197,7 @@ def _typed(data: dict[str, Any], name: str, kind: type, where: str, optional: bo
     if value is None and optional:
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) < 2**1023 else math.inf
     if (
         not isinstance(value, kind)
         or (isinstance(value, bool) and kind is not bool)

@@ -49,7 +49,8 @@ class Report:
     @property
     def overhead(self) -> float:
         """Monitor, profile and switch as a share of the whole run."""
-        return sum(self.seconds.get(k, 0.0) for k in ("monitor", "profile", "switch")) / self.seconds["total"]
+        total = self.seconds.get("total", 0.0)
+        return sum(self.seconds.get(k, 0.0) for k in ("monitor", "profile", "switch")) / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; the plan in its own JSON form."""
@@ -81,7 +82,7 @@ class Report:
         lines = [
             f"policy {plan.policy}: {switched}, K = {plan.K}, {count} of {len(plan.layers)} layers factorized ({plan.note})"
         ]
-        if not count:
+        if not count and plan.policy != "FullRank":
             lines.append("NOTHING WAS FACTORIZED: the model is full-rank; the table says why, layer by layer.")
         full_memory, low_memory = self.memory_bytes.get("full-rank"), self.memory_bytes.get("low-rank")
         rows = [

@@ -29,9 +29,9 @@ from fxrank.passes.spectra import check_finite
 from fxrank.passes.stacks import stacks
 from fxrank.passes.trace import Example, trace
 from fxrank.plan import Plan
-from fxrank.policies import FullRank, as_policy
+from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene
-from fxrank.surgery import apply_plan, keep
+from fxrank.surgery import apply_plan, check_plan, keep
 
 FULL, LOW = "full-rank", "low-rank"
 Listener = Callable[[str, "LowRankSession"], None]
@@ -104,6 +104,8 @@ class LowRankSession:
                 f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
             )
         check_holds(optimizer, model)
+        if isinstance(chosen, FixedPlan):
+            check_plan(model, chosen.given)
         gm = trace(model, example_inputs)
         layers = candidates(discover(gm, model, form=chosen.form), model, include=include, exclude=exclude)
         for layer in layers:
@@ -134,7 +136,7 @@ class LowRankSession:
             )
             self._observe(exact=True)
         self._handles = [
-            self.optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
         self._consider_switch()
@@ -142,9 +144,15 @@ class LowRankSession:
 
     # -- inside optimizer.step()
 
-    def _before_step(self) -> None:
-        if self._regime is not None:
-            self._regime.before_step()
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._regime is None:
+            return None
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], self._regime.before_step(args[1]), *args[2:]), kwargs
+        if callable(kwargs.get("closure")):
+            return args, kwargs | {"closure": self._regime.before_step(kwargs["closure"])}
+        self._regime.before_step()
+        return None
 
     def _after_step(self) -> None:
         self._watch.mark()
@@ -222,12 +230,8 @@ class LowRankSession:
         """Take the hooks off and return the plan. Warns with `NothingFactorizedWarning`, listing the reasons, if
         every layer was left dense.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._detach()
         self._collect_times()
-        if self._regime is not None:
-            self._regime.after_step()
         if self.plan is None:
             self.plan = self._never_switched()
         if not self.plan.R and not isinstance(self.policy, FullRank):
@@ -238,6 +242,13 @@ class LowRankSession:
                 stacklevel=2,
             )
         return self.plan
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._regime is not None:
+            self._regime.after_step()
 
     def _never_switched(self) -> Plan:
         if isinstance(self.policy, FullRank):
@@ -265,6 +276,8 @@ class LowRankSession:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
             self.finish()
+        else:
+            self._detach()
 
     @property
     def settled_count(self) -> tuple[int, int]:

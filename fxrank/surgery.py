@@ -52,7 +52,7 @@ def apply_plan(
     another kind or shape; `NonFiniteWeightError` and `RankError` name the layer. `split=False` leaves the factors
     unfilled, for loading a checkpoint. Pairs with an extra BatchNorm are calibrated on `example`, if there is one.
     """
-    dense = {d.name: _dense_layer(model, d) for d in plan.layers if d.factorized}
+    dense = check_plan(model, plan)
     if split:
         for name, module in dense.items():
             check_finite(module.weight.detach(), name)  # type: ignore[operator, arg-type]
@@ -90,6 +90,11 @@ def apply_plan(
         calibrate(norms, model, lambda: model(*args, **kwargs))
     remember_plan(model, plan)
     return replacements
+
+
+def check_plan(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
+    """The dense layers that the plan factorizes, by name. Raises `PlanMismatchError` or `RankError` for the first misfit."""
+    return {d.name: _dense_layer(model, d) for d in plan.layers if d.factorized}
 
 
 def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:

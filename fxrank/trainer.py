@@ -127,8 +127,10 @@ class Trainer:
         except Exception:
             self.model.train(was_training)
             raise
-        self._train(session)
-        plan = session.finish()
+        with session:  # takes its hooks off the optimizer, whatever happens
+            self._train(session)
+        plan = session.plan
+        assert plan is not None
         if not plan.R:
             from fxrank.surgery import remember_plan
 

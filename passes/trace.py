@@ -103,7 +103,7 @@ def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Mod
             where = tracer.blame
             raise TraceError(
                 f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
-                f"{where or 'its own forward'} with {type(error).__name__}: {error}. "
+                f"{where or 'its own forward'} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
                 "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."
             ) from error
         # Inside: tensors that the forward made are attributes of the model until it is put back.

@@ -65,7 +65,7 @@ def test_pufferfish_models_have_the_papers_sizes(model, leading, options, name):
     assert session.plan is not None
     assert parameter_count(net) == GOLDEN["models"][name]["parameters"]
     assert planned_macs(session.plan)[1] * 1 == GOLDEN["models"][name]["macs"] * 2  # batch of two
-    assert session.plan.K == leading
+    assert leading == session.plan.K
 
 
 @pytest.mark.parametrize("case", [0, 1])

@@ -21,7 +21,7 @@ class Nested(nn.Module):
         self.cache = {}
         self.register_buffer("calls", torch.zeros(()))
 
-    def passing(function):
+    def passing(function):  # noqa: N805 (a decorator)
         @functools.wraps(function)
         def wrapper(self, *args, **kwargs):
             return function(self, *args, **kwargs)
@@ -153,7 +153,7 @@ class Functional(nn.Module):
         n = int(x.shape[1])
         y = F.linear(x, self.weight)
         y[:, 0] = 0
-        return torch.cat([y, x[:, : n // 2]], 1), [i for i in range(len(x.shape))]
+        return torch.cat([y, x[:, : n // 2]], 1), list(range(len(x.shape)))
 
 
 def test_functions_indexing_and_numbers():

@@ -1,0 +1,117 @@
+"""Small networks and an ordinary training loop, shared by the tests of the product."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxrank
+
+UNTIMED = fxrank.Cuttlefish(speedup_threshold=None)
+"""The default policy without timing, so that a run depends on nothing but its seed."""
+
+
+def mlp(seed=0, width=16, dtype=torch.float32):
+    """Four Linear layers, `(N, 12)` to `(N, 4)`; "2" and "4" are eligible, break-even `width / 2`."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(12, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, 4),
+    ).to(dtype)
+
+
+class ConvNet(nn.Module):
+    """`(N, 3, 8, 8)` to `(N, 4)`; conv2 (grouped) and conv3 are eligible."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 16, 3, padding=1, groups=2, bias=False)
+        self.bn2 = nn.BatchNorm2d(16)
+        self.conv3 = nn.Conv2d(16, 16, 3, stride=2, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.head(F.relu(self.conv3(x)).mean((2, 3)))
+
+
+class Tied(nn.Module):
+    """Two Linear layers with one weight (and their own biases), and one module called twice."""
+
+    def __init__(self, seed=0, tied=True):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.first = nn.Linear(12, 16)
+        self.a = nn.Linear(16, 16)
+        self.b = nn.Linear(16, 16)
+        self.twice = nn.Linear(16, 16)
+        self.head = nn.Linear(16, 4)
+        if tied:
+            self.b.weight = self.a.weight
+
+    def forward(self, x):
+        x = torch.tanh(self.b(torch.tanh(self.a(self.first(x)))))
+        return self.head(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
+def vectors(n=8, seed=1, dtype=torch.float32):
+    """Inputs `(n, 12)` and labels `(n,)` of 4 classes."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 12, generator=g).to(dtype), torch.randint(4, (n,), generator=g)
+
+
+def images(n=4, seed=1):
+    """Inputs `(n, 3, 8, 8)` and labels `(n,)` of 4 classes."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=g), torch.randint(4, (n,), generator=g)
+
+
+def batches(count=4, make=vectors):
+    """A list of batches, a loader as good as any."""
+    return [make(seed=i) for i in range(count)]
+
+
+def train(model, optimizer, steps, batch=None, scheduler=None):
+    """An ordinary loop; the losses."""
+    x, y = vectors() if batch is None else batch
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def snapshot(model):
+    """Everything of a model that a refused call must leave alone, comparable with ==."""
+    return {
+        "types": {n: type(m).__name__ for n, m in model.named_modules()},
+        "modes": {n: m.training for n, m in model.named_modules()},
+        "parameters": {n: id(p) for n, p in model.named_parameters()},
+        "state": {n: (v.dtype, tuple(v.shape), v.flatten().tolist()) for n, v in model.state_dict().items()},
+        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()},
+        "attributes": sorted(vars(model)),
+    }
+
+
+def settings_of(optimizer):
+    """The same for an optimizer."""
+    return {
+        "groups": [
+            {k: [id(p) for p in v] if k == "params" else v for k, v in g.items()} for g in optimizer.param_groups
+        ],
+        "state": {id(p): sorted(s) for p, s in optimizer.state.items()},
+        "hooks": (len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)),
+    }

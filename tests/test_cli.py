@@ -1,0 +1,159 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fxrank
+from fxrank.cli import main
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    assert "usage: fxrank" in capsys.readouterr().out
+
+
+def test_inspect_needs_no_weights(capsys):
+    assert main(["inspect", "--model", "torchvision:resnet18", "--input", "2x3x64x64"]) == 0
+    text = capsys.readouterr().out
+    assert "19 of 21 layers can be factorized" in text
+    assert "first layer of the graph, left dense by default" in text
+    assert (
+        main(["inspect", "--model", "digits", "--input", "2x1x8x8", "--include", "*", "--exclude", "head", "--json"])
+        == 0
+    )
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["name"] for r in rows if r["reason"]] == ["head"]
+
+
+def test_profile(capsys):
+    assert main(["profile", "--model", "digits", "--input", "2x1x8x8", "--json", "--threshold", "1000000"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["K"] == 11
+    assert [len(s["names"]) for s in data["stacks"]] == [4, 1, 3, 1]
+
+
+def test_train_and_repeat_a_plan(tmp_path, capsys):
+    with pytest.warns(fxrank.NothingFactorizedWarning):
+        assert (
+            main(
+                [
+                    "train",
+                    "--model",
+                    "digits",
+                    "--data",
+                    "digits",
+                    "--epochs",
+                    "1",
+                    "--policy",
+                    "cuttlefish-paper",
+                    "--output",
+                    str(tmp_path),
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
+    assert "NOTHING WAS FACTORIZED" in capsys.readouterr().out
+    assert (tmp_path / "plan.json").exists()
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                "digits",
+                "--data",
+                "digits",
+                "--epochs",
+                "1",
+                "--policy",
+                "spectral-init",
+                "--output",
+                str(tmp_path),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert (
+        main(
+            [
+                "train",
+                "--model",
+                "digits",
+                "--data",
+                "digits",
+                "--epochs",
+                "1",
+                "--policy",
+                str(tmp_path / "plan.json"),
+                "--output",
+                str(tmp_path / "2"),
+                "--quiet",
+            ]
+        )
+        == 0
+    )
+    assert fxrank.Plan.load(tmp_path / "2" / "plan.json").R == fxrank.Plan.load(tmp_path / "plan.json").R != {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["inspect", "--model", "nonsense", "--input", "1x1"], "--model must be torchvision:NAME"),
+        (["inspect", "--model", "torchvision:resnet19", "--input", "1x1"], "near it 'resnet18'"),
+        (["inspect", "--model", "timm:nonsense", "--input", "1x1"], "timm model must be one of"),
+        (["inspect", "--model", "digits", "--input", "1xa"], "--input must be positive sizes joined by x"),
+        (["inspect", "--model", "json:dumps2", "--input", "1"], "module 'json' has none called 'dumps2'"),
+        (["inspect", "--model", "builtins:list", "--input", "1"], "builtins:list must return a model; got list"),
+        (["inspect", "--model", "digits", "--input", "2x3x8x8"], "failed in 'stem.0' (Conv2d)"),
+        (
+            ["train", "--model", "digits", "--data", "nowhere"],
+            "--data must be digits, an image folder, or package.module:callable",
+        ),
+        (
+            ["train", "--model", "digits", "--data", "builtins:tuple"],
+            "must return (training loader, validation loader); got 0 values",
+        ),
+        (["train", "--model", "digits", "--data", "digits", "--policy", "x"], "policy must be one of"),
+    ],
+)
+def test_errors_are_one_line(arguments, text, capsys):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_an_image_folder(tmp_path, capsys):
+
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                pixels = generator.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{i}.jpg")
+    arguments = [
+        "train",
+        "--model",
+        "torchvision:resnet18",
+        "--classes",
+        "2",
+        "--data",
+        str(tmp_path),
+        "--epochs",
+        "1",
+        "--batch-size",
+        "2",
+        "--image-size",
+        "32",
+    ]
+    assert main([*arguments, "--policy", "spectral-init", "--output", str(tmp_path / "out"), "--quiet"]) == 0
+    assert "policy SpectralInit" in capsys.readouterr().out
+    (tmp_path / "val").rename(tmp_path / "other")
+    assert main([*arguments, "--quiet"]) == 2
+    assert "an image folder must hold train/ and val/ (or test/)" in capsys.readouterr().err

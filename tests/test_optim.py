@@ -1,0 +1,224 @@
+"""The optimizer after the switch: same object, projected state, Frobenius decay, learning rate."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+
+import fxrank
+from fxrank.optim import FactorRegime, check_holds, swap_parameters
+from fxrank.surgery import apply_plan
+
+
+def trained(optimizer_class, steps=3, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 2)).double()
+    optimizer = optimizer_class(
+        [
+            {"params": [model[0].weight, model[1].weight]},
+            {"params": [model[0].bias, model[1].bias, *model[2].parameters()]},
+        ],
+        **options,
+    )
+    x = torch.randn(5, 6, dtype=torch.float64)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return model, optimizer, x
+
+
+def switched(optimizer_class, rank=3, **options):
+    model, optimizer, x = trained(optimizer_class, **options)
+    weight = model[1].weight
+    state = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[weight].items()}
+    plan = fxrank.plan_of(fxrank.factorize(model, x, rank={"1": rank}))
+    replaced = apply_plan(model, plan)
+    groups = [len(g["params"]) for g in optimizer.param_groups]
+    notes = swap_parameters(optimizer, replaced)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [groups[0] + 1, groups[1]]
+    assert weight not in optimizer.state
+    return model, optimizer, x, state, replaced, notes
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "linear", "squared"),
+    [
+        (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9}, ["momentum_buffer"], []),
+        (torch.optim.Adam, {"amsgrad": True}, ["exp_avg"], ["exp_avg_sq", "max_exp_avg_sq"]),
+        (torch.optim.AdamW, {}, ["exp_avg"], ["exp_avg_sq"]),
+        (torch.optim.NAdam, {}, ["exp_avg"], ["exp_avg_sq"]),
+        (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}, ["momentum_buffer", "grad_avg"], ["square_avg"]),
+        (torch.optim.Adagrad, {}, [], ["sum"]),
+    ],
+)
+def test_state_is_projected(cls, options, linear, squared):
+    model, optimizer, x, state, replaced, notes = switched(cls, **options)
+    assert notes == []
+    pair = replaced[0].pair
+    u, v = pair.u.weight.detach(), pair.v.weight.detach()
+    for keys, left, right in ((linear, v.T, u.T), (squared, v.square().T, u.square().T)):
+        for key in keys:
+            torch.testing.assert_close(optimizer.state[pair.u.weight][key], left @ state[key], rtol=1e-12, atol=1e-14)
+            torch.testing.assert_close(optimizer.state[pair.v.weight][key], state[key] @ right, rtol=1e-12, atol=1e-14)
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.numel() == 1:
+            assert optimizer.state[pair.u.weight][key] == value
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+    again = cls(model.parameters(), **options)
+    assert len(optimizer.state_dict()["state"]) == len(list(model.parameters()))
+    again.load_state_dict({**again.state_dict(), "state": {}})
+
+
+def test_unknown_state_starts_fresh_and_says_so():
+    _, optimizer, _, _, replaced, notes = switched(torch.optim.Rprop)
+    assert notes == ["1: optimizer state 'step_size' of Rprop has no known projection; its factors start fresh"]
+    assert replaced[0].pair.u.weight not in optimizer.state
+
+
+@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize(("cls", "own"), [(torch.optim.SGD, 0.0), (torch.optim.SGD, 0.03), (torch.optim.Adam, 0.03)])
+def test_coupled_frobenius_decay_is_the_gradient_of_the_product_norm(rank, maximize, cls, own):
+    model, optimizer, x, _, replaced, _ = switched(cls, rank=rank, lr=0.01, weight_decay=own, maximize=maximize)
+    pair = replaced[0].pair
+    strength = 0.07
+    optimizer.zero_grad()
+    loss = model(x).square().sum()
+    loss.backward()
+    plain = {p: p.grad.clone() for p in pair.parameters()}
+    penalty = strength / 2 * (pair.v.weight @ pair.u.weight).square().sum()
+    gradients = torch.autograd.grad(penalty, [pair.u.weight, pair.v.weight])
+    FactorRegime(optimizer, replaced, strength).decay()
+    for weight, expected in zip((pair.u.weight, pair.v.weight), gradients, strict=True):
+        # What the optimizer will use: its own decay comes on top (with the sign of maximize).
+        used = (-weight.grad if maximize else weight.grad) + own * weight
+        data = -plain[weight] if maximize else plain[weight]
+        torch.testing.assert_close(used, data + expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(pair.bias.grad, plain[pair.bias])
+
+
+def test_decoupled_frobenius_decay_replaces_the_groups_own():
+    model, optimizer, x, _, replaced, _ = switched(torch.optim.AdamW, lr=0.02, weight_decay=0.3)
+    pair = replaced[0].pair
+    u, v = pair.u.weight.detach().clone(), pair.v.weight.detach().clone()
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    for weight in (pair.u.weight, pair.v.weight):
+        weight.grad.zero_()
+    for state in optimizer.state.values():
+        for key in ("exp_avg", "exp_avg_sq"):
+            state[key].zero_()
+    regime = FactorRegime(optimizer, replaced, "auto")
+    regime.before_step()
+    optimizer.step()
+    regime.after_step()
+    torch.testing.assert_close(pair.u.weight, u - 0.02 * 0.3 * v.T @ v @ u, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(pair.v.weight, v - 0.02 * 0.3 * v @ u @ u.T, rtol=1e-12, atol=1e-12)
+
+
+def test_decay_follows_a_gradient_scaler():
+    model, optimizer, x, _, replaced, _ = switched(torch.optim.SGD, lr=0.01, weight_decay=0.0)
+    pair = replaced[0].pair
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    before = pair.u.weight.grad.clone()
+    optimizer.grad_scale = torch.tensor(8.0, dtype=torch.float64)
+    FactorRegime(optimizer, replaced, 0.5).decay()
+    u, v = pair.u.weight.detach(), pair.v.weight.detach()
+    torch.testing.assert_close(pair.u.weight.grad, before + 8 * 0.5 * v.T @ v @ u, rtol=1e-12, atol=1e-12)
+
+
+def test_no_frobenius_decay_leaves_the_gradient():
+    model, optimizer, x, _, replaced, _ = switched(torch.optim.SGD, lr=0.01, weight_decay=0.1)
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    before = replaced[0].pair.u.weight.grad.clone()
+    FactorRegime(optimizer, replaced, None).decay()
+    assert torch.equal(replaced[0].pair.u.weight.grad, before)
+
+
+def test_learning_rate_factor_is_invisible_to_schedulers():
+    _model, optimizer, _x, _, replaced, _ = switched(torch.optim.SGD, lr=0.5)
+    regime = FactorRegime(optimizer, replaced, None)
+    regime.scale_lr(lambda: 0.1)
+    regime.before_step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.05]
+    regime.after_step()
+    assert [g["lr"] for g in optimizer.param_groups] == [0.5, 0.5]
+
+
+SCHEDULERS = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3, 6]),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [4]
+    ),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 1 / (step + 1)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_goes_on_across_the_switch(name):
+    rates = []
+    for policy in (fxrank.FullRank(), fxrank.Pufferfish(E=1, K=1, ratio=0.25, lr_scale=0.5)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 2))
+        optimizer = torch.optim.SGD(
+            [{"params": model[:2].parameters()}, {"params": model[2].parameters(), "lr": 0.3}], lr=0.1, momentum=0.9
+        )
+        scheduler = SCHEDULERS[name](optimizer)
+        x = torch.randn(5, 6)
+        session = fxrank.LowRankSession.attach(
+            model, optimizer, example_inputs=x, total_steps=10, steps_per_epoch=5, policy=policy
+        )
+        seen = []
+        for _ in range(10):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            scheduler.step(1.0) if name == "ReduceLROnPlateau" else scheduler.step()
+            seen.append([g["lr"] for g in optimizer.param_groups])
+        rates.append(seen)
+        plan = session.finish()
+    assert plan.R == {"1": 2}
+    assert rates[0] == rates[1]
+
+
+def test_optimizer_errors():
+    model = nn.Linear(3, 3)
+    with pytest.raises(
+        ValueError,
+        match=re.escape("the optimizer must hold the model's parameters; SGD holds 2, none of them of Linear."),
+    ):
+        check_holds(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model)
+    with pytest.raises(TypeError, match="LBFGS evaluates the model several times inside one step"):
+        check_holds(torch.optim.LBFGS(model.parameters()), model)
+
+
+def test_extra_norm_parameters_join_a_group_without_decay():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    weights, biases = [m.weight for m in model], [m.bias for m in model]
+    optimizer = torch.optim.SGD(
+        [{"params": weights}, {"params": biases, "weight_decay": 0.0}], lr=0.1, weight_decay=1e-4
+    )
+    session = fxrank.LowRankSession.attach(
+        model,
+        optimizer,
+        example_inputs=torch.randn(2, 3, 8, 8),
+        total_steps=4,
+        policy=fxrank.SpectralInit(K=0, ratio=0.5, extra_bn=True),
+    )
+    pair = model[1]
+    assert session.phase == "low-rank"
+    assert {id(p) for p in pair.norm.parameters()} <= {id(p) for p in optimizer.param_groups[1]["params"]}
+    assert {id(pair.u.weight), id(pair.v.weight)} <= {id(p) for p in optimizer.param_groups[0]["params"]}
