@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.data import Cifar, DeviceLoader, cifar10
-from benchmarks.models import build
 from tabulate import tabulate
 
 import fxrank
 from benchmarks import record
+from benchmarks.data import Cifar, DeviceLoader, cifar10
+from benchmarks.models import build
 
 
 def policies(epochs: int, leading: int, ratio: float) -> dict[str, fxrank.Policy]:
@@ -49,7 +49,7 @@ def run(name: str, policy: fxrank.Policy, data: Cifar, options: argparse.Namespa
     torch.manual_seed(seed)
     model = build(options.model).to(device)
     if options.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     common: dict[str, Any] = {"device": device, "channels_last": options.channels_last}
     train = DeviceLoader(
         data.train_x,

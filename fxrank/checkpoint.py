@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.factors import pair_class
@@ -25,7 +25,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     a plan.
     """
     plan = plan_of(model)
-    tensors, aliases, first = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) in first:  # a shared parameter: stored once
             aliases[name] = first[id(value)]
@@ -67,16 +69,20 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
         ) from error
     check_plan(model, plan)
-    _check_names(model, plan, stored, aliases)
+    _check_names(model, plan, stored)
     apply_plan(model, plan, split=False)
     state = safetensors.torch.load_file(str(folder / WEIGHTS))
     model.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
     return model
 
 
-def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]], aliases: dict[str, str]) -> None:
-    """Compare what the file holds with what the rewritten model will ask for, before the model is touched."""
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> None:
+    """Compare what the file holds with what the rewritten model will ask for, before the model is touched. Of
+    tensors that the model shares, the file holds one.
+    """
+    dense = model.state_dict(keep_vars=True)
+    expected = {name: tuple(value.shape) for name, value in dense.items()}
+    identity: dict[str, object] = {name: id(value) for name, value in dense.items()}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
@@ -89,12 +95,16 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
         assert cls is not None
         pair = cls(module, decision.rank, decision.extra_bn)
         for path in paths[id(module.weight)]:
-            own_bias = model.get_submodule(path).bias
+            own = model.get_submodule(path)
             for name in [n for n in expected if n.startswith(path + ".")]:
                 del expected[name]
             for name, value in pair.state_dict().items():
-                if name != "v.bias" or own_bias is not None:
+                if name != "v.bias":
                     expected[f"{path}.{name}"] = tuple(value.shape)
+                    identity[f"{path}.{name}"] = (id(own) if name.startswith("norm.") else decision.name, name)
+            if isinstance(own.bias, nn.Parameter):
+                expected[f"{path}.v.bias"] = tuple(own.bias.shape)
+                identity[f"{path}.v.bias"] = id(own.bias)
     for name, shape in stored.items():
         if name not in expected:
             raise PlanMismatchError(
@@ -104,8 +114,16 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
             raise PlanMismatchError(
                 f"stored shapes must fit the model; {name!r} is {shape} in the file and {expected[name]} in the model."
             )
+    same: dict[object, list[str]] = {}
     for name in expected:
-        if name not in stored and name not in aliases:
+        same.setdefault(identity[name], []).append(name)
+    for names in same.values():
+        held = [name for name in names if name in stored]
+        if not held:
             raise PlanMismatchError(
-                f"every tensor of the model must be stored; {name!r} is not in the file. Build the architecture that was saved."
+                f"every tensor of the model must be stored; {names[0]!r} is not in the file. Build the architecture that was saved."
+            )
+        if len(held) > 1:
+            raise PlanMismatchError(
+                f"a tensor that the model shares must be stored once; the file holds {held[0]!r} and {held[1]!r} apart. Build the architecture that was saved."
             )

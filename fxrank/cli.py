@@ -46,7 +46,8 @@ def build_model(spec: str, classes: int | None = None) -> nn.Module:
         created: nn.Module = timm.create_model(name, **options)
         return created
     if name:
-        return _called(spec, nn.Module, "a model")
+        called: nn.Module = _called(spec, nn.Module, "a model")
+        return called
     raise ValueError(f"--model must be {MODEL_HELP}; got {spec!r}.")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fxrank.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.passes.errors import unknown_name
@@ -158,7 +159,7 @@ class Cuttlefish(Policy):
         xi = self._xi_of(layer, scene)
         value = rank_rule(self.rank_metric)(Evidence(sigma, xi, self.share, self.ratio))
         rank = whole_rank(max(value, self.min_ratio * layer.full_rank), layer.full_rank)
-        known = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
+        known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
         if rank >= layer.break_even_rank:
             return replace(
                 keep(

@@ -11,7 +11,7 @@ from torch import fx, nn
 from fxrank.passes.calibrate import calibrate
 from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.factorize import Factorize, install, pairs_in
-from fxrank.passes.factors import FactorPair, pair_class
+from fxrank.passes.factors import FactorPair, pair_class, weight_of
 from fxrank.passes.layers import Layer, Selector, candidates, discover, require_some
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import Example, call_arguments, trace
@@ -55,7 +55,7 @@ def apply_plan(
     dense = check_plan(model, plan)
     if split:
         for name, module in dense.items():
-            check_finite(module.weight.detach(), name)  # type: ignore[operator, arg-type]
+            check_finite(weight_of(module).detach(), name)
     decisions = {d.name: d for d in plan.layers}
     by_weight: dict[int, tuple[str, list[nn.Module]]] = {id(m.weight): (name, []) for name, m in dense.items()}
     for module in model.modules():

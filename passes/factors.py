@@ -12,13 +12,25 @@ Cuttlefish §3 use: thin k×k, then 1×1.
 """
 
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from fxrank.passes.errors import RankError, unknown_name
 from fxrank.passes.spectra import truncated_factors
+
+
+Dense = nn.Linear | nn.Conv2d
+"""Layers that have a pair. A new kind joins here."""
+Layers = tuple[Dense, nn.BatchNorm2d | None, Dense]
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The layer's weight; for layers that are known to have one."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 class FactorPair(nn.Module):
@@ -36,9 +48,9 @@ class FactorPair(nn.Module):
     geometry: ClassVar[tuple[str, ...]]
     """Attributes of the dense layer that a reader may ask the pair for."""
 
-    u: nn.Module
-    v: nn.Module
-    norm: nn.Module | None
+    u: nn.Linear | nn.Conv2d
+    v: nn.Linear | nn.Conv2d
+    norm: nn.BatchNorm2d | None
 
     def __init__(self, dense: nn.Module, rank: int, extra_bn: bool = False) -> None:
         """Empty factors of rank `rank` (columns of `V` per group) with the geometry, dtype, device and training
@@ -51,22 +63,21 @@ class FactorPair(nn.Module):
         if not 1 <= rank <= full:
             raise RankError(f"a rank must be in 1 … {full}, the full rank of the layer; got {rank}.")
         self.rank = rank
-        self.dense_shape: tuple[int, ...] = tuple(dense.weight.shape)  # type: ignore[arg-type, operator]
+        weight = weight_of(dense)
+        self.dense_shape: tuple[int, ...] = tuple(weight.shape)
         for name in self.geometry:
             self.__dict__[name] = getattr(dense, name)
-        weight = dense.weight
-        assert isinstance(weight, Tensor)
         self.u, self.norm, self.v = self._layers(dense, {"device": weight.device, "dtype": weight.dtype}, extra_bn)
         self.train(dense.training)
         for parameter in self.parameters():
             parameter.requires_grad_(weight.requires_grad)
         if getattr(dense, "bias", None) is not None:
-            self.v.bias = dense.bias  # the very parameter: its gradient, optimizer state and flags go on
+            self.v.bias = cast(nn.Parameter, dense.bias)  # the very parameter: its gradient, optimizer state and flags go on
 
     @classmethod
     def full_rank_of(cls, dense: nn.Module) -> int:
         """`min(rows, cols)` of one group's matrix."""
-        return min(cls.unroll(dense, dense.weight).shape[1:])  # type: ignore[arg-type]
+        return min(cls.unroll(dense, weight_of(dense)).shape[1:])
 
     @classmethod
     @abstractmethod
@@ -81,7 +92,7 @@ class FactorPair(nn.Module):
     @abstractmethod
     def _layers(
         self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
-    ) -> tuple[nn.Module, nn.Module | None, nn.Module]: ...
+    ) -> Layers: ...
 
     @abstractmethod
     def fold_u(self, u: Tensor) -> Tensor:
@@ -104,7 +115,7 @@ class FactorPair(nn.Module):
         """Inverse of `unroll`."""
 
     @abstractmethod
-    def to_dense(self) -> nn.Module:
+    def to_dense(self) -> Dense:
         """The dense layer with the product of the factors as its weight (exact up to rounding; a `norm` is folded
         in with its running statistics).
         """
@@ -116,8 +127,8 @@ class FactorPair(nn.Module):
     def fill(self, u: Tensor, v: Tensor) -> None:
         """Fill the factors with `U` `(groups, r, cols)` and `V` `(groups, rows, r)`."""
         with torch.no_grad():
-            self.u.weight.copy_(self.fold_u(u))  # type: ignore[operator, union-attr]
-            self.v.weight.copy_(self.fold_v(v))  # type: ignore[operator, union-attr]
+            self.u.weight.copy_(self.fold_u(u))
+            self.v.weight.copy_(self.fold_v(v))
 
     def forward(self, x: Tensor) -> Tensor:
         """`v(u(x))`; shapes in and out as the dense layer's."""
@@ -130,7 +141,7 @@ class FactorPair(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, built anew; differentiable in the factors. A `norm` is not part of it."""
-        return self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight))  # type: ignore[arg-type]
+        return self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight))
 
     @property
     def bias(self) -> Tensor | None:
@@ -162,8 +173,8 @@ class LowRankLinear(FactorPair):
 
     def _layers(
         self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
-    ) -> tuple[nn.Module, nn.Module | None, nn.Module]:
-        first = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
+    ) -> Layers:
+        first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
         return first, None, nn.utils.skip_init(nn.Linear, self.rank, self.out_features, bias=False, **place)
 
     def fold_u(self, u: Tensor) -> Tensor:
@@ -181,7 +192,7 @@ class LowRankLinear(FactorPair):
     def fold_dense(self, matrix: Tensor) -> Tensor:
         return matrix[0]
 
-    def to_dense(self) -> nn.Module:
+    def to_dense(self) -> Dense:
         weight = self.weight.detach()
         dense = nn.utils.skip_init(
             nn.Linear, self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
@@ -223,7 +234,8 @@ class LowRankConv2d(FactorPair):
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         groups = dense.groups
-        return tensor.reshape(groups, tensor.shape[0] // groups, -1)  # type: ignore[operator, arg-type]
+        assert isinstance(groups, int)
+        return tensor.reshape(groups, tensor.shape[0] // groups, -1)
 
     @classmethod
     def spectral_view(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
@@ -231,7 +243,7 @@ class LowRankConv2d(FactorPair):
             tensor = tensor.permute(0, 2, 3, 1)
         return cls.unroll(dense, tensor)
 
-    def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Module:
+    def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Conv2d:
         options: dict[str, Any] = {
             "in_channels": self.in_channels,
             "out_channels": self.out_channels,
@@ -243,19 +255,19 @@ class LowRankConv2d(FactorPair):
             "padding_mode": self.padding_mode,
             "bias": False,
         }
-        conv: nn.Module = nn.utils.skip_init(nn.Conv2d, **(options | changes), **place)
+        conv: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, **(options | changes), **place)
         return conv
 
     def _layers(
         self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
-    ) -> tuple[nn.Module, nn.Module | None, nn.Module]:
+    ) -> Layers:
         width = self.groups * self.rank
         pointwise = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
         first = self._conv(place, out_channels=width)
         second = self._conv(place, in_channels=width, **pointwise)
-        if dense.weight.is_contiguous(memory_format=torch.channels_last) and not dense.weight.is_contiguous():  # type: ignore[operator, union-attr]
-            first.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            second.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if weight_of(dense).is_contiguous(memory_format=torch.channels_last) and not weight_of(dense).is_contiguous():
+            first.to(memory_format=torch.channels_last)
+            second.to(memory_format=torch.channels_last)
         return first, nn.BatchNorm2d(width, **place) if extra_bn else None, second
 
     def fold_u(self, u: Tensor) -> Tensor:
@@ -273,8 +285,8 @@ class LowRankConv2d(FactorPair):
     def fold_dense(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.dense_shape)
 
-    def to_dense(self) -> nn.Module:
-        v, u = self.unfold_v(self.v.weight.detach()), self.unfold_u(self.u.weight.detach())  # type: ignore[operator, union-attr]
+    def to_dense(self) -> Dense:
+        v, u = self.unfold_v(self.v.weight.detach()), self.unfold_u(self.u.weight.detach())
         bias = self.bias
         if isinstance(self.norm, nn.BatchNorm2d):
             norm = self.norm
@@ -288,15 +300,15 @@ class LowRankConv2d(FactorPair):
         return _fill_dense(self._conv({"device": weight.device, "dtype": weight.dtype}), self, weight, bias)
 
 
-def _fill_dense(dense: nn.Module, pair: FactorPair, weight: Tensor, bias: Tensor | None) -> nn.Module:
+def _fill_dense(dense: Dense, pair: FactorPair, weight: Tensor, bias: Tensor | None) -> Dense:
     source = pair.u.weight
     assert isinstance(source, Tensor)
     with torch.no_grad():
-        dense.weight.copy_(weight)  # type: ignore[operator, union-attr]
+        dense.weight.copy_(weight)
     if isinstance(source, Tensor) and weight.ndim == 4 and not source.is_contiguous():
-        dense.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    dense.weight.requires_grad_(source.requires_grad)  # type: ignore[operator, union-attr]
-    dense.bias = bias  # type: ignore[assignment]
+        dense.to(memory_format=torch.channels_last)
+    dense.weight.requires_grad_(source.requires_grad)
+    dense.bias = bias
     return dense.train(pair.training)
 
 
@@ -327,5 +339,5 @@ def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: b
         names = ", ".join(t.__name__ for t in PAIRS)
         raise TypeError(f"only {names} have a factor pair; got {type(dense).__name__}. Leave this layer dense.")
     pair = cls(dense, rank, extra_bn)
-    pair.split(dense.weight)  # type: ignore[arg-type]
+    pair.split(weight_of(dense))
     return pair

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrank.passes.errors import NothingToFactorizeError
-from fxrank.passes.factors import FactorPair, pair_class
+from fxrank.passes.factors import FactorPair, pair_class, weight_of
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
 
@@ -156,7 +156,7 @@ def stack_of(layer: Layer, model: nn.Module, *, form: str = "channel") -> Tensor
     module = model.get_submodule(layer.name)
     cls = pair_class(module, form)
     assert cls is not None, layer.name
-    return cls.spectral_view(module, module.weight.detach())  # type: ignore[operator, arg-type]
+    return cls.spectral_view(module, weight_of(module).detach())
 
 
 def matrices_of(layer: Layer, model: nn.Module, *, form: str = "channel") -> Tensor:
@@ -164,12 +164,12 @@ def matrices_of(layer: Layer, model: nn.Module, *, form: str = "channel") -> Ten
     module = model.get_submodule(layer.name)
     cls = pair_class(module, form)
     assert cls is not None, layer.name
-    return cls.unroll(module, module.weight.detach())  # type: ignore[operator, arg-type]
+    return cls.unroll(module, weight_of(module).detach())
 
 
 def _used_at(
     gm: fx.GraphModule, model: nn.Module, node: fx.Node, names: dict[int, list[str]], form: str
-) -> list[tuple[nn.Parameter, Layer]]:
+) -> list[tuple[Tensor, Layer]]:
     if node.op == "get_attr":
         target = str(node.target)
         owner, _, attribute = target.rpartition(".")
@@ -198,7 +198,7 @@ def _used_at(
                     nodes=(node.name,),
                 ),
             )
-        ]  # type: ignore[arg-type, list-item]
+        ]
     module = gm.get_submodule(str(node.target))
     cls = pair_class(module, form)
     paths = tuple(names.get(id(module), [str(node.target)]))
@@ -209,7 +209,7 @@ def _used_at(
             if derived
             else f"{type(module).__name__} has no factor pair"
         )
-        found = []
+        found: list[tuple[Tensor, Layer]] = []
         for path, parameter in module.named_parameters():
             if parameter.ndim >= 2:
                 name = f"{node.target}.{path}".removesuffix(".weight")
@@ -288,7 +288,7 @@ def _boundaries(gm: fx.GraphModule, weighted: set[str]) -> dict[str, str]:
 
     def beyond(direction: "nx.DiGraph[str]") -> set[str]:
         probe = direction.copy()
-        start = object()
+        start = "the layers themselves"  # no node of a graph has spaces in its name
         probe.add_edges_from((start, after) for name in weighted for after in direction.successors(name))
         return set(nx.descendants(probe, start)) if start in probe else set()
 

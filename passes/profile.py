@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.factors import FactorPair, pair_class
+from fxrank.passes.factors import FactorPair, pair_class, weight_of
 from fxrank.passes.layers import Layer
 from fxrank.passes.stacks import Stack
 
@@ -154,7 +154,7 @@ class Profiler:
             dense = cls(source, 1).to_dense()
             _detach_and_fill(dense)
             x = torch.randn(layer.input_shape, device=self._device, dtype=layer.dtype)
-            if x.ndim == 4 and not source.weight.is_contiguous():  # type: ignore[operator, union-attr]
+            if x.ndim == 4 and not weight_of(source).is_contiguous():
                 x = x.contiguous(memory_format=torch.channels_last)
             medians = self._interleaved([self._step(module.to(self._device), x) for module in (dense, *pairs)])
         self.seconds += time.perf_counter() - start

@@ -164,6 +164,9 @@ class _ValueProxy(fx.Proxy):
     def keys(self) -> Any:
         return self._value.keys()
 
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
@@ -226,7 +229,7 @@ class _ValueTracer(fx.Tracer):
 
     def _input_names(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> list[str]:
         try:
-            parameters = list(inspect.signature(self.root.forward).parameters.values())  # type: ignore[union-attr]
+            parameters = list(inspect.signature(self.root.forward).parameters.values())
         except (TypeError, ValueError):
             parameters = []
         named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -261,7 +264,7 @@ class _ValueTracer(fx.Tracer):
         try:
             with torch.no_grad():
                 if kind == "call_module":
-                    return self._leaf_value(self.root.get_submodule(target), args, kwargs)  # type: ignore[union-attr]
+                    return self._leaf_value(self.root.get_submodule(target), args, kwargs)
                 with self._mode:
                     if kind == "get_attr":
                         return self._fake(operator.attrgetter(target)(self.root))
@@ -287,12 +290,12 @@ class _ValueTracer(fx.Tracer):
         """What a leaf returns in a real run: the shapes of a module that looks at data are known no other way."""
         returned: list[Any] = []
         hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
-        buffers = [(b, b.clone()) for b in self.root.buffers()]  # type: ignore[union-attr]
+        buffers = [(b, b.clone()) for b in self.root.buffers()]
         devices = {b.device for b in pytree.tree_leaves(self._call) if isinstance(b, Tensor) and b.device.type == "cuda"}
         args, kwargs = self._call
         try:
             with torch.random.fork_rng(devices=list(devices)):
-                self.root(*args, **kwargs)  # type: ignore[operator]
+                self.root(*args, **kwargs)
         finally:
             hook.remove()
             for buffer, value in buffers:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.factors import FactorPair, weight_of
 from fxrank.passes.spectra import singular_values, truncation_error
 from fxrank.passes.trace import Example, call_arguments
 
@@ -30,8 +30,8 @@ class PairError:
 
 def pair_error(dense: nn.Module, pair: FactorPair) -> PairError:
     """Compare `pair`, without its `norm`, to `dense` in float64."""
-    stack = type(pair).unroll(dense, dense.weight.detach().double())  # type: ignore[operator, union-attr]
-    u, v = pair.unfold_u(pair.u.weight.detach().double()), pair.unfold_v(pair.v.weight.detach().double())  # type: ignore[operator, union-attr]
+    stack = type(pair).unroll(dense, weight_of(dense).detach().double())
+    u, v = pair.unfold_u(pair.u.weight.detach().double()), pair.unfold_v(pair.v.weight.detach().double())
     sigma = singular_values(stack)
     residual = stack - v @ u
     norm = float(torch.linalg.vector_norm(stack))

@@ -90,9 +90,9 @@ def test_policies_by_name():
     ):
         as_policy("pufferfish")
     with pytest.raises(
-        TypeError, match=re.escape("policy must be a fxrank policy, a Plan or a name; got type. Valid names: ")
+        TypeError, match=re.escape("policy must be a fxrank policy, a Plan or a name; got int. Valid names: ")
     ):
-        as_policy(fxrank.Cuttlefish)
+        as_policy(3)
 
 
 def test_policies_are_frozen():
