@@ -103,8 +103,10 @@ class Cuttlefish(Policy):
     def probe(self) -> float:
         return self.probe_ratio
 
-    def detector(self) -> Detector | None:
-        return self.test or SlopeDetector(self.epsilon, self.window)
+    def detector(self, clock: Clock) -> Detector | None:
+        # ε is per 1/300 of the run; a sample is a little more or less than that when steps do not divide evenly.
+        stretch = 300 * self.interval(clock) / clock.total_steps
+        return self.test or SlopeDetector(self.epsilon * stretch, self.window)
 
     def interval(self, clock: Clock) -> int:
         return (

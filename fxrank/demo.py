@@ -131,9 +131,23 @@ def run(output_dir: str | os.PathLike[str], *, epochs: int = EPOCHS, seed: int =
         train, val = digits(seed)
         torch.manual_seed(seed)
         model = DigitsNet()
+        # The usual recipe for residual CNNs: SGD with momentum, weight decay 5e-4, one cycle of the learning rate.
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        steps = epochs * len(train)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=steps, pct_start=0.1)
         results.append(
             auto_lowrank(
-                model, train, val_loader=val, epochs=epochs, policy=policy, seed=seed, device="cpu", progress=progress
+                model,
+                train,
+                val_loader=val,
+                epochs=epochs,
+                optimizer=optimizer,
+                scheduler=scheduler,
+                scheduler_per="batch",
+                policy=policy,
+                seed=seed,
+                device="cpu",
+                progress=progress,
             )
         )
     demo = Demo(twin=results[0], lowrank=results[1])

@@ -169,7 +169,11 @@ class RankMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`."""
+        """Inverse of `state_dict`. Raises `ValueError` for the histories of another model."""
+        if strange := sorted(set(state["curves"]) ^ set(self.curves)):
+            raise ValueError(
+                f"saved rank histories must be of the layers of this model; {strange[0]!r} is only in one of them. Build the model that was saved."
+            )
         self.steps = list(state["steps"])
         self.curves = {n: list(c) for n, c in state["curves"].items()}
         self.settled = frozenset(state["settled"])

@@ -3,7 +3,8 @@ learning-rate ramp in its own step.
 
 With `W = V U` the gradients are `∂U = Vᵀ G`, `∂V = G Uᵀ` (`G` the gradient of `W`), linear in `G`. So a momentum
 buffer `M`, a weighted sum of past gradients, becomes `Vᵀ M` and `M Uᵀ` exactly. A running mean of squares `S`
-becomes `(V∘V)ᵀ S` and `S (U∘U)ᵀ`: exact if the entries of `G` were uncorrelated, an approximation otherwise.
+becomes `(V∘V)ᵀ S` and `S (U∘U)ᵀ`: exact if the entries of `G` were uncorrelated, an approximation otherwise. Where
+the mean is kept beside it (centered RMSprop), that holds for the variance, so that the square stays above it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -84,13 +85,22 @@ def _project_state(optimizer: Optimizer, replacement: Replacement, u: nn.Paramet
         elif value.shape == shape and key in LINEAR_STATE | SQUARED_STATE:
             square = key in SQUARED_STATE
             left, right = (v_matrix.square(), u_matrix.square()) if square else (v_matrix, u_matrix)
-            moment = pair.unroll(pair, value).to(left.dtype)
+            if (
+                key == "square_avg" and "grad_avg" in state
+            ):  # centered RMSprop: the variance; the mean's square comes below
+                moment = (value - state["grad_avg"].square()).clamp_(min=0)
+            else:
+                moment = value
+            moment = pair.unroll(pair, moment).to(left.dtype)
             new_u[key] = _like(pair.fold_u(left.transpose(1, 2) @ moment), u, value)
             new_v[key] = _like(pair.fold_v(moment @ right.transpose(1, 2)), v, value)
         else:
             return [
                 f"{replacement.name}: optimizer state {key!r} of {type(optimizer).__name__} has no known projection; its factors start fresh"
             ]
+    for new in (new_u, new_v):
+        if "square_avg" in new and "grad_avg" in new:
+            new["square_avg"] += new["grad_avg"].square()
     optimizer.state[u], optimizer.state[v] = new_u, new_v
     return []
 
@@ -137,6 +147,7 @@ class FactorRegime:
         """Set the learning rate and add the decay. A step with a `closure` makes its gradients inside: the closure
         returned then adds the decay to them.
         """
+        self.after_step()  # of a step that failed
         factor = self._lr_factor()
         if factor != 1.0:
             self._scheduled = [group["lr"] for group in self._optimizer.param_groups]

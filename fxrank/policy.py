@@ -89,7 +89,7 @@ class Policy(ABC):
     def probe(self) -> float:
         return 0.25
 
-    def detector(self) -> Detector | None:
+    def detector(self, clock: Clock) -> Detector | None:
         """The convergence test, or None if ranks need not be watched."""
         return None
 

@@ -144,7 +144,7 @@ def figure(
         axes.plot(epochs, curve, label=name, linestyle=":" if name in kept else "-", linewidth=1.2)
     if plan.E is not None:
         axes.axvline(plan.E, color="black", linestyle="--", linewidth=1)
-        axes.annotate(f" switch, E = {plan.E:.3g}", (plan.E, axes.get_ylim()[1]), va="top")
+        axes.annotate(f"switch, E = {plan.E:.3g} ", (plan.E, axes.get_ylim()[1]), va="top", ha="right")
     axes.set(xlabel="epoch", ylabel="stable rank", title="Stable rank of every layer (dotted: kept dense)")
     if len(curves) <= 24:
         axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))

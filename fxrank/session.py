@@ -129,7 +129,7 @@ class LowRankSession:
                 profile = scene.profiler.stack(stack, policy.probe)
                 scene.profiles.update(dict.fromkeys(profile.names, profile))
             self.seconds["profile"] = scene.profiler.seconds
-        detector = policy.detector()
+        detector = policy.detector(self.clock)
         if detector is not None:
             scene.monitor = RankMonitor(
                 scene.layers, self.model, detector, policy.interval(self.clock), form=policy.form, seed=seed
@@ -210,13 +210,13 @@ class LowRankSession:
         """Make the switch that `plan` describes: model, graph and optimizer. `split=False` leaves the factors for a
         checkpoint to fill.
         """
-        self.plan = plan
-        self.phase = LOW if plan.R else FULL
         if not plan.R:
+            self.plan = plan
             return
         replacements = apply_plan(
             self.model, plan, gm=self.graph_module, example=self._example, split=split, factors=self.scene.factors
         )
+        self.plan, self.phase = plan, LOW
         self.notes += swap_parameters(self.optimizer, replacements)
         self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)
         ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
@@ -306,8 +306,11 @@ class LowRankSession:
             raise FxrankError(
                 f"session state must have version 1; got {state.get('version')!r}. Install the fxrank that wrote it."
             )
-        self.clock = Clock(*state["clock"])
+        plan = None if state["plan"] is None or self.plan is not None else Plan.from_json(state["plan"])
+        if plan is not None:
+            check_plan(self.model, plan)
         if self.scene.monitor is not None and state["monitor"] is not None:
             self.scene.monitor.load_state_dict(state["monitor"])
-        if state["plan"] is not None and self.plan is None:
-            self.install(Plan.from_json(state["plan"]), split=False)
+        self.clock = Clock(*state["clock"])
+        if plan is not None:
+            self.install(plan, split=False)

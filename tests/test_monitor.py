@@ -8,6 +8,7 @@ import fxrank
 from fxrank.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average
 from fxrank.passes.layers import candidates, discover
 from fxrank.passes.trace import trace
+from fxrank.policy import Clock
 
 NONE = frozenset()
 
@@ -64,7 +65,7 @@ class TestSlope:
         assert SlopeDetector().settled(curves, dict.fromkeys(curves, 10), NONE) == {"flat"}
 
     def test_the_papers_rule_takes_the_difference_of_two_samples(self):
-        detector = fxrank.Cuttlefish.paper().detector()
+        detector = fxrank.Cuttlefish.paper().detector(Clock(0, 300, 1))
         assert not verdict(detector, [9.0, 5.0])
         assert verdict(detector, [9.0, 5.0, 5.09])
         assert not verdict(detector, [9.0, 5.0, 5.11])
@@ -215,6 +216,6 @@ def test_a_zero_layer_has_stable_rank_zero_all_along():
 
 
 def test_the_default_policy_has_the_slope_test():
-    assert UNTIMED.detector() == SlopeDetector(epsilon=0.1, window=25, relative=True)
+    assert UNTIMED.detector(Clock(0, 300, 1)) == SlopeDetector(epsilon=0.1, window=25, relative=True)
     own = ReferenceDetector(window=3)
-    assert fxrank.Cuttlefish(test=own).detector() is own
+    assert fxrank.Cuttlefish(test=own).detector(Clock(0, 300, 1)) is own

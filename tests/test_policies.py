@@ -102,8 +102,10 @@ def test_policies_are_frozen():
 
 def test_presets():
     paper, reference = fxrank.Cuttlefish.paper(), fxrank.Cuttlefish.reference()
-    assert paper.detector() == SlopeDetector(epsilon=0.1, window=2, relative=False)
-    assert reference.detector() == ReferenceDetector(epsilon=0.1, window=15, tail=11, relax=((1, 5.0), (2, 2.5)))
+    assert paper.detector(Clock(0, 300, 1)) == SlopeDetector(epsilon=0.1, window=2, relative=False)
+    assert reference.detector(Clock(0, 300, 1)) == ReferenceDetector(
+        epsilon=0.1, window=15, tail=11, relax=((1, 5.0), (2, 2.5))
+    )
     for policy in (paper, reference):
         assert (policy.k_rule, policy.speedup_needed, policy.latest, policy.round_to) == ("prefix", 1.5, None, 1)
         assert policy.rank_metric == "scaled_stable_rank"

@@ -1,0 +1,179 @@
+import io
+import json
+import tarfile
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fxrank
+from benchmarks import cifar10, convergence, rank_tracking, switch_cost
+from benchmarks.data import MEAN, STD, Cifar, DeviceLoader
+from benchmarks.data import cifar10 as load_cifar10
+from benchmarks.models import build, handwritten_lowrank_resnet18
+
+
+def images(count=20):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator), torch.arange(count) % 10
+
+
+def epoch(loader):
+    return [(x.clone(), y.clone()) for x, y in loader]
+
+
+def test_loader_without_augmentation_is_the_data():
+    x, y = images()
+    batches = epoch(DeviceLoader(x, y, 8, augment=False))
+    assert [len(b[1]) for b in batches] == [8, 8, 4]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    torch.testing.assert_close(
+        torch.cat([b[0] for b in batches]), (x / 255 - mean) / std, rtol=1e-5, atol=1e-5
+    )  # float32
+    assert torch.equal(torch.cat([b[1] for b in batches]), y)
+
+
+def test_augmented_stream_depends_on_the_seed_alone():
+    x, y = images()
+    one, same, other = (DeviceLoader(x, y, 8, augment=True, seed=s, drop_last=True) for s in (1, 1, 2))
+    assert len(one) == 2
+    first, second = epoch(one), epoch(one)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, epoch(same), strict=True))
+    assert not torch.equal(first[0][0], second[0][0])
+    assert not torch.equal(first[0][0], epoch(other)[0][0])
+
+
+def test_crops_and_flips_are_those_of_the_padded_image():
+    x, y = images(1)
+    loader = DeviceLoader(x, y, 1, augment=True)
+    plain = next(iter(DeviceLoader(x, y, 1, augment=False)))[0][0]
+    padded = torch.nn.functional.pad(plain, (4, 4, 4, 4))
+    crops = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    options = torch.stack([*crops, *(c.flip(2) for c in crops)])
+    for _ in range(10):
+        drawn = next(iter(loader))[0][0]
+        assert (options == drawn).flatten(1).all(1).any()
+
+
+def test_subset_and_channels_last():
+    x, y = images()
+    loader = DeviceLoader(x, y, 4, augment=False, subset=10, channels_last=True)
+    batches = epoch(loader)
+    assert sum(len(b[1]) for b in batches) == 10
+    assert next(iter(loader))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_decoding_an_archive_once(tmp_path):
+    archive = tmp_path / "tiny.tar.xz"
+    generator = np.random.default_rng(0)
+    with tarfile.open(archive, "w:xz") as tar:
+        for split in ("train", "test"):
+            for name in ("airplane", "truck"):
+                data = io.BytesIO()
+                Image.fromarray(generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(data, "JPEG")
+                member = tarfile.TarInfo(f"{split}/{name}/0001.jpg")
+                member.size = data.tell()
+                data.seek(0)
+                tar.addfile(member, data)
+    cache = tmp_path / "cache" / "it.pt"
+    first = load_cifar10(tmp_path, source=archive, cache=cache)
+    assert isinstance(first, Cifar)
+    assert first.train_x.shape == (2, 3, 32, 32)
+    assert first.train_y.tolist() == [0, 1]
+    archive.unlink()
+    assert torch.equal(load_cifar10(tmp_path, source=archive, cache=cache).test_x, first.test_x)
+    with tarfile.open(archive, "w:xz"):
+        pass
+    with pytest.raises(ValueError, match="the archive must hold train/<class>"):
+        load_cifar10(tmp_path, source=archive)
+
+
+def test_model_names():
+    assert type(build("resnet20", 5).linear).__name__ == "Linear"
+    assert build("torchvision:resnet18").fc.out_features == 10
+    with pytest.raises(ValueError, match="must be one of 'resnet18', 'resnet20', 'vgg19_bn'; got 'resnet2'"):
+        build("resnet2")
+    with pytest.raises(ValueError, match="the 12 convolutions of stages 2-4; got 3"):
+        handwritten_lowrank_resnet18([1, 2, 3])
+
+
+def results(path):
+    data = json.loads(path.read_text())
+    assert {"cpu", "torch", "python", "command", "date"} <= set(data["environment"])
+    assert "configuration" in data
+    return data["results"]
+
+
+def test_cost_benchmarks_write_what_they_say(tmp_path, capsys):
+    found = results(
+        rank_tracking.main(
+            [
+                "--synthetic",
+                "--batch",
+                "2",
+                "--interval",
+                "1",
+                "--samples",
+                "4",
+                "--device",
+                "cpu",
+                "--results",
+                str(tmp_path),
+            ]
+        )
+    )
+    assert found["exact_path_error"] <= 1e-6
+    assert len(found["samples"]) == 4
+    found = results(
+        switch_cost.main(
+            ["--batch", "2", "--rounds", "1", "--steps", "1", "--device", "cpu", "--results", str(tmp_path)]
+        )
+    )
+    assert found["split"]["excess_error"] <= 1e-6
+    assert found["handwritten"]["step_ratio"] > 0
+    found = results(convergence.main(["--epochs", "1", "--results", str(tmp_path)]))
+    assert set(found) == {"sgd", "adamw"}
+    capsys.readouterr()
+
+
+def test_cifar10_benchmark_runs_every_method(tmp_path, capsys):
+    x, y = images(16)
+    torch.save({"train_x": x, "train_y": y, "test_x": x, "test_y": y}, tmp_path / "cifar10-jpeg.pt")
+    arguments = [
+        "--source",
+        "absent.tar.xz",
+        "--root",
+        str(tmp_path),
+        "--epochs",
+        "2",
+        "--batch",
+        "4",
+        "--device",
+        "cpu",
+        "--results",
+        str(tmp_path),
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxrank.NothingFactorizedWarning)  # timing decides, and timing is not under test
+        found = results(cifar10.main(arguments))
+    assert [r["method"] for r in found["runs"]] == ["full-rank", "cuttlefish", "pufferfish", "spectral-init"]
+    for run in found["runs"]:
+        assert {
+            "best_val_accuracy",
+            "parameters_after",
+            "macs_after",
+            "E",
+            "K",
+            "R",
+            "seconds",
+            "overhead",
+            "plan",
+            "step_ms",
+        } <= set(run)
+    assert found["runs"][3]["E"] == 0
+    assert found["runs"][2]["E"] == 1
+    assert "spectral-init" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--methods must be among"):
+        cifar10.main(["--methods", "magic"])
