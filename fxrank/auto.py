@@ -82,6 +82,8 @@ def auto_lowrank(
         seed,
         progress,
     )
+    if output_dir is not None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # a path that is refused is refused before the training
     result = trainer.run(include, exclude)
     if output_dir is not None:
         write_run(result, output_dir, trainer.steps_per_epoch)

@@ -13,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from fxrank.passes.trace import call_arguments, describe
 
+IGNORED = -100
+"""The label that torch's cross-entropy leaves out."""
 LossFn = Callable[[Any, Any], Tensor]
 
 
@@ -42,7 +44,7 @@ class Outcome:
     loss: Tensor
     examples: int
     correct: Tensor | None
-    predictions: int
+    predictions: int | Tensor
 
 
 def run_batch(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Outcome:
@@ -55,17 +57,19 @@ def run_batch(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Outcome:
     inputs, targets = split_batch(batch)
     args, kwargs = call_arguments(model, inputs)
     outputs = model(*args, **kwargs)
-    if loss_fn is not None:
-        loss = loss_fn(outputs, targets)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise TypeError(f"loss_fn must return a scalar tensor; got {describe(loss)}.")
-    else:
-        loss = _inferred_loss(outputs, targets, batch, not (isinstance(batch, (tuple, list)) and len(batch) >= 2))
+    loss = loss_of(outputs, targets, batch, loss_fn)
     correct, predictions = _correct(outputs, targets)
     return Outcome(loss, _examples(batch), correct, predictions)
 
 
-def _inferred_loss(outputs: Any, targets: Any, batch: Any, untargeted: bool) -> Tensor:
+def loss_of(outputs: Any, targets: Any, batch: Any, loss_fn: LossFn | None) -> Tensor:
+    """The scalar loss of one batch's outputs, given or inferred; errors as of `run_batch`."""
+    if loss_fn is not None:
+        loss = loss_fn(outputs, targets)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise TypeError(f"loss_fn must return a scalar tensor; got {describe(loss)}.")
+        return loss
+    untargeted = not (isinstance(batch, (tuple, list)) and len(batch) >= 2)
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, Tensor):
         return own
@@ -109,14 +113,17 @@ def _logits(outputs: Any, targets: Any) -> tuple[Tensor | None, Tensor]:
     return None, targets
 
 
-def _correct(outputs: Any, targets: Any) -> tuple[Tensor | None, int]:
+def _correct(outputs: Any, targets: Any) -> tuple[Tensor | None, int | Tensor]:
     own = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
     labels = targets.get("labels") if isinstance(targets, Mapping) else targets
+    if isinstance(targets, Mapping) and isinstance(labels, Tensor) and labels.ndim != 1:
+        return None, 0  # a language model's own loss shifts and masks its labels in ways only it knows
     logits, labels = _logits(own, labels)
     if logits is None:
         return None, 0
     with torch.no_grad():
-        return (logits.argmax(1) == labels).sum(), labels.numel()
+        counted = labels != IGNORED
+        return ((logits.argmax(1) == labels) & counted).sum(), counted.sum()
 
 
 def _examples(batch: Any) -> int:

@@ -1,6 +1,5 @@
 """Save and load: safetensors for the numbers, `plan.json` for the architecture. No pickle anywhere."""
 
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -26,19 +25,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     plan = plan_of(model)
     tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
+    seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) in first:  # a shared parameter: stored once
-            aliases[name] = first[id(value)]
-            continue
-        first[id(value)] = name
-        tensors[name] = value.detach().contiguous()
+        if id(value) not in seen:  # a shared parameter is stored once
+            seen.add(id(value))
+            tensors[name] = value.detach().contiguous()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = Path(scratch) / WEIGHTS
-        safetensors.torch.save_file(tensors, str(weights), metadata={"format": "pt", "aliases": json.dumps(aliases)})
+        safetensors.torch.save_file(tensors, str(weights), metadata={"format": "pt", "writer": "fxrank"})
         plan.save(Path(scratch) / PLAN)
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
@@ -63,22 +59,21 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            aliases = json.loads((file.metadata() or {}).get("aliases", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
         ) from error
     check_plan(model, plan)
-    _check_names(model, plan, stored)
+    aliases = _check_names(model, plan, stored)
     apply_plan(model, plan, split=False)
     state = safetensors.torch.load_file(str(folder / WEIGHTS))
     model.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
     return model
 
 
-def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> None:
+def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Compare what the file holds with what the rewritten model will ask for, before the model is touched. Of
-    tensors that the model shares, the file holds one.
+    tensors that the model shares, the file holds one: returns its name by the names of the others.
     """
     dense = model.state_dict(keep_vars=True)
     expected = {name: tuple(value.shape) for name, value in dense.items()}
@@ -114,6 +109,7 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
             raise PlanMismatchError(
                 f"stored shapes must fit the model; {name!r} is {shape} in the file and {expected[name]} in the model."
             )
+    aliases: dict[str, str] = {}
     same: dict[object, list[str]] = {}
     for name in expected:
         same.setdefault(identity[name], []).append(name)
@@ -127,3 +123,5 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
             raise PlanMismatchError(
                 f"a tensor that the model shares must be stored once; the file holds {held[0]!r} and {held[1]!r} apart. Build the architecture that was saved."
             )
+        aliases |= {name: held[0] for name in names if name != held[0]}
+    return aliases

@@ -70,6 +70,18 @@ class Cuttlefish(Policy):
                 raise ValueError(f"{option} must be above 0 and at most 1; got {getattr(self, option)}.")
         if not isinstance(self.round_to, str) and self.round_to < 1:
             raise ValueError(f"round_to must be at least 1; got {self.round_to}. 1 keeps ranks as they are.")
+        for option, lowest in (("min_ratio", 0.0), ("latest", 0.0), ("speedup_threshold", 0.0)):
+            value = getattr(self, option)
+            if value is not None and (value < lowest or (option != "speedup_threshold" and value > 1)):
+                allowed = "at least 0" if option == "speedup_threshold" else "a share in [0, 1]"
+                raise ValueError(
+                    f"{option} must be {allowed}{'' if option == 'min_ratio' else ' or None'}; got {value}."
+                )
+        if not isinstance(self.samples, str) and self.samples < 1:
+            raise ValueError(f"samples must be at least 1; got {self.samples}.")
+        scales = self.xi.values() if isinstance(self.xi, Mapping) else () if isinstance(self.xi, str) else (self.xi,)
+        if any(scale <= 0 for scale in scales):
+            raise ValueError(f"xi must be above 0; got {self.xi}. 1.0 leaves the stable rank unscaled.")
         if self.epsilon <= 0 or self.window < 2:
             raise ValueError(f"epsilon must be above 0 and window at least 2; got {self.epsilon} and {self.window}.")
 

@@ -104,7 +104,7 @@ class Report:
                 _ms(self.step_ms.get("low-rank")),
                 _times(self.measured_speedup),
             ),
-            ("  as predicted", "", "", _times(self.predicted_speedup)),
+            ("as predicted", "", "", _times(self.predicted_speedup)),
             ("training memory", _mib(full_memory), _mib(low_memory), _ratio(full_memory, low_memory)),
             ("accuracy at the switch", _percent(self.accuracy_before_switch), _percent(self.accuracy_after_switch), ""),
         ]

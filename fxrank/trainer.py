@@ -13,15 +13,17 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from fxrank.batches import LossFn, run_batch, split_batch, to_device
+from fxrank.batches import LossFn, loss_of, run_batch, split_batch, to_device
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Selector
 from fxrank.passes.profile import autocast
+from fxrank.passes.trace import call_arguments
 from fxrank.plan import Plan
 from fxrank.policy import Policy
 from fxrank.report import Report
 from fxrank.session import FULL, LOW, LowRankSession
+from fxrank.surgery import remember_plan
 
 log = logging.getLogger("fxrank")
 
@@ -103,7 +105,7 @@ class Trainer:
         start = time.perf_counter()
         if self.seed is not None:
             torch.manual_seed(self.seed)
-        was_training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.to(self.device)
         self.model.train()
         if self.optimizer is None:
@@ -111,6 +113,7 @@ class Trainer:
             self.scheduler_per = "batch"
         before = parameter_count(self.model)
         try:
+            self._check_loss()
             session = LowRankSession.attach(
                 self.model,
                 self.optimizer,
@@ -125,20 +128,40 @@ class Trainer:
                 listener=self._at_switch,
             )
         except Exception:
-            self.model.train(was_training)
+            for module, mode in modes:
+                module.training = mode
             raise
         with session:  # takes its hooks off the optimizer, whatever happens
             self._train(session)
         plan = session.plan
         assert plan is not None
         if not plan.R:
-            from fxrank.surgery import remember_plan
-
             remember_plan(self.model, plan)
         report = self._report(session, plan, before, time.perf_counter() - start)
         monitor = session.scene.monitor
         curves: dict[str, list[Any]] = {} if monitor is None else {"steps": monitor.steps, **monitor.curves}
         return Result(self.model, session.graph_module, plan, self.history, report, curves)
+
+    def _check_loss(self) -> None:
+        """Infer the loss of the first batch before anything is changed. What the model itself refuses is left for the
+        tracer to name.
+        """
+        if self.loss_fn is not None:
+            return
+        batch = to_device(self.first, self.device)
+        inputs, targets = split_batch(batch)
+        args, kwargs = call_arguments(self.model, inputs)
+        devices = [self.device] if self.device.type == "cuda" else []
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast(self.device, self.amp):
+                outputs = self.model(*args, **kwargs)
+        except Exception as error:
+            log.debug("the model refused the first batch: %s", error)
+            return
+        finally:
+            self.model.train()
+        loss_of(outputs, targets, batch, None)
 
     def _train(self, session: LowRankSession) -> None:
         assert self.optimizer is not None
@@ -273,9 +296,9 @@ class _Totals:
         self.loss = torch.zeros((), device=device)
         self.correct = torch.zeros((), device=device)
         self.examples = 0
-        self.predictions = 0
+        self.predictions: int | Tensor = 0
 
-    def add(self, loss: Tensor, examples: int, correct: Tensor | None, predictions: int) -> None:
+    def add(self, loss: Tensor, examples: int, correct: Tensor | None, predictions: int | Tensor) -> None:
         self.loss += loss.float() * examples
         self.examples += examples
         if correct is not None:
@@ -283,7 +306,7 @@ class _Totals:
             self.predictions += predictions
 
     def means(self) -> tuple[float, float | None]:
-        accuracy = float(self.correct) / self.predictions if self.predictions else None
+        accuracy = float(self.correct) / float(self.predictions) if self.predictions else None
         return float(self.loss) / max(self.examples, 1), accuracy
 
 

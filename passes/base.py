@@ -55,9 +55,14 @@ class Pass(ABC):
         return PassResult(gm, _shape_of(gm) != before, refused)
 
 
-def _shape_of(gm: fx.GraphModule) -> list[tuple[str, str, object]]:
-    """What a rewrite can change: the nodes, and the module objects they call."""
+def _shape_of(gm: fx.GraphModule) -> list[tuple[str, str, str, int | None]]:
+    """What a rewrite can change: the nodes, their arguments, and the module objects they call."""
     return [
-        (n.op, str(n.target), id(gm.get_submodule(str(n.target))) if n.op == "call_module" else None)
+        (
+            n.op,
+            str(n.target),
+            f"{n.args} {n.kwargs}",
+            id(gm.get_submodule(str(n.target))) if n.op == "call_module" else None,
+        )
         for n in gm.graph.nodes
     ]

@@ -23,7 +23,7 @@ def calibrate(norms: Iterable[nn.BatchNorm2d], model: nn.Module, run: Callable[[
 
     def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
-        x = inputs[0].float()
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
         mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
         norm.weight.copy_((var + norm.eps).sqrt())
         norm.bias.copy_(mean)
@@ -42,8 +42,8 @@ def calibrate(norms: Iterable[nn.BatchNorm2d], model: nn.Module, run: Callable[[
     try:
         with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
             run()
-            for buffer, value in buffers:
-                buffer.copy_(value)
     finally:
         for hook in hooks:
             hook.remove()
+        for buffer, value in buffers:
+            buffer.copy_(value)

@@ -11,8 +11,9 @@ weight's spectral error is `σ_{r+1}` (Eckart-Young), the least possible. Cost: 
 short side per layer.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -66,16 +67,15 @@ class Merge(Pass):
         path, _, child = str(node.target).rpartition(".")
         if node.op != "call_module" or child != "v" or path not in self.dense:
             return False
-        first = node.args[0]
         chain = [node]
-        while isinstance(first, fx.Node) and str(first.target).rpartition(".")[0] == path:
-            if len(first.users) > 1:
-                return Refused(f"{first.name}, between the factors of {path!r}, is used elsewhere too")
-            chain.append(first)
-            first = first.args[0]
+        while str(chain[-1].target) != f"{path}.u":
+            (before,) = chain[-1].all_input_nodes
+            if len(before.users) > 1:
+                return Refused(f"{before.name}, between the factors of {path!r}, is used elsewhere too")
+            chain.append(before)
         with gm.graph.inserting_before(node):
             # The module is set at the end of the walk's business with this path: another call of the pair may still name its children.
-            merged = gm.graph.call_module(path, (first,))
+            merged = gm.graph.call_module(path, chain[-1].args, chain[-1].kwargs)
         merged.meta = dict(node.meta)
         node.replace_all_uses_with(merged)
         for old in chain:
@@ -86,11 +86,11 @@ class Merge(Pass):
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
-    """Put each module in the place of the one with that `id`, at every path where it is registered. Returns the
-    paths.
+    """Put each module in the place of the one with that `id`, at every path where it is registered, and where a module
+    of the model holds it aside (`self.blocks = [self.a, self.b]`). Returns the paths.
 
-    A replacement of the model itself is impossible: raises `ValueError`. Other modules, their hooks and parameters
-    are untouched.
+    The replacement takes over the layer's forward and backward hooks; their handles stay valid. A replacement of the
+    model itself is impossible: raises `ValueError`. Other modules, their hooks and parameters are untouched.
     """
     if id(model) in replacements:
         raise ValueError(
@@ -100,9 +100,37 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
     done = []
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in replacements:
-            model.set_submodule(path, replacements[id(module)])
+            replacement = replacements[id(module)]
+            for name in _HOOKS:
+                replacement.__dict__[name] = module.__dict__[name]
+            model.set_submodule(path, replacement)
             done.append(path)
+    for module in model.modules():
+        held = vars(module)
+        held.update({name: _swapped(value, replacements, set()) for name, value in held.items() if name not in _OWN})
     return done
+
+
+_OWN = set(vars(nn.Module()))
+"""What every module has: children, parameters, hooks and flags."""
+_HOOKS = {name for name in _OWN if "_hooks" in name and "state_dict" not in name} | {"_is_full_backward_hook"}
+
+
+def _swapped(value: Any, replacements: Mapping[int, nn.Module], seen: set[int]) -> Any:
+    """`value` with the layers replaced in plain lists, dicts and tuples, which fx and a user's forward go through as
+    if they were children.
+    """
+    if id(value) in replacements:
+        return replacements[id(value)]
+    if type(value) not in (list, dict, tuple) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if type(value) is tuple:
+        items = tuple(_swapped(item, replacements, seen) for item in value)
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    for key, item in list(value.items() if type(value) is dict else enumerate(value)):
+        value[key] = _swapped(item, replacements, seen)
+    return value
 
 
 def pairs_in(model: nn.Module) -> dict[str, FactorPair]:
@@ -119,9 +147,3 @@ def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:
     assert isinstance(out, torch.Tensor) and isinstance(width, int)
     channel = out.ndim - 1 if pair.kind == "linear" else out.ndim - 3
     return out.new_empty([width if i == channel else size for i, size in enumerate(out.shape)])
-
-
-def paths_of(model: nn.Module, modules: Iterable[nn.Module]) -> dict[int, str]:
-    """First path of each of the modules, by `id`."""
-    wanted = {id(m) for m in modules}
-    return {id(m): path for path, m in model.named_modules() if id(m) in wanted}

@@ -72,7 +72,9 @@ class FactorPair(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(weight.requires_grad)
         if getattr(dense, "bias", None) is not None:
-            self.v.bias = cast(nn.Parameter, dense.bias)  # the very parameter: its gradient, optimizer state and flags go on
+            self.v.bias = cast(
+                nn.Parameter, dense.bias
+            )  # the very parameter: its gradient, optimizer state and flags go on
 
     @classmethod
     def full_rank_of(cls, dense: nn.Module) -> int:
@@ -90,9 +92,7 @@ class FactorPair(nn.Module):
         return cls.unroll(dense, tensor)
 
     @abstractmethod
-    def _layers(
-        self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
-    ) -> Layers: ...
+    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers: ...
 
     @abstractmethod
     def fold_u(self, u: Tensor) -> Tensor:
@@ -130,9 +130,9 @@ class FactorPair(nn.Module):
             self.u.weight.copy_(self.fold_u(u))
             self.v.weight.copy_(self.fold_v(v))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`v(u(x))`; shapes in and out as the dense layer's."""
-        x = self.u(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """`v(u(x))`; shapes in and out, and the argument's name, as the dense layer's."""
+        x: Tensor = self.u(input)
         if self.norm is not None:
             x = self.norm(x)
         out: Tensor = self.v(x)
@@ -171,9 +171,7 @@ class LowRankLinear(FactorPair):
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         return tensor[None]
 
-    def _layers(
-        self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
-    ) -> Layers:
+    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
         first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
         return first, None, nn.utils.skip_init(nn.Linear, self.rank, self.out_features, bias=False, **place)
 
@@ -258,9 +256,7 @@ class LowRankConv2d(FactorPair):
         conv: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, **(options | changes), **place)
         return conv
 
-    def _layers(
-        self, dense: nn.Module, place: dict[str, Any], extra_bn: bool
-    ) -> Layers:
+    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
         width = self.groups * self.rank
         pointwise = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
         first = self._conv(place, out_channels=width)
@@ -295,7 +291,8 @@ class LowRankConv2d(FactorPair):
             shift = (norm.bias - norm.running_mean * scale).detach().reshape(self.groups, self.rank, 1)
             v_shift = (v @ shift).reshape(-1)
             u = u * scale.reshape(self.groups, self.rank, 1)
-            bias = nn.Parameter(v_shift if bias is None else bias.detach() + v_shift)
+            trained = self.v.weight.requires_grad if bias is None else bias.requires_grad
+            bias = nn.Parameter(v_shift if bias is None else bias.detach() + v_shift, trained)
         weight = self.fold_dense(v @ u)
         return _fill_dense(self._conv({"device": weight.device, "dtype": weight.dtype}), self, weight, bias)
 

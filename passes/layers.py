@@ -14,11 +14,15 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxrank.passes.errors import NothingToFactorizeError
 from fxrank.passes.factors import FactorPair, pair_class, weight_of
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
+
+_RAW = "parameter"
+"""The kind of a weight that is read where its module is not called."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,18 @@ def discover(gm: fx.GraphModule, model: nn.Module, *, form: str = "channel") -> 
         for weight, layer in _used_at(gm, model, node, names, form):
             known = found.get(id(weight))
             found[id(weight)] = layer if known is None else _merge(known, layer)
+    for path, module in model.named_modules():
+        for name, weight in module.named_parameters(recurse=False, remove_duplicate=False):
+            owned = found.get(id(weight))
+            if (
+                owned is not None
+                and owned.reason is None
+                and not (name == "weight" and _kind(module, form) == owned.kind)
+            ):
+                # Not reached by this call, so not met in the graph: replacing the weight would cut the tie.
+                other = f"{path}.{name}".removesuffix(".weight").lstrip(".")
+                reason = f"its weight is shared with {other!r} ({type(module).__name__})"
+                found[id(weight)] = replace(owned, reason=reason, supported=False)
     boundary = _boundaries(gm, {n for layer in found.values() for n in layer.nodes})
     layers = [
         replace(layer, boundary=next((boundary[n] for n in layer.nodes if n in boundary), None))
@@ -174,14 +190,13 @@ def _used_at(
         target = str(node.target)
         owner, _, attribute = target.rpartition(".")
         weight = getattr(gm.get_submodule(owner), attribute)
-        if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
+        readers = [user for user in node.users if not _only_looks(user)]
+        if not isinstance(weight, nn.Parameter) or weight.ndim < 2 or not readers:
             return []
         name = owner if attribute == "weight" and owner else target
-        users = ", ".join(sorted(user.name for user in node.users))
+        users = ", ".join(sorted(user.name for user in readers))
         reason = f"its weight is read as a raw parameter, by {users}; fxrank factorizes weights that their own module applies"
-        return [
-            (weight, replace(_unsupported(name, "parameter", weight, reason), nodes=tuple(u.name for u in node.users)))
-        ]
+        return [(weight, replace(_unsupported(name, _RAW, weight, reason), nodes=tuple(u.name for u in readers)))]
     if node.op != "call_module":
         return []
     owner = str(node.target).rpartition(".")[0]
@@ -246,6 +261,19 @@ def _used_at(
     return [(weight, layer)]
 
 
+def _kind(module: nn.Module, form: str) -> str | None:
+    cls = pair_class(module, form)
+    return cls.kind if cls is not None else None
+
+
+def _only_looks(node: fx.Node) -> bool:
+    """Whether a reader of a weight takes its dtype, device or shape only, which a pair tells as well: no tensor comes of
+    it, and it is no assignment.
+    """
+    value = node.meta.get("val")
+    return value is not None and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
 def _input_of(node: fx.Node) -> Tensor:
     source = node.args[0] if node.args else next(iter(node.kwargs.values()))
     assert isinstance(source, fx.Node)
@@ -273,10 +301,17 @@ def _merge(known: Layer, again: Layer) -> Layer:
     paths = known.paths + tuple(p for p in again.paths if p not in known.paths)
     nodes = known.nodes + tuple(n for n in again.nodes if n not in known.nodes)
     reason = known.reason or again.reason
-    supported = known.supported and again.supported and known.kind == again.kind
-    if known.kind != again.kind:
+    unlike = (known.kind, known.groups) != (again.kind, again.groups)
+    if unlike and _RAW not in (known.kind, again.kind):
         reason = f"its weight is shared with {again.name!r} ({again.kind})"
-    return replace(known, paths=paths, nodes=nodes, positions=known.positions + again.positions, reason=reason, supported=supported)
+    return replace(
+        known,
+        paths=paths,
+        nodes=nodes,
+        positions=known.positions + again.positions,
+        reason=reason,
+        supported=known.supported and again.supported and not unlike,
+    )
 
 
 def _boundaries(gm: fx.GraphModule, weighted: set[str]) -> dict[str, str]:

@@ -131,16 +131,22 @@ def decompose(stack: Tensor) -> Decomposition:
         values, vectors = torch.linalg.eigh(matrices)
     vectors = vectors.flip(-1).to(dtype)
     wide = stack if stack.shape[1] <= stack.shape[2] else stack.transpose(1, 2)
-    leading = vectors[..., :1].double()
-    # Rayleigh: an error e in the vector is an error e² here.
-    top = [torch.linalg.vector_norm(m.double().t() @ q) / torch.linalg.vector_norm(q) for m, q in zip(wide, leading, strict=True)]
+    # Rayleigh: an error e in the vector is an error e² here. On a CPU float32 sums are good for 1e-7; a GPU may use TF32.
+    exact = dtype if on_cpu else torch.float64
+    top = [
+        torch.linalg.vector_norm(m.to(exact).t() @ q.to(exact), dtype=torch.float64)
+        / torch.linalg.vector_norm(q, dtype=torch.float64)
+        for m, q in zip(wide, vectors[..., 0], strict=True)
+    ]
     leader = torch.stack(top).cpu()
     squares = values.flip(-1).double().cpu().clamp(min=0).minimum(leader.square()[:, None])
     squares[:, 0] = leader.square()
     # ‖W‖_F² is known exactly: the rest of the spectrum is scaled to sum up to it.
     rest = torch.linalg.vector_norm(stack, dim=(1, 2), dtype=torch.float64).square().cpu() - squares[:, 0]
     found = squares[:, 1:].sum(1)
-    squares[:, 1:] *= torch.where(found > 0, rest.clamp(min=0) / found.clamp(min=torch.finfo(torch.float64).tiny), 1.0)[:, None]
+    squares[:, 1:] *= torch.where(found > 0, rest.clamp(min=0) / found.clamp(min=torch.finfo(torch.float64).tiny), 1.0)[
+        :, None
+    ]
     sigma = squares.sqrt().minimum(leader[:, None])
     return Decomposition(sigma, stack, vectors)
 

@@ -1,17 +1,21 @@
 """Model and one example call → `GraphModule` in which every node knows its value's shape and dtype and its owner.
 
 The tracer's proxies carry a value: a fake tensor (shape, dtype, device; no data), or a plain Python number, tuple
-or dict. Questions that Python must have answered on the spot (`bool`, `len`, iteration, `int`) are answered from
-the value; everything else stays a node, so `x.shape[0]` remains symbolic and the graph runs at other batch sizes.
-That is what lets it go through shape tests, keyword and nested inputs, and decorated forwards where
-`torch.fx.symbolic_trace` stops. Shapes come for free: `node.meta["val"]`.
+or dict. Questions that Python must have answered on the spot (`bool`, `len`, iteration, `int`, `isinstance`) are
+answered from the value; everything else stays a node, so `x.shape[0]` remains symbolic, also as a size of
+`torch.zeros(x.shape[0], 4)`, and the graph runs at other batch sizes. That is what lets it go through shape tests,
+keyword and nested inputs, and decorated forwards where `torch.fx.symbolic_trace` stops. Shapes come for free:
+`node.meta["val"]`. What a forward makes of no input at all, `torch.randn(4)`, is a constant of the graph.
 
 A module that reads `self.training` and owns no matrix (Dropout, DropPath, a fused BatchNorm and activation) stays
 one node, so that the graph follows `train()` and `eval()`.
 """
 
+import builtins
+import functools
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.errors import TraceError
@@ -96,9 +101,11 @@ def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Mod
     """
     args, kwargs = call_arguments(model, example)
     tracer = _ValueTracer(args, kwargs, leaf_modules)
-    with _restored(model):
+    devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
+    with _restored(model), torch.random.fork_rng(devices=list(devices)):
         try:
-            graph = tracer.trace(model)
+            with _python_asks_the_values(tracer):
+                graph = tracer.trace(model)
         except Exception as error:
             where = tracer.blame
             raise TraceError(
@@ -128,6 +135,8 @@ class _ValueProxy(fx.Proxy):
         value = self._value
         if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
             return getattr(value, name)
+        if isinstance(value, Mapping) and name in ("items", "values"):
+            return getattr({key: self[key] for key in value}, name)
         attribute = getattr(value, name)  # raises AttributeError as the value would
         if callable(attribute) and not isinstance(attribute, torch.dtype):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
@@ -209,6 +218,7 @@ class _ValueTracer(fx.Tracer):
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._evaluating = False
         self._inside: list[str] = []
+        self._visits: Counter[nn.Module] = Counter()
         self.blame = ""
 
     # -- the entry point: one placeholder per tensor of the example call, whatever the signature says
@@ -278,29 +288,31 @@ class _ValueTracer(fx.Tracer):
     def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
         # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
         state = {name: self._fake(t) for name, t in [*leaf.named_parameters(), *leaf.named_buffers()]}
+        visit = self._visits[leaf]
+        self._visits[leaf] += 1
         try:
             with self._mode:
                 return torch.func.functional_call(leaf, state, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             if not isinstance(leaf, self._leaves):
                 raise
-        return self._fake(self._really_returned(leaf))
+        return self._fake(self._really_returned(leaf)[visit])
 
-    def _really_returned(self, leaf: nn.Module) -> Any:
-        """What a leaf returns in a real run: the shapes of a module that looks at data are known no other way."""
+    def _really_returned(self, leaf: nn.Module) -> list[Any]:
+        """What each call of a leaf returns in a real run: the shapes of a module that looks at data are known no other
+        way.
+        """
         returned: list[Any] = []
         hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
         buffers = [(b, b.clone()) for b in self.root.buffers()]
-        devices = {b.device for b in pytree.tree_leaves(self._call) if isinstance(b, Tensor) and b.device.type == "cuda"}
         args, kwargs = self._call
         try:
-            with torch.random.fork_rng(devices=list(devices)):
-                self.root(*args, **kwargs)
+            self.root(*args, **kwargs)
         finally:
             hook.remove()
             for buffer, value in buffers:
                 buffer.copy_(value)
-        return returned[0]
+        return returned
 
     def _fake(self, tree: Any) -> Any:
         return pytree.tree_map_only(Tensor, lambda t: self._mode.from_tensor(t.detach(), static_shapes=True), tree)
@@ -323,9 +335,14 @@ class _ValueTracer(fx.Tracer):
         return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, self._leaves) or _reads_mode(m) or super().is_leaf_module(m, module_qualified_name)
+        if isinstance(m, self._leaves) or _reads_mode(m):
+            return True
+        # torch's own modules are leaves, but its Transformers are built of layers that have pairs.
+        return type(m).__module__ != transformer.__name__ and super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):  # before isinstance takes it for its value
+            return a.node
         return tuple(self.create_arg(e) for e in a) if isinstance(a, torch.Size) else super().create_arg(a)
 
 
@@ -345,26 +362,94 @@ def _values(tree: Any) -> Any:
     return tree
 
 
+_FACTORIES = (
+    "arange",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+)
+"""Functions that take sizes and no tensor, so that torch does not ask a proxy among their arguments."""
+
+
+@contextmanager
+def _python_asks_the_values(tracer: _ValueTracer) -> Iterator[None]:
+    """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
+    sizes becomes a node, and torch's Transformer does not look into its mask.
+
+    A proxy that lies about its `__class__` instead would crash: torch's C++ code believes it.
+    """
+    is_instance = builtins.isinstance
+
+    def of_value(thing: Any, kinds: Any) -> bool:
+        if is_instance(thing, kinds):
+            return True
+        return issubclass(type(thing), _ValueProxy) and "val" in thing.node.meta and is_instance(thing._value, kinds)
+
+    def node_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", factory, args, kwargs)
+            return factory(*args, **kwargs)
+
+        return wrapper
+
+    detect = transformer._detect_is_causal_mask
+
+    def hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        # The answer lets attention skip the mask for a faster kernel; without it the mask does the same.
+        return bool(is_causal) if issubclass(type(mask), fx.Proxy) else detect(mask, is_causal, size)
+
+    replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
+    replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, function in replaced:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in originals:
+            setattr(owner, name, function)
+
+
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward assigned: attributes, buffers, and caches held in plain dicts or lists."""
-    saved = [
-        (module, {k: _copy(v) for k, v in vars(module).items()}, vars(module).copy()) for module in model.modules()
-    ]
+    """Put back what a forward assigned: attributes, buffers, and caches held in plain dicts, lists and sets, nested or
+    not.
+    """
+    seen: set[int] = set()
+    saved = [(c, c.copy(), _content(c)) for module in model.modules() for c in _containers(vars(module), seen)]
     try:
         yield
     finally:
-        for module, copies, originals in saved:
-            vars(module).clear()
-            vars(module).update(originals)
-            for name, content in copies.items():
-                original = originals[name]
-                if isinstance(original, (dict, set)):
-                    original.clear()
-                    original.update(content)
-                elif isinstance(original, list):
-                    original[:] = content
+        for container, copied, content in saved:
+            if _content(container) != content:
+                container.clear()
+                container.extend(copied) if isinstance(container, list) else container.update(copied)
 
 
-def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, (dict, list, set)) else None
+def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Every dict, list and set in a nest of them and of tuples."""
+    if not isinstance(value, (dict, list, set, tuple)) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if not isinstance(value, tuple):
+        yield value
+    for item in value.values() if isinstance(value, dict) else value:
+        yield from _containers(item, seen)
+
+
+def _content(container: Any) -> list[Any]:
+    """What a container holds, comparable where its items are not."""
+    return [(k, id(v)) for k, v in container.items()] if isinstance(container, dict) else [id(v) for v in container]

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from fxrank.passes.factors import FactorPair, weight_of
 from fxrank.passes.spectra import singular_values, truncation_error
-from fxrank.passes.trace import Example, call_arguments
+from fxrank.passes.trace import Example, call_arguments, describe
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ def pair_error(dense: nn.Module, pair: FactorPair) -> PairError:
 
 
 def largest_difference(a: Any, b: Any) -> float:
-    """Largest `|a - b|` over the tensors of two nests of the same structure, relative to the largest `|a|` of each
-    tensor.
+    """Largest `|a - b|` over the tensors of two nests of the same structure, relative to the largest finite `|a|` of
+    each tensor.
 
-    Raises `ValueError` if the structures or shapes differ. Tensors without floating-point numbers must be equal
-    (difference 0 or infinity).
+    NaN and infinity differ infinitely from anything but themselves. Tensors without floating-point numbers must be
+    equal (difference 0 or infinity). Raises `ValueError` if the structures or shapes differ.
     """
     leaves_a, spec_a = pytree.tree_flatten(a)
     leaves_b, spec_b = pytree.tree_flatten(b)
@@ -56,15 +56,20 @@ def largest_difference(a: Any, b: Any) -> float:
         raise ValueError(f"both outputs must have one structure; got {spec_a} and {spec_b}.")
     worst = 0.0
     for x, y in zip(leaves_a, leaves_b, strict=True):
+        if isinstance(x, Tensor) != isinstance(y, Tensor):
+            raise ValueError(f"both outputs must have one structure; got {describe(x)} and {describe(y)}.")
         if not isinstance(x, Tensor):
             continue
         if x.shape != y.shape:
-            raise ValueError(f"both outputs must have one shape; got {tuple(x.shape)} and {tuple(y.shape)}.")
+            raise ValueError(f"both outputs must have one shape; got {describe(x)} and {describe(y)}.")
         if not x.is_floating_point():
             worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
         elif x.numel():
             x, y = x.detach().double(), y.detach().double()
-            difference, scale = float((x - y).abs().max()), float(x.abs().max())
+            same = (x == y) | (x.isnan() & y.isnan())
+            # A NaN would pass unseen: max(0.0, nan) is 0.0.
+            difference = float((x - y).abs().nan_to_num(nan=float("inf")).masked_fill(same, 0).max())
+            scale = float(x.abs().nan_to_num(nan=0, posinf=0).max())
             worst = max(worst, difference / scale if scale > 0 else difference)
     return worst
 
@@ -80,7 +85,9 @@ def output_difference(model: nn.Module, other: nn.Module, example: Example) -> f
         buffers = {name: b.clone() for name, b in net.named_buffers()}
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
-            outputs.append(net(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
-            for name, buffer in net.named_buffers():
-                buffer.copy_(buffers[name])
+            try:
+                outputs.append(net(*copy.deepcopy(args), **copy.deepcopy(kwargs)))
+            finally:
+                for name, buffer in net.named_buffers():
+                    buffer.copy_(buffers[name])
     return largest_difference(*outputs)

@@ -8,6 +8,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nets import ConvNet, Tied, images, snapshot, vectors
 from torch import nn
 
 import fxrank
@@ -282,3 +283,83 @@ def test_checkpoint_errors_leave_the_model_alone(tmp_path):
     with pytest.raises(ValueError, match="has none"):
         fxrank.save(net(), tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+# -- shared weights, repeated calls, the way back
+
+
+def test_tied_layers_share_their_factors_and_keep_their_biases():
+    model = Tied()
+    before = snapshot(model)
+    small = fxrank.factorize(model, vectors()[0], rank=0.25)
+    assert snapshot(model) == before
+    assert fxrank.plan_of(small).R == {"a": 4, "twice": 4}
+    assert small.a.u.weight is small.b.u.weight
+    assert small.a.v.weight is small.b.v.weight
+    assert not torch.equal(small.a.bias, small.b.bias)
+    assert torch.equal(small.b.bias, model.b.bias)
+    dense = fxrank.merge(small)
+    assert torch.equal(dense.a.weight, dense.b.weight)
+    assert output_difference(small, dense, vectors()[0]) <= 1e-5  # float32
+
+
+def test_a_tied_layer_can_be_named_by_either_name():
+    small = fxrank.factorize(Tied(), vectors()[0], rank={"b": 3})
+    assert fxrank.plan_of(small).R == {"a": 3}
+    assert small.b.rank == 3
+
+
+def test_factorizing_again_adds_to_what_is_there():
+    first = fxrank.factorize(net(), X, rank={"2": 3})
+    second = fxrank.factorize(first, X, rank={"4": 2})
+    assert fxrank.plan_of(first).R == {"2": 3}
+    assert fxrank.plan_of(second).R == {"2": 3, "4": 2}
+    assert torch.equal(second[2].u.weight, first[2].u.weight)
+    message = "layer '2' cannot be factorized: already a factor pair, of rank 3. Leave it out of rank=."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fxrank.factorize(first, X, rank={"2": 2})
+    assert fxrank.plan_of(fxrank.factorize(second, X, rank=0.25)) == fxrank.plan_of(second)
+
+
+@pytest.mark.parametrize("extra_bn", [False, True])
+def test_merge_folds_a_norm_in(extra_bn):
+    model, (x, _) = ConvNet().eval(), images()
+    small = fxrank.factorize(model, x, rank=0.5, extra_bn=extra_bn)
+    if extra_bn:  # as training would leave it
+        for pair in (small.conv2, small.conv3):
+            nn.init.uniform_(pair.norm.weight, 0.5, 2.0)
+            nn.init.uniform_(pair.norm.bias)
+    before = snapshot(small)
+    dense = fxrank.merge(small)
+    assert snapshot(small) == before
+    assert not any(isinstance(m, fxrank.FactorPair) for m in dense.modules())
+    assert output_difference(small, dense, x) <= 1e-5  # float32
+
+
+def test_a_full_ratio_gives_exact_pairs():
+    model = ConvNet().double().eval()
+    x = images()[0].double()
+    with pytest.warns(UserWarning, match="ranks at or above break-even make a layer no smaller: conv2") as caught:
+        small = fxrank.factorize(model, x, rank=1.0)
+    assert len(caught) == 1
+    assert output_difference(model, small, x) <= 1e-12  # float64
+
+
+def test_selection_errors():
+    with pytest.raises(
+        ValueError, match=re.escape("each selector in include must match at least one layer; '3' matches none of 4.")
+    ):
+        fxrank.factorize(net(), X, include="3")
+    with pytest.raises(
+        TypeError,
+        match=re.escape("exclude takes names, globs, regular expressions, module classes or modules; got int."),
+    ):
+        fxrank.factorize(net(), X, exclude=[2])
+    with pytest.raises(
+        ValueError, match=re.escape("form must be one of 'channel'; got 'chanel'. Did you mean 'channel'?")
+    ):
+        fxrank.factorize(net(), X, form="chanel")
+    with pytest.raises(
+        fxrank.NothingToFactorizeError, match=re.escape("Name layers to take in with include=… ('*' takes everything).")
+    ):
+        fxrank.factorize(nn.Sequential(nn.Linear(6, 2)), X)

@@ -469,6 +469,8 @@ def test_refusals_leave_model_and_optimizer_alone():
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
     x, y = data()
+    mismatched = [(x, torch.zeros(48, 2))]
+    refused(ValueError, "Pass loss_fn(outputs, targets).", batches=mismatched, policy="spectral-init")
     refused(ValueError, "the loader must yield at least one batch; it is empty (length 0)", batches=[])
     refused(
         TypeError,
