@@ -18,6 +18,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -233,9 +234,19 @@ class _ValueTracer(fx.Tracer):
 
         def entry(root: nn.Module, *flat: Any) -> Any:
             call_args, call_kwargs = pytree.tree_unflatten(list(flat), spec)
-            return root_fn(root, *call_args, **call_kwargs)
+            return pytree.tree_map(self._returnable, root_fn(root, *call_args, **call_kwargs))
 
         return entry, [self.root, *inputs]
+
+    def _returnable(self, leaf: Any) -> Any:
+        """None for an object that no graph can return, as the key-value cache that a language model adds to its output."""
+        if issubclass(type(leaf), fx.Proxy) or is_dataclass(leaf):
+            return leaf
+        try:
+            self.create_arg(leaf)
+        except NotImplementedError:
+            return None
+        return leaf
 
     def _input_names(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> list[str]:
         try:
@@ -322,6 +333,8 @@ class _ValueTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._evaluating:
             return forward(*args, **kwargs)
+        if m not in (self.submodule_paths or {}) and not [*m.parameters(), *m.buffers()]:
+            return m.forward(*args, **kwargs)  # an activation function held aside has no path, and needs none
         self._inside.append(f"{self.path_of_module(m)!r} ({type(m).__name__})")
         try:
             result = super().call_module(m, forward, args, kwargs)
@@ -332,7 +345,10 @@ class _ValueTracer(fx.Tracer):
         return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        return attr_val if self._evaluating else super().getattr(attr, attr_val, parameter_proxy_cache)
+        # A buffer that the forward has assigned is a proxy already.
+        if self._evaluating or issubclass(type(attr_val), fx.Proxy):
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, self._leaves) or _reads_mode(m):
@@ -366,7 +382,9 @@ _FACTORIES = (
     "arange",
     "empty",
     "eye",
+    "finfo",
     "full",
+    "iinfo",
     "linspace",
     "ones",
     "rand",
@@ -379,7 +397,7 @@ _FACTORIES = (
     "triu_indices",
     "zeros",
 )
-"""Functions that take sizes and no tensor, so that torch does not ask a proxy among their arguments."""
+"""Functions that take sizes or a dtype and no tensor, so that torch does not ask a proxy among their arguments."""
 
 
 @contextmanager

@@ -5,28 +5,30 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
+MODES = ["zeros", "zeros", "reflect", "replicate", "circular"]
+
 
 @st.composite
-def linears(draw):
-    """A Linear and an input shape `(N, …, in)`."""
+def linears(draw, dtype=torch.float64):
+    """A Linear and an input shape `(…, in)`."""
     inputs, outputs = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    layer = nn.Linear(inputs, outputs, bias=draw(st.booleans()), dtype=torch.float64)
-    middle = draw(st.lists(st.integers(1, 3), max_size=2))
-    return layer, (draw(st.integers(1, 3)), *middle, inputs)
+    layer = nn.Linear(inputs, outputs, bias=draw(st.booleans()), dtype=dtype)
+    return layer, (*draw(st.lists(st.integers(1, 3), max_size=3)), inputs)
 
 
 @st.composite
-def convs(draw):
-    """A Conv2d with any geometry, and an input shape it accepts."""
+def convs(draw, dtype=torch.float64):
+    """A Conv2d with any geometry, and an input shape it accepts, with or without a batch dimension."""
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     inputs, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 4))
+    if draw(st.integers(0, 4)) == 0:  # depthwise, with or without a multiplier
+        groups, outputs = inputs, inputs * draw(st.integers(1, 2))
     kernel = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     stride = draw(st.tuples(st.integers(1, 3), st.integers(1, 3)))
     padding = draw(st.one_of(st.tuples(st.integers(0, 2), st.integers(0, 2)), st.sampled_from(["valid", "same"])))
     if padding == "same":
         stride = (1, 1)
-    mode = draw(st.sampled_from(["zeros", "zeros", "reflect", "replicate", "circular"]))
     layer = nn.Conv2d(
         inputs,
         outputs,
@@ -36,17 +38,21 @@ def convs(draw):
         dilation=dilation,
         groups=groups,
         bias=draw(st.booleans()),
-        padding_mode=mode,
-        dtype=torch.float64,
+        padding_mode=draw(st.sampled_from(MODES)),
+        dtype=dtype,
     )
-    return layer, (draw(st.integers(1, 2)), inputs, draw(st.integers(6, 9)), draw(st.integers(6, 9)))
+    batch = draw(st.sampled_from([(), (1,), (2,)]))
+    return layer, (*batch, inputs, draw(st.integers(6, 9)), draw(st.integers(6, 9)))
 
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "tanh": torch.tanh}
 
 
 class Program(nn.Module):
-    """A network from a list of instructions, `(N, 4, 6, 6)` to `(N, 3)`: branches, residuals, concatenation, shared modules, BatchNorm, functions."""
+    """A network from a list of instructions, `(N, 4, 6, 6)` to `(N, 3)`.
+
+    Branches, residuals, concatenation, a module called several times, two modules with one weight, BatchNorm, functions.
+    """
 
     def __init__(self, instructions):
         super().__init__()
@@ -64,6 +70,9 @@ class Program(nn.Module):
                 self.parts[key] = nn.BatchNorm2d(4, dtype=torch.float64)
             elif name == "positions":
                 self.parts[key] = nn.Linear(6, 6, dtype=torch.float64)
+            elif name == "tied":
+                self.parts[key] = nn.Conv2d(4, 4, 3, padding=2, dilation=2, dtype=torch.float64)
+                self.parts[key].weight = self.stem.weight
         if any(name == "shared" for name, _ in instructions):
             self.shared = nn.Conv2d(4, 4, 3, padding=1, dtype=torch.float64)
         self.head = nn.Linear(4, 3, dtype=torch.float64)
@@ -78,7 +87,7 @@ class Program(nn.Module):
                 x = x + ACTIVATIONS["tanh"](self.parts[key](x))
             elif name == "concat":
                 x = self.parts[key](torch.cat([x, self.parts[key + "b"](x)], 1))
-            elif name == "norm" or name == "positions":
+            elif name in ("norm", "positions", "tied"):
                 x = self.parts[key](x)
             elif name == "shared":
                 x = self.shared(x)
@@ -89,7 +98,7 @@ class Program(nn.Module):
 
 INSTRUCTIONS = st.one_of(
     st.tuples(st.sampled_from(["conv", "residual"]), st.sampled_from([1, 3])),
-    st.tuples(st.sampled_from(["concat", "norm", "positions", "shared"]), st.none()),
+    st.tuples(st.sampled_from(["concat", "norm", "positions", "shared", "tied"]), st.none()),
     st.tuples(st.just("function"), st.sampled_from(sorted(ACTIVATIONS))),
 )
 
