@@ -28,6 +28,7 @@ from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.errors import TraceError
+from fxrank.passes.proxies import ValueProxy, python_asks_the_values, values_of
 
 Example = Any
 """One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values
@@ -105,7 +106,7 @@ def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Mod
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with _restored(model), torch.random.fork_rng(devices=list(devices)):
         try:
-            with _python_asks_the_values(tracer):
+            with python_asks_the_values(tracer):
                 graph = tracer.trace(model)
         except Exception as error:
             where = tracer.blame
@@ -121,92 +122,6 @@ def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Mod
 def _reads_mode(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "training" in code.co_names and all(p.ndim < 2 for p in module.parameters())
-
-
-class _ValueProxy(fx.Proxy):
-    """A proxy that knows its value."""
-
-    tracer: "_ValueTracer"
-
-    @property
-    def _value(self) -> Any:
-        return self.node.meta["val"]
-
-    def __getattr__(self, name: str) -> Any:
-        value = self._value
-        if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
-            return getattr(value, name)
-        if isinstance(value, Mapping) and name in ("items", "values"):
-            return getattr({key: self[key] for key in value}, name)
-        attribute = getattr(value, name)  # raises AttributeError as the value would
-        if callable(attribute) and not isinstance(attribute, torch.dtype):
-            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
-        if isinstance(attribute, str):
-            return attribute
-        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-
-    def dim(self) -> int:
-        return int(self._value.dim())
-
-    def __bool__(self) -> bool:
-        return bool(self._concrete("bool"))
-
-    def __int__(self) -> int:
-        return int(self._concrete("int"))
-
-    def __index__(self) -> int:
-        return operator.index(self._concrete("index"))
-
-    def __float__(self) -> float:
-        return float(self._concrete("float"))
-
-    def __len__(self) -> int:
-        return len(self._value)
-
-    def __iter__(self) -> Iterator[Any]:
-        value = self._value
-        return iter(value) if isinstance(value, Mapping) else (self[i] for i in range(len(value)))
-
-    def __contains__(self, item: object) -> bool:
-        value = self._value
-        return item in value if isinstance(value, Mapping) else any(bool(element == item) for element in self)
-
-    def keys(self) -> Any:
-        return self._value.keys()
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def _concrete(self, question: str) -> Any:
-        value = self._value
-        if isinstance(value, Tensor):
-            raise TypeError(
-                f"{question}() of the tensor {self.node.name!r} needs its data, which a trace does not have"
-            )
-        return value
-
-
-_STATIC_ATTRIBUTES = {
-    "ndim",
-    "requires_grad",
-    "is_cuda",
-    "is_cpu",
-    "is_meta",
-    "is_nested",
-    "is_sparse",
-    "is_quantized",
-    "is_mkldnn",
-    "layout",
-    "names",
-    "grad_fn",
-    "is_leaf",
-}
 
 
 class _ValueTracer(fx.Tracer):
@@ -271,7 +186,7 @@ class _ValueTracer(fx.Tracer):
     # -- values
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ValueProxy(node, self)
+        return ValueProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
@@ -280,7 +195,7 @@ class _ValueTracer(fx.Tracer):
         return proxy
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = _values((tuple(args), dict(kwargs)))
+        args, kwargs = values_of((tuple(args), dict(kwargs)))
         self._evaluating = True
         try:
             with torch.no_grad():
@@ -360,85 +275,6 @@ class _ValueTracer(fx.Tracer):
         if issubclass(type(a), fx.Proxy):  # before isinstance takes it for its value
             return a.node
         return tuple(self.create_arg(e) for e in a) if isinstance(a, torch.Size) else super().create_arg(a)
-
-
-def _values(tree: Any) -> Any:
-    """The values of all proxies in a nest of tuples, lists, dicts and slices."""
-    if isinstance(tree, fx.Proxy):
-        return tree.node.meta["val"]
-    if isinstance(tree, (tuple, list)):
-        items = [_values(e) for e in tree]
-        if isinstance(tree, tuple):
-            return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-        return items
-    if isinstance(tree, dict):
-        return {k: _values(v) for k, v in tree.items()}
-    if isinstance(tree, slice):
-        return slice(_values(tree.start), _values(tree.stop), _values(tree.step))
-    return tree
-
-
-_FACTORIES = (
-    "arange",
-    "empty",
-    "eye",
-    "finfo",
-    "full",
-    "iinfo",
-    "linspace",
-    "ones",
-    "rand",
-    "randint",
-    "randn",
-    "randperm",
-    "scalar_tensor",
-    "tensor",
-    "tril_indices",
-    "triu_indices",
-    "zeros",
-)
-"""Functions that take sizes or a dtype and no tensor, so that torch does not ask a proxy among their arguments."""
-
-
-@contextmanager
-def _python_asks_the_values(tracer: _ValueTracer) -> Iterator[None]:
-    """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
-    sizes becomes a node, and torch's Transformer does not look into its mask.
-
-    A proxy that lies about its `__class__` instead would crash: torch's C++ code believes it.
-    """
-    is_instance = builtins.isinstance
-
-    def of_value(thing: Any, kinds: Any) -> bool:
-        if is_instance(thing, kinds):
-            return True
-        return issubclass(type(thing), _ValueProxy) and "val" in thing.node.meta and is_instance(thing._value, kinds)
-
-    def node_of(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", factory, args, kwargs)
-            return factory(*args, **kwargs)
-
-        return wrapper
-
-    detect = transformer._detect_is_causal_mask
-
-    def hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
-        # The answer lets attention skip the mask for a faster kernel; without it the mask does the same.
-        return bool(is_causal) if issubclass(type(mask), fx.Proxy) else detect(mask, is_causal, size)
-
-    replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
-    replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    try:
-        for owner, name, function in replaced:
-            setattr(owner, name, function)
-        yield
-    finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
 
 
 @contextmanager

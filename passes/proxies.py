@@ -1,0 +1,178 @@
+"""Proxies that know their value, and how Python's questions about them are answered while a trace is on."""
+
+import builtins
+import functools
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import transformer
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows its value."""
+
+    tracer: "fx.Tracer"
+
+    @property
+    def _value(self) -> Any:
+        return self.node.meta["val"]
+
+    def __getattr__(self, name: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
+            return getattr(value, name)
+        if isinstance(value, Mapping) and name in ("items", "values"):
+            return getattr({key: self[key] for key in value}, name)
+        attribute = getattr(value, name)  # raises AttributeError as the value would
+        if callable(attribute) and not isinstance(attribute, torch.dtype):
+            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+        if isinstance(attribute, str):
+            return attribute
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def dim(self) -> int:
+        return int(self._value.dim())
+
+    def __bool__(self) -> bool:
+        return bool(self._concrete("bool"))
+
+    def __int__(self) -> int:
+        return int(self._concrete("int"))
+
+    def __index__(self) -> int:
+        return operator.index(self._concrete("index"))
+
+    def __float__(self) -> float:
+        return float(self._concrete("float"))
+
+    def __len__(self) -> int:
+        return len(self._value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self._value
+        return iter(value) if isinstance(value, Mapping) else (self[i] for i in range(len(value)))
+
+    def __contains__(self, item: object) -> bool:
+        value = self._value
+        return item in value if isinstance(value, Mapping) else any(bool(element == item) for element in self)
+
+    def keys(self) -> Any:
+        return self._value.keys()
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def _concrete(self, question: str) -> Any:
+        value = self._value
+        if isinstance(value, Tensor):
+            raise TypeError(
+                f"{question}() of the tensor {self.node.name!r} needs its data, which a trace does not have"
+            )
+        return value
+
+
+_STATIC_ATTRIBUTES = {
+    "ndim",
+    "requires_grad",
+    "is_cuda",
+    "is_cpu",
+    "is_meta",
+    "is_nested",
+    "is_sparse",
+    "is_quantized",
+    "is_mkldnn",
+    "layout",
+    "names",
+    "grad_fn",
+    "is_leaf",
+}
+
+
+def values_of(tree: Any) -> Any:
+    """The values of all proxies in a nest of tuples, lists, dicts and slices."""
+    if isinstance(tree, fx.Proxy):
+        return tree.node.meta["val"]
+    if isinstance(tree, (tuple, list)):
+        items = [values_of(e) for e in tree]
+        if isinstance(tree, tuple):
+            return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+        return items
+    if isinstance(tree, dict):
+        return {k: values_of(v) for k, v in tree.items()}
+    if isinstance(tree, slice):
+        return slice(values_of(tree.start), values_of(tree.stop), values_of(tree.step))
+    return tree
+
+
+_FACTORIES = (
+    "arange",
+    "empty",
+    "eye",
+    "finfo",
+    "full",
+    "iinfo",
+    "linspace",
+    "ones",
+    "rand",
+    "randint",
+    "randn",
+    "randperm",
+    "scalar_tensor",
+    "tensor",
+    "tril_indices",
+    "triu_indices",
+    "zeros",
+)
+"""Functions that take sizes or a dtype and no tensor, so that torch does not ask a proxy among their arguments."""
+
+
+@contextmanager
+def python_asks_the_values(tracer: fx.Tracer) -> Iterator[None]:
+    """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
+    sizes becomes a node, and torch's Transformer does not look into its mask.
+
+    A proxy that lies about its `__class__` instead would crash: torch's C++ code believes it.
+    """
+    is_instance = builtins.isinstance
+
+    def of_value(thing: Any, kinds: Any) -> bool:
+        if is_instance(thing, kinds):
+            return True
+        return issubclass(type(thing), ValueProxy) and "val" in thing.node.meta and is_instance(thing._value, kinds)
+
+    def node_of(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", factory, args, kwargs)
+            return factory(*args, **kwargs)
+
+        return wrapper
+
+    detect = transformer._detect_is_causal_mask
+
+    def hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
+        # The answer lets attention skip the mask for a faster kernel; without it the mask does the same.
+        return bool(is_causal) if issubclass(type(mask), fx.Proxy) else detect(mask, is_causal, size)
+
+    replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
+    replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    try:
+        for owner, name, function in replaced:
+            setattr(owner, name, function)
+        yield
+    finally:
+        for owner, name, function in originals:
+            setattr(owner, name, function)

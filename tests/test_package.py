@@ -1,0 +1,107 @@
+"""The folder `passes/`: one name for every class, and arrows that run one way."""
+
+import ast
+import importlib
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+import fxrank
+import fxrank.passes
+
+ROOT = Path(fxrank.__file__).parent
+PASSES = sorted(p.stem for p in (ROOT / "passes").glob("*.py") if p.stem != "__init__")
+PRODUCT = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in ("__init__", "__main__"))
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports depend on the name a file is imported under"
+            yield node.module
+            yield from (f"{node.module}.{a.name}" for a in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (a.name for a in node.names)
+
+
+def test_the_folder_is_a_relative_link_to_the_one_on_top():
+    link = ROOT / "passes"
+    if link.is_symlink():  # not so in an installed package
+        assert link.readlink() == Path("../passes")
+    assert (link / "trace.py").is_file()
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_class_of_the_passes_is_imported_under_one_name(name):
+    module = importlib.import_module(f"fxrank.passes.{name}")
+    assert module.__name__ == f"fxrank.passes.{name}"
+    for node in ast.parse((ROOT / "passes" / f"{name}.py").read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            assert getattr(module, node.name).__module__ == f"fxrank.passes.{name}"
+    for cls in vars(module).values():
+        if inspect.isclass(cls) and "passes" in cls.__module__.split("."):
+            assert cls.__module__.startswith(("fxrank.passes.", "torch."))
+    assert "passes" not in sys.modules
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_passes_import_nothing_of_the_product(name):
+    for imported in imports_of(ROOT / "passes" / f"{name}.py"):
+        assert not imported.startswith("fxrank") or imported.startswith("fxrank.passes."), imported
+        assert imported != "passes" and not imported.startswith("passes.")
+
+
+@pytest.mark.parametrize("path", [f"{n}.py" for n in PRODUCT] + [f"passes/{n}.py" for n in PASSES])
+def test_no_module_imports_a_packages_own_init(path):
+    names = {*imports_of(ROOT / path)}
+    modules = {f"fxrank.{n}" for n in PRODUCT} | {f"fxrank.passes.{n}" for n in PASSES}
+    assert "fxrank" not in {n for n in names if "." not in n}
+    # `from fxrank.passes import spectra` names a module; anything else taken from there is the __init__'s.
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module in ("fxrank", "fxrank.passes"):
+            assert {f"{node.module}.{a.name}" for a in node.names} <= modules
+
+
+def arrows(folder, prefix, names):
+    graph = nx.DiGraph()
+    graph.add_nodes_from(names)
+    for name in names:
+        targets = {
+            i.removeprefix(prefix).partition(".")[0] for i in imports_of(folder / f"{name}.py") if i.startswith(prefix)
+        }
+        graph.add_edges_from((name, t) for t in targets & set(names))
+    return graph
+
+
+def test_arrows_run_one_way():
+    for graph in (arrows(ROOT / "passes", "fxrank.passes.", PASSES), arrows(ROOT, "fxrank.", PRODUCT)):
+        assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
+        assert graph.number_of_edges() >= len(graph) / 2  # the picture is not empty
+
+
+def test_every_pass_imports_by_itself():
+    """In a fresh process, in every order of first import, without the product coming along unasked for but its `__init__`."""
+    program = "import importlib, sys\nfor n in sys.argv[1:]: importlib.import_module(f'fxrank.passes.{n}')"
+    subprocess.run([sys.executable, "-W", "error", "-c", program, *reversed(PASSES)], check=True, timeout=300)
+
+
+def test_the_public_names_exist_and_are_sorted():
+    assert fxrank.__all__ == sorted(fxrank.__all__)
+    assert all(hasattr(fxrank, name) for name in fxrank.__all__)
+
+
+def test_every_module_class_and_function_of_the_passes_says_what_it_does():
+    for name in PASSES:
+        module = importlib.import_module(f"fxrank.passes.{name}")
+        assert module.__doc__
+        for attribute, thing in vars(module).items():
+            if (
+                (inspect.isclass(thing) or inspect.isfunction(thing))
+                and thing.__module__ == module.__name__
+                and not attribute.startswith("_")
+            ):
+                assert thing.__doc__, f"{name}.{attribute}"
