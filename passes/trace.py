@@ -109,7 +109,7 @@ def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Mod
             with python_asks_the_values(tracer):
                 graph = tracer.trace(model)
         except Exception as error:
-            where = tracer.blame
+            where = tracer.blame_for(error)
             raise TraceError(
                 f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
                 f"{where or 'its own forward'} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
@@ -135,7 +135,8 @@ class _ValueTracer(fx.Tracer):
         self._evaluating = False
         self._inside: list[str] = []
         self._visits: Counter[nn.Module] = Counter()
-        self.blame = ""
+        self._buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
+        self._blame: tuple[Exception | None, str] = (None, "")
 
     # -- the entry point: one placeholder per tensor of the example call, whatever the signature says
 
@@ -145,11 +146,14 @@ class _ValueTracer(fx.Tracer):
         args, kwargs = self._call
         leaves, spec = pytree.tree_flatten((args, kwargs))
         names = self._input_names(args, kwargs, leaves)
+        self._buffers = {(m, name): b for m in self.root.modules() for name, b in m._buffers.items()}
         inputs = [self._placeholder(n, v) if isinstance(v, Tensor) else v for n, v in zip(names, leaves, strict=True)]
 
         def entry(root: nn.Module, *flat: Any) -> Any:
             call_args, call_kwargs = pytree.tree_unflatten(list(flat), spec)
-            return pytree.tree_map(self._returnable, root_fn(root, *call_args, **call_kwargs))
+            outputs = pytree.tree_map(self._returnable, root_fn(root, *call_args, **call_kwargs))
+            self._update_buffers()
+            return outputs
 
         return entry, [self.root, *inputs]
 
@@ -162,6 +166,16 @@ class _ValueTracer(fx.Tracer):
         except NotImplementedError:
             return None
         return leaf
+
+    def _update_buffers(self) -> None:
+        """What the forward has assigned to buffers, written into them at the end of the graph."""
+        for path, module in self.root.named_modules():
+            for name, value in module._buffers.items():
+                buffer = self._buffers.get((module, name))
+                if buffer is not None and issubclass(type(value), fx.Proxy):
+                    module._buffers[name] = buffer
+                    own = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+                    self.create_proxy("call_method", "copy_", (own, value), {})
 
     def _input_names(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> list[str]:
         try:
@@ -191,7 +205,11 @@ class _ValueTracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
         proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind != "output":
-            proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs)
+            try:
+                proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs)
+            except Exception:
+                self.graph.erase_node(proxy.node)  # a forward may catch this and do something else
+                raise
         return proxy
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
@@ -243,6 +261,11 @@ class _ValueTracer(fx.Tracer):
     def _fake(self, tree: Any) -> Any:
         return pytree.tree_map_only(Tensor, lambda t: self._mode.from_tensor(t.detach(), static_shapes=True), tree)
 
+    def blame_for(self, error: Exception) -> str:
+        """The innermost module that this error came out of. An earlier one may have been caught by a forward."""
+        blamed, where = self._blame
+        return where if blamed is error else ""
+
     # -- hooks of fx.Tracer
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -252,12 +275,12 @@ class _ValueTracer(fx.Tracer):
             return m.forward(*args, **kwargs)  # an activation function held aside has no path, and needs none
         self._inside.append(f"{self.path_of_module(m)!r} ({type(m).__name__})")
         try:
-            result = super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.blame = self.blame or self._inside[-1]
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            self._blame = (error, self.blame_for(error) or self._inside[-1])
             raise
-        self._inside.pop()
-        return result
+        finally:
+            self._inside.pop()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         # A buffer that the forward has assigned is a proxy already.

@@ -1,0 +1,222 @@
+"""Stacks of interchangeable layers, what they cost by count, and how they are timed (never how long it takes)."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fxrank
+from fxrank.passes import profile as profile_module
+from fxrank.passes.layers import candidates, discover
+from fxrank.passes.profile import Profiler, Stopwatch
+from fxrank.passes.stacks import Stack, stacks
+from fxrank.passes.trace import trace
+
+CPU = torch.device("cpu")
+
+
+def found(model, x, **options):
+    return candidates(discover(trace(model, x), model), model, **options)
+
+
+def test_stacks_group_interchangeable_layers_in_graph_order():
+    model = nn.Sequential(
+        *[nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)],
+        nn.Conv2d(4, 4, 3, padding=1, stride=2),
+        nn.Conv2d(4, 4, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(64, 2),
+    )
+    groups = stacks(found(model, torch.randn(1, 4, 8, 8)))
+    assert [[layer.name for layer in g.layers] for g in groups] == [["1", "2", "3"], ["4"], ["5"]]
+    assert [g.name for g in groups] == ["1 +2", "4", "5"]
+    assert groups[0].sample is groups[0].layers[0]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding=2, dilation=2),
+        nn.Conv2d(4, 4, 3, padding="same"),
+        nn.Conv2d(4, 4, (3, 1), padding=(1, 0)),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2),
+    ],
+    ids=str,
+)
+def test_one_difference_in_geometry_makes_another_stack(other):
+    plain = [nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)]
+    assert len(stacks(found(nn.Sequential(*plain), torch.randn(1, 4, 8, 8)))) == 1
+    assert len(stacks(found(nn.Sequential(*plain[:2], other, plain[3]), torch.randn(1, 4, 8, 8)))) == 2
+
+
+def test_layers_with_a_reason_are_in_no_stack():
+    layers = found(nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)]), torch.randn(1, 4), exclude="1")
+    assert [[a.name for a in s.layers] for s in stacks(layers)] == [["2"]]
+    assert stacks([]) == []
+
+
+def profiled(model, x, name, probe_ratio, amp=None):
+    layer = {a.name: a for a in found(model, x, include="*")}[name]
+    return Profiler(model, CPU, amp=amp, rounds=1, budget_ms=0).stack(Stack((layer,)), probe_ratio)
+
+
+def test_counts_of_a_linear():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 4))
+    p = profiled(model, torch.randn(5, 3, 8), "1", 0.25)
+    rows = 5 * 3
+    assert (p.names, p.kind, p.weight_shape, p.input_shape) == (("1",), "linear", (16, 8), (5, 3, 8))
+    assert p.probe_rank == 2
+    assert p.flops == 2 * rows * 8 * 16
+    assert p.bytes_moved == 4 * (rows * 8 + 8 * 16 + rows * 16)
+    assert p.pair_flops == 2 * rows * 2 * (8 + 16)
+    assert p.pair_bytes_moved == 4 * (rows * 8 + 2 * (8 + 16) + 2 * rows * 2 + rows * 16)
+    assert p.intensity == p.flops / p.bytes_moved
+    assert p.pair_intensity == p.pair_flops / p.pair_bytes_moved
+    assert p.speedup == p.dense_ms / p.pair_ms
+
+
+@pytest.mark.parametrize(("amp", "size"), [(None, 4), (torch.bfloat16, 2)], ids=["float32", "bfloat16"])
+def test_counts_of_a_grouped_strided_convolution(amp, size):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, stride=2, padding=1, groups=2), nn.Conv2d(6, 2, 1))
+    p = profiled(model, torch.randn(2, 3, 10, 10), "1", 1.0, amp)
+    positions = 2 * 4 * 4
+    assert p.input_shape == (2, 8, 8, 8)
+    assert p.probe_rank == 3
+    assert p.flops == 2 * positions * 6 * 4 * 9
+    assert p.bytes_moved == size * (2 * 8 * 64 + 6 * 4 * 9 + positions * 6)
+    assert p.pair_flops == 2 * positions * (6 * 4 * 9 + 6 * 3)
+    assert p.pair_bytes_moved == size * (2 * 8 * 64 + (6 * 4 * 9 + 6 * 3) + 2 * positions * 6 + positions * 6)
+
+
+def test_the_probe_has_at_least_rank_one():
+    assert (
+        profiled(
+            nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)), torch.randn(2, 4), "1", 0.01
+        ).probe_rank
+        == 1
+    )
+
+
+class Clock:
+    """A stopwatch that tells prepared times, and a record of what ran between its marks."""
+
+    def __init__(self, times):
+        self.times, self.marks = iter(times), []
+
+    def __call__(self, device):
+        return self
+
+    def mark(self):
+        self.marks.append("mark")
+
+    def laps_ms(self):
+        self.marks.append("read")
+        return next(self.times)
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """The medians and the order of events for given laps."""
+
+    def measure(times, **options):
+        clock = Clock(times)
+        monkeypatch.setattr(profile_module, "Stopwatch", clock)
+        profiler = Profiler(nn.Linear(1, 1), CPU, **options)
+        steps = [lambda name=name: clock.marks.append(name) for name in ("dense", "pair")]
+        return profiler._interleaved(steps), clock.marks
+
+    return measure
+
+
+def test_rounds_are_interleaved_and_warmed_up(clocked):
+    medians, marks = clocked([[3.0, 1.0], [9.0, 2.0], [4.0, 8.0]], rounds=3)
+    assert medians == [4.0, 2.0]
+    assert marks == ["dense", "pair"] + ["mark", "dense", "mark", "pair", "mark", "read"] * 3
+
+
+def test_the_budget_bounds_the_rounds_but_three_are_made(clocked):
+    medians, marks = clocked([[100.0, 100.0]] * 11, rounds=11, budget_ms=50)
+    assert marks.count("read") == 3
+    _, marks = clocked([[10.0, 10.0]] * 11, rounds=11, budget_ms=95)
+    assert marks.count("read") == 5
+    _, marks = clocked([[1.0, 1.0]] * 11, rounds=11, budget_ms=200)
+    assert marks.count("read") == 11
+    assert medians == [100.0, 100.0]
+
+
+def test_times_are_of_the_layer_then_of_each_rank(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2, bias=False)).to(
+        memory_format=torch.channels_last
+    )
+    layer = found(model, torch.randn(2, 3, 8, 8), include="*")[1]
+    timed = []
+
+    def step(self, module, x):
+        timed.append((type(module).__name__, getattr(module, "rank", None), tuple(x.shape), x.dtype, x.is_contiguous()))
+        assert not {p.data_ptr() for p in module.parameters()} & {p.data_ptr() for p in model.parameters()}
+        assert all(torch.isfinite(p).all() for p in module.parameters())
+        return lambda: None
+
+    monkeypatch.setattr(Profiler, "_step", step)
+    assert len(Profiler(model, CPU).times_ms(layer, [1, 2])) == 3
+    assert timed == [
+        ("Conv2d", None, (2, 4, 6, 6), torch.float32, False),
+        ("LowRankConv2d", 1, (2, 4, 6, 6), torch.float32, False),
+        ("LowRankConv2d", 2, (2, 4, 6, 6), torch.float32, False),
+    ]
+
+
+@pytest.mark.parametrize("amp", [None, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_one_step_is_forward_and_backward_in_the_jobs_precision(amp):
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            out = super().forward(x)
+            seen.append(out.dtype)
+            return out
+
+    module = Spy(4, 3)
+    step = Profiler(module, CPU, amp=amp)._step(module, torch.randn(2, 4))
+    step()
+    assert module.weight.grad is not None
+    first = module.weight.grad.clone()
+    step()
+    assert torch.equal(module.weight.grad, first)  # not added up
+    assert set(seen) == {amp or torch.float32}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_profiling_leaves_no_trace(training):
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 16), nn.Dropout(), nn.Linear(16, 4)).train(
+        training
+    )
+    x = torch.randn(5, 8)
+    model(x).sum().backward()
+    before, grads = copy.deepcopy(model.state_dict()), [p.grad.clone() for p in model.parameters()]
+    ids, state = [id(p) for p in model.parameters()], torch.random.get_rng_state()
+    with torch.no_grad():
+        measured = fxrank.profile(model, x, include="*", exclude="0")
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert [id(p) for p in model.parameters()] == ids
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert all(m.training is training for m in model.modules())
+    assert [s.names for s in measured.stacks] == [("2",), ("4",)]
+    assert measured.seconds > 0
+    assert "FLOP/B" in str(measured)
+    assert measured.to_dict()["K"] == measured.K
+    assert measured.to_dict()["stacks"][0]["intensity"] == measured.stacks[0].intensity
+
+
+def test_the_stopwatch_counts_between_marks_and_forgets():
+    watch = Stopwatch(CPU)
+    assert watch.laps_ms() == []
+    for _ in range(3):
+        watch.mark()
+    laps = watch.laps_ms()
+    assert len(laps) == 2
+    assert min(laps) >= 0
+    assert watch.laps_ms() == []
