@@ -4,6 +4,7 @@ from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
 from fxrank.checkpoint import load, save
 from fxrank.cuttlefish import Cuttlefish
+from fxrank.passes.convolutions import LowRankConv2d
 from fxrank.passes.errors import (
     CheckpointError,
     FxrankError,
@@ -14,7 +15,7 @@ from fxrank.passes.errors import (
     RankError,
     TraceError,
 )
-from fxrank.passes.factors import FactorPair, LowRankConv2d, LowRankLinear
+from fxrank.passes.factors import FactorPair, LowRankLinear
 from fxrank.passes.spectra import stable_rank
 from fxrank.passes.trace import trace
 from fxrank.plan import LayerDecision, Plan

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fxrank.batches import LossFn
 from fxrank.checkpoint import save
-from fxrank.passes.layers import Selector
+from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies import as_policy
 from fxrank.policy import Policy

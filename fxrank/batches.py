@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.trace import call_arguments, describe
+from fxrank.passes.calls import call_arguments, describe
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""

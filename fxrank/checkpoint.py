@@ -3,13 +3,15 @@
 import os
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
-from fxrank.passes.factors import pair_class
+from fxrank.passes.kinds import dense_at, holders, pair_class
+from fxrank.passes.weights import is_derived
 from fxrank.plan import Plan
 from fxrank.surgery import apply_plan, check_plan, plan_of
 
@@ -78,28 +80,27 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
     dense = model.state_dict(keep_vars=True)
     expected = {name: tuple(value.shape) for name, value in dense.items()}
     identity: dict[str, object] = {name: id(value) for name, value in dense.items()}
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        paths.setdefault(id(weight), []).append(path)
+    paths = {id(module): path for path, module in model.named_modules()}
     for decision in plan.layers:
         if decision.rank is None:
             continue
-        module = model.get_submodule(decision.name)
-        cls = pair_class(module, decision.form)
-        assert cls is not None
-        pair = cls(module, decision.rank, decision.extra_bn)
-        for path in paths[id(module.weight)]:
-            own = model.get_submodule(path)
-            for name in [n for n in expected if n.startswith(path + ".")]:
+        layer = dense_at(model, decision.name, decision.form)
+        weight = layer.weight
+        sites = [(layer, "", layer)] if is_derived(layer) else holders(model, cast(nn.Parameter, weight))
+        for owner, attribute, dense_layer in sites:
+            cls = pair_class(dense_layer, decision.form)
+            assert cls is not None
+            pair = cls(dense_layer, decision.rank, decision.extra_bn)
+            path = f"{paths[id(owner)]}.{attribute}".strip(".")
+            for name in [n for n in expected if n == path or n.startswith(path + ".")]:
                 del expected[name]
             for name, value in pair.state_dict().items():
                 if name != "v.bias":
                     expected[f"{path}.{name}"] = tuple(value.shape)
-                    identity[f"{path}.{name}"] = (id(own) if name.startswith("norm.") else decision.name, name)
-            if isinstance(own.bias, nn.Parameter):
-                expected[f"{path}.v.bias"] = tuple(own.bias.shape)
-                identity[f"{path}.v.bias"] = id(own.bias)
+                    identity[f"{path}.{name}"] = (id(owner) if name.startswith("norm.") else decision.name, name)
+            if pair.bias is not None:
+                expected[f"{path}.v.bias"] = tuple(pair.bias.shape)
+                identity[f"{path}.v.bias"] = id(pair.bias)
     for name, shape in stored.items():
         if name not in expected:
             raise PlanMismatchError(

@@ -14,8 +14,9 @@ from torch import nn
 
 from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
+from fxrank.passes.discover import discover
 from fxrank.passes.errors import FxrankError, unknown_name
-from fxrank.passes.layers import candidates, discover
+from fxrank.passes.selection import candidates
 from fxrank.passes.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies import POLICIES, as_policy

@@ -166,7 +166,7 @@ class Cuttlefish(Policy):
         return decisions
 
     def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
-        spectrum = decomposition_of(layer, scene.model, self.form)
+        spectrum = decomposition_of(layer, scene.model)
         sigma, rank_now = spectrum.sigma, mean_over_groups(stable, spectrum.sigma)
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
@@ -189,9 +189,7 @@ class Cuttlefish(Policy):
                 speedup=round(speedup, 4),
                 **known,
             )
-        decision = take(
-            layer, rank, f"{self.rank_metric} {value:.1f} of {layer.full_rank}", form=self.form, extra_bn=self.extra_bn
-        )
+        decision = take(layer, rank, f"{self.rank_metric} {value:.1f} of {layer.full_rank}", extra_bn=self.extra_bn)
         return replace(
             decision,
             truncation_error=round(truncation_error(sigma, rank), 6),

@@ -120,11 +120,10 @@ class RankMonitor:
         detector: Detector,
         interval: int,
         *,
-        form: str = "channel",
         seed: int = 0,
     ) -> None:
         self._layers = [layer for layer in layers if layer.supported]
-        self._model, self._form = model, form
+        self._model = model
         self._detector = detector
         self.interval = max(1, interval)
         self._tracker = StableRankTracker(seed)
@@ -139,7 +138,7 @@ class RankMonitor:
         Raises `NonFiniteWeightError` that names the layer.
         """
         with torch.no_grad():
-            stacks = [stack_of(layer, self._model, form=self._form) for layer in self._layers]
+            stacks = [stack_of(layer, self._model) for layer in self._layers]
             if exact:
                 for layer, stack in zip(self._layers, stacks, strict=True):
                     check_finite(stack, layer.name)

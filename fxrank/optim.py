@@ -49,12 +49,16 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
     own.
     """
     by_weight = {id(r.weight): r for r in replacements}
+    gone = {id(p) for r in replacements for p in r.parameters[1:]}
     notes: list[str] = []
     plain = next((g for g in optimizer.param_groups if not g.get("weight_decay")), None)
     for group in list(optimizer.param_groups):
         swapped: list[nn.Parameter] = []
         for parameter in group["params"]:
             replacement = by_weight.get(id(parameter))
+            if id(parameter) in gone:
+                optimizer.state.pop(parameter, None)
+                continue
             if replacement is None:
                 swapped.append(parameter)
                 continue
@@ -74,6 +78,8 @@ def _project_state(optimizer: Optimizer, replacement: Replacement, u: nn.Paramet
     state = optimizer.state.pop(replacement.weight, None)
     if not state:
         return []
+    if len(replacement.parameters) > 1:
+        return [f"{replacement.name}: its weight was derived from several parameters; its factors start fresh"]
     pair, shape = replacement.pair, replacement.weight.shape
     u_matrix, v_matrix = pair.unfold_u(u.detach()), pair.unfold_v(v.detach())
     new_u: dict[str, Any] = {}

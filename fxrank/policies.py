@@ -99,13 +99,13 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
                 )
             )
             continue
-        spectrum = decomposition_of(layer, scene.model, policy.form)
+        spectrum = decomposition_of(layer, scene.model)
         rank_now, error = mean_over_groups(stable, spectrum.sigma), truncation_error(spectrum.sigma, rank)
         if rank_now == 0:  # both factors would be zero, and stay so: each one's gradient is a product with the other
             decisions.append(keep(layer, "its weight is zero (stable rank 0)"))
             continue
         scene.factors[layer.name] = spectrum.factors(rank)
-        decision = take(layer, rank, why, form=policy.form, extra_bn=policy.extra_bn)
+        decision = take(layer, rank, why, extra_bn=policy.extra_bn)
         decisions.append(replace(decision, stable_rank=round(rank_now, 4), truncation_error=round(error, 6)))
     return decisions
 

@@ -122,8 +122,8 @@ class Policy(ABC):
         )
 
 
-def decomposition_of(layer: Layer, model: nn.Module, form: str) -> Decomposition:
+def decomposition_of(layer: Layer, model: nn.Module) -> Decomposition:
     """The layer's spectrum, with `σ_max` exact. Raises `NonFiniteWeightError` with its name."""
-    stack = matrices_of(layer, model, form=form)
+    stack = matrices_of(layer, model)
     check_finite(stack, layer.name)
     return decompose(stack)

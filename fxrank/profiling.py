@@ -9,10 +9,13 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.layers import Layer, Selector, candidates, discover, require_some
+from fxrank.passes.calls import Example
+from fxrank.passes.discover import discover
+from fxrank.passes.layers import Layer
 from fxrank.passes.profile import Profiler, StackProfile
+from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.stacks import stacks
-from fxrank.passes.trace import Example, trace
+from fxrank.passes.trace import trace
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,15 @@ from torch.optim import Optimizer
 
 from fxrank.monitor import RankMonitor
 from fxrank.optim import FactorRegime, check_holds, swap_parameters
+from fxrank.passes.calls import Example
+from fxrank.passes.discover import discover
 from fxrank.passes.errors import FxrankError, NothingFactorizedWarning
-from fxrank.passes.layers import Selector, candidates, discover, require_some, stack_of
+from fxrank.passes.layers import stack_of
 from fxrank.passes.profile import Profiler, Stopwatch
+from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.stacks import stacks
-from fxrank.passes.trace import Example, trace
+from fxrank.passes.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene
@@ -107,10 +110,10 @@ class LowRankSession:
         if isinstance(chosen, FixedPlan):
             check_plan(model, chosen.given)
         gm = trace(model, example_inputs)
-        layers = candidates(discover(gm, model, form=chosen.form), model, include=include, exclude=exclude)
+        layers = candidates(discover(gm, model), model, include=include, exclude=exclude)
         for layer in layers:
             if layer.reason is None:
-                check_finite(stack_of(layer, model, form=chosen.form), layer.name)
+                check_finite(stack_of(layer, model), layer.name)
         if not isinstance(chosen, FullRank):
             require_some(layers)
         scene = Scene(model, layers)
@@ -131,9 +134,7 @@ class LowRankSession:
             self.seconds["profile"] = scene.profiler.seconds
         detector = policy.detector(self.clock)
         if detector is not None:
-            scene.monitor = RankMonitor(
-                scene.layers, self.model, detector, policy.interval(self.clock), form=policy.form, seed=seed
-            )
+            scene.monitor = RankMonitor(scene.layers, self.model, detector, policy.interval(self.clock), seed=seed)
             self._observe(exact=True)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),

@@ -4,17 +4,24 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from fxrank.passes.calibrate import calibrate
+from fxrank.passes.calls import Example, call_arguments
+from fxrank.passes.discover import discover
 from fxrank.passes.errors import PlanMismatchError, RankError
-from fxrank.passes.factorize import Factorize, install, pairs_in
-from fxrank.passes.factors import FactorPair, pair_class, weight_of
-from fxrank.passes.layers import Layer, Selector, candidates, discover, require_some
+from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in, remove_weight
+from fxrank.passes.factors import FactorPair
+from fxrank.passes.kinds import FORMS, dense_at, holders, pair_class
+from fxrank.passes.layers import Layer
+from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite
-from fxrank.passes.trace import Example, call_arguments, trace
+from fxrank.passes.trace import TracedModule, trace
+from fxrank.passes.weights import is_derived, weight_of
 from fxrank.plan import LayerDecision, Plan
 from fxrank.ranks import ratio_rank
 
@@ -25,11 +32,19 @@ Rank = int | float | Mapping[str, int | float] | Plan
 
 @dataclass(frozen=True)
 class Replacement:
-    """One weight that became a factor pair: the dense parameter that is gone, and the pair that came."""
+    """One weight that became a factor pair: the parameters that are gone, and the pair that came.
+
+    There is one dense parameter, except where the weight was derived from several (weight norm).
+    """
 
     name: str
-    weight: nn.Parameter
+    parameters: tuple[nn.Parameter, ...]
     pair: FactorPair
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The dense parameter, the first of several."""
+        return self.parameters[0]
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -40,7 +55,7 @@ def apply_plan(
     model: nn.Module,
     plan: Plan,
     *,
-    gm: fx.GraphModule | None = None,
+    gm: TracedModule | None = None,
     example: Example = None,
     split: bool = True,
     factors: Factors | None = None,
@@ -54,42 +69,57 @@ def apply_plan(
     """
     dense = check_plan(model, plan)
     if split:
-        for name, module in dense.items():
-            check_finite(weight_of(module).detach(), name)
+        for name, layer in dense.items():
+            check_finite(weight_of(layer).detach(), name)
     decisions = {d.name: d for d in plan.layers}
-    by_weight: dict[int, tuple[str, list[nn.Module]]] = {id(m.weight): (name, []) for name, m in dense.items()}
-    for module in model.modules():
-        if id(getattr(module, "weight", None)) in by_weight and not isinstance(module, FactorPair):
-            by_weight[id(module.weight)][1].append(module)
     replacements: list[Replacement] = []
-    for name, modules in by_weight.values():
+    for name, layer in dense.items():
         decision = decisions[name]
         assert decision.rank is not None
-        first: FactorPair | None = None
-        weight = modules[0].weight
-        assert isinstance(weight, nn.Parameter)
-        for module in modules:
-            cls = pair_class(module, decision.form)
+        if is_derived(layer):
+            sites: list[tuple[nn.Module, str, nn.Module]] = [(layer, "", layer)]
+            old = tuple(p for p in layer.parameters() if p is not getattr(layer, "bias", None))
+        else:
+            weight = layer.weight
+            assert isinstance(weight, nn.Parameter)
+            sites, old = list(holders(model, weight)), (weight,)
+        pairs: list[FactorPair] = []
+        paths: list[str] = []
+        for owner, attribute, dense_layer in sites:
+            cls = pair_class(dense_layer, decision.form)
             assert cls is not None, name
-            pair = cls(module, decision.rank, decision.extra_bn)
-            if first is None:
-                first = pair
-                if factors is not None and name in factors:
-                    pair.fill(*factors.pop(name))
-                elif split:
-                    pair.split(weight)
-                replacements.append(Replacement(name, weight, pair))
-            else:  # another module with the same weight: the same factors, its own bias and geometry
-                pair.u.weight, pair.v.weight = first.u.weight, first.v.weight
-            paths = install(model, {id(module): pair})
-            if gm is not None:
-                Factorize(pairs=dict.fromkeys(paths, pair))(gm)
-    norms = [r.pair.norm for r in replacements if isinstance(r.pair.norm, nn.BatchNorm2d)]
+            pair = cls(dense_layer, decision.rank, decision.extra_bn)
+            if pairs:  # another place that holds the same weight: the same factors, its own bias and geometry
+                pair.u.weight, pair.v.weight = pairs[0].u.weight, pairs[0].v.weight
+            elif factors is not None and name in factors:
+                pair.fill(*factors.pop(name))
+            elif split:
+                pair.split(weight_of(layer))
+            pairs.append(pair)
+            paths += install_weight(model, owner, attribute, pair) if attribute else install(model, {id(owner): pair})
+        replacements.append(Replacement(name, old, pairs[0]))
+        if gm is not None:
+            show(gm, model, paths)
+    norms = [r.pair.norm for r in replacements if r.pair.norm is not None]
     if norms and example is not None:
         args, kwargs = call_arguments(model, example)
         calibrate(norms, model, lambda: model(*args, **kwargs))
     remember_plan(model, plan)
     return replacements
+
+
+def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:
+    """Bring a model's graphs, and those of its regions, up to date with pairs installed at these paths."""
+    if "" not in gm.leaves:
+        gm._modules.update(model._modules)
+        for name in gm._parameters.keys() & model._modules.keys():
+            del gm._parameters[name]
+    pairs = {path: pair for path in paths if isinstance(pair := model.get_submodule(path), FactorPair)}
+    Factorize(pairs=pairs)(gm)
+    for region, inner in gm.regions.items():
+        below = [p.removeprefix(f"{region}.") for p in pairs if p.startswith(f"{region}.")]
+        if below:
+            show(inner, model.get_submodule(region), below)
 
 
 def check_plan(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
@@ -99,28 +129,33 @@ def check_plan(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
     try:
-        module = model.get_submodule(decision.name)
+        layer = dense_at(model, decision.name, decision.form)
     except AttributeError:
         raise PlanMismatchError(
             f"every layer of a plan must exist in the model; {type(model).__name__} has no {decision.name!r}. Use the plan of this very architecture."
         ) from None
-    if isinstance(module, FactorPair):
+    if isinstance(layer, FactorPair):
         raise PlanMismatchError(
             f"a plan applies to a dense model; {decision.name!r} is already a factor pair. Pass a freshly built model."
         )
-    cls = pair_class(module, decision.form)
-    shape = tuple(getattr(getattr(module, "weight", None), "shape", ()))
-    if cls is None or cls.kind != decision.kind or shape != tuple(decision.weight_shape):
+    if decision.form not in FORMS:
         raise PlanMismatchError(
-            f"layers must match the plan; {decision.name!r} is {type(module).__name__} with weight {shape}, "
+            f"a plan's forms must be among {', '.join(FORMS)}; {decision.name!r} has {decision.form!r}. Install the fxrank that wrote the plan."
+        )
+    cls = pair_class(layer, decision.form)
+    shape = () if cls is None else tuple(weight_of(layer).shape)
+    if cls is None or cls.kind != decision.kind.removeprefix("tied ") or shape != tuple(decision.weight_shape):
+        raise PlanMismatchError(
+            f"layers must match the plan; {decision.name!r} is {type(layer).__name__} with weight {shape}, "
             f"the plan has {decision.kind} with {tuple(decision.weight_shape)}. Use the plan of this very architecture."
         )
     assert decision.rank is not None
-    if not 1 <= decision.rank <= cls.full_rank_of(module):
+    full_rank = cls.full_rank_of(layer)
+    if not 1 <= decision.rank <= full_rank:
         raise RankError(
-            f"the rank of {decision.name!r} must be in 1 … {cls.full_rank_of(module)}, its full rank; got {decision.rank}."
+            f"the rank of {decision.name!r} must be in 1 … {full_rank}, its full rank; got {decision.rank}."
         )
-    return module
+    return layer
 
 
 def remember_plan(model: nn.Module, plan: Plan) -> None:
@@ -159,12 +194,12 @@ def factorize(
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
     """
-    small = copy.deepcopy(model)
+    small = copied(model)
     if isinstance(rank, Plan):
         apply_plan(small, rank, example=example_inputs)
         return small
     gm = trace(small, example_inputs)
-    layers = discover(gm, small, form=form)
+    layers = discover(gm, small)
     if isinstance(rank, Mapping):
         chosen = _named_ranks(layers, rank)
         layers = [
@@ -212,13 +247,13 @@ def keep(layer: Layer, reason: str) -> LayerDecision:
     )
 
 
-def take(layer: Layer, rank: int, reason: str, *, form: str = "channel", extra_bn: bool = False) -> LayerDecision:
-    """The decision to factorize a layer at `rank`."""
+def take(layer: Layer, rank: int, reason: str, *, extra_bn: bool = False) -> LayerDecision:
+    """The decision to factorize a layer, in its present form, at `rank`."""
     return replace(
         keep(layer, reason),
         rank=rank,
-        form=form,
-        extra_bn=extra_bn and layer.kind == "conv2d",
+        form=layer.form,
+        extra_bn=extra_bn and layer.kind in ("conv1d", "conv2d", "conv3d"),
         pair_parameters=layer.pair_parameters(rank),
         pair_macs=layer.pair_macs(rank),
     )
@@ -244,9 +279,11 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
 
 
 def _given(layer: Layer, rank: int | float, form: str, extra_bn: bool) -> LayerDecision:
+    if form in layer.other_forms:
+        layer = layer.in_form(form)
     whole = whole_given_rank(layer.name, layer.full_rank, rank)
     reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
-    return take(layer, whole, reason, form=form, extra_bn=extra_bn)
+    return take(layer, whole, reason, extra_bn=extra_bn)
 
 
 def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> dict[str, int | float]:
@@ -285,13 +322,30 @@ def merge(model: nn.Module) -> nn.Module:
     The original is untouched.
 
     Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
-    The state dict fits the untouched original class. Layers that shared a weight no longer share memory but hold
-    equal values.
+    The state dict fits the untouched original class, and layers that shared a weight share it again. A weight that
+    was derived from others (weight norm, standardization) is a plain one now.
     """
-    dense = copy.deepcopy(model)
+    dense = copied(model)
+    merged: dict[int, nn.Parameter] = {}
     with torch.no_grad():
-        for module in list(dense.modules()):
-            if isinstance(module, FactorPair):
-                install(dense, {id(module): module.to_dense()})
+        for path, pair in list(dense.named_modules(remove_duplicate=False)):
+            if isinstance(pair, FactorPair) and dense.get_submodule(path) is pair:
+                layer = pair.to_dense()
+                # Pairs that share their factors share the product again.
+                layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
+                if isinstance(pair, LowRankWeight):
+                    remove_weight(dense, pair, layer.weight)
+                else:
+                    install(dense, {id(pair): layer})
     dense.__dict__.pop(_PLAN, None)
     return dense
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of models with legacy weight or spectral norm, whose weights are no leaves."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from fxrank.batches import LossFn, loss_of, run_batch, split_batch, to_device
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
+from fxrank.passes.calls import call_arguments
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.layers import Selector
 from fxrank.passes.profile import autocast
-from fxrank.passes.trace import call_arguments
+from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policy import Policy
 from fxrank.report import Report

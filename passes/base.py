@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from torch import fx
 
+from fxrank.passes.trace import TracedModule
+
 
 class PassResult(NamedTuple):
     """`graph_module` and `modified` as torch's own `PassManager` expects them, and per refused node its reason."""
@@ -40,19 +42,21 @@ class Pass(ABC):
         """
 
     def __call__(self, gm: fx.GraphModule) -> PassResult:
-        """Walk the graph once, then lint and recompile. Outputs, shapes and the modules' parameters outside the
+        """Walk each graph once, then lint and recompile. Outputs, shapes and the modules' parameters outside the
         rewritten sites are untouched.
         """
-        before = _shape_of(gm)
-        refused = {}
-        for node in list(gm.graph.nodes):
-            answer = self.rewrite(gm, node)
-            if isinstance(answer, Refused):
-                refused[node.name] = answer.reason
-        gm.graph.lint()
-        gm.delete_all_unused_submodules()
-        gm.recompile()
-        return PassResult(gm, _shape_of(gm) != before, refused)
+        refused: dict[str, str] = {}
+        changed = False
+        for graph in gm.each_graph() if isinstance(gm, TracedModule) else [gm.graph]:
+            before = _shape_of(gm)
+            for node in list(graph.nodes):
+                answer = self.rewrite(gm, node)
+                if isinstance(answer, Refused):
+                    refused[node.name] = answer.reason
+            graph.lint()
+            gm.recompile()
+            changed = changed or _shape_of(gm) != before
+        return PassResult(gm, changed, refused)
 
 
 def _shape_of(gm: fx.GraphModule) -> list[tuple[str, str, str, int | None]]:

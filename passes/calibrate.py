@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from fxrank.passes.factors import Norm
 
-def calibrate(norms: Iterable[nn.BatchNorm2d], model: nn.Module, run: Callable[[], object]) -> None:
+
+def calibrate(norms: Iterable[Norm], model: nn.Module, run: Callable[[], object]) -> None:
     """Make each of `norms` the identity on the inputs that `run()` (one call of `model`) sends through it.
 
     One forward pass without gradients; the model's other buffers and the random state are put back.
@@ -22,9 +24,10 @@ def calibrate(norms: Iterable[nn.BatchNorm2d], model: nn.Module, run: Callable[[
     buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in kept]
 
     def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(norm, nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(norm, Norm) and norm.running_mean is not None and norm.running_var is not None
         x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+        over = [0, *range(2, x.ndim)]
+        mean, var = x.mean(over), x.var(over, correction=0)
         norm.weight.copy_((var + norm.eps).sqrt())
         norm.bias.copy_(mean)
         norm.running_mean.copy_(mean)
@@ -32,7 +35,7 @@ def calibrate(norms: Iterable[nn.BatchNorm2d], model: nn.Module, run: Callable[[
 
     def undo_update(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         measure(norm, inputs)
-        assert isinstance(norm, nn.BatchNorm2d) and norm.num_batches_tracked is not None
+        assert isinstance(norm, Norm) and norm.num_batches_tracked is not None
         norm.num_batches_tracked.zero_()
 
     hooks = [n.register_forward_pre_hook(measure) for n in norms] + [

@@ -11,15 +11,19 @@ weight's spectral error is `σ_{r+1}` (Eckart-Young), the least possible. Cost: 
 short side per layer.
 """
 
+import operator
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.factors import FactorPair, LowRankEmbedding
+from fxrank.passes.weights import without_norm_hooks
 
 
 @dataclass(frozen=True)
@@ -35,23 +39,63 @@ class Factorize(Pass):
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> bool | Refused:
         target = str(node.target)
+        if node.op == "get_attr":
+            return self._rewrite_read(gm, node, target)
         if node.op != "call_module" or target not in self.pairs:
             return False
         pair = self.pairs[target]
-        gm.set_submodule(target, pair)
+        if gm.get_submodule(target) is not pair:
+            gm.set_submodule(target, pair)
         value: fx.Node | None = None
+        children = [name for name in pair.children_in_order if getattr(pair, name) is not None]
         with gm.graph.inserting_before(node):
-            for name in ("u", "norm", "v"):
-                if getattr(pair, name) is None:
-                    continue
+            for name in children:
                 args, kwargs = ((value,), {}) if value is not None else (node.args, node.kwargs)
                 value = gm.graph.call_module(f"{target}.{name}", args, kwargs)
                 value.meta = dict(node.meta)
-                if name != "v":
+                if name != children[-1]:
                     value.meta["val"] = _middle(node, pair)
         assert value is not None
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
+        return True
+
+    def _rewrite_read(self, gm: fx.GraphModule, node: fx.Node, target: str) -> bool:
+        """A weight that is read: `F.linear(x, W, b)` and `x @ W` become two products; other uses go through the pair
+        itself, which multiplies as well.
+        """
+        path = target if target in self.pairs else target.removesuffix(".weight")
+        pair = self.pairs.get(path)
+        if pair is None:
+            return False
+        graph = gm.graph
+        for user in list(node.users):
+            straight = len(pair.dense_shape) == 2 and pair.unfold_u(pair.u.weight).shape[0] == 1
+            linear = user.target is F.linear and user.args[1:2] == (node,)
+            matmul = user.target in (operator.matmul, torch.matmul) and user.args[1] is node and user.args[0] is not node
+            if user.op != "call_function" or not straight or not (linear or matmul) or isinstance(pair, LowRankEmbedding):
+                continue
+            with graph.inserting_before(user):
+                u, v = (graph.get_attr(f"{path}.{name}.weight") for name in "uv")
+                if linear:
+                    middle = graph.call_function(F.linear, (user.args[0], u))
+                    out = graph.call_function(F.linear, (middle, v, *user.args[2:]), dict(user.kwargs))
+                else:
+                    middle = graph.call_function(user.target, (user.args[0], v))
+                    out = graph.call_function(user.target, (middle, u))
+            for factor, weight in ((u, pair.u.weight), (v, pair.v.weight)):
+                factor.meta["val"] = weight
+            out.meta, middle.meta = dict(user.meta), dict(user.meta)
+            middle.meta["val"] = user.meta["val"].new_empty((*user.meta["val"].shape[:-1], pair.rank))
+            user.replace_all_uses_with(out)
+            graph.erase_node(user)
+        if node.users and target != path:  # `self.qkv.weight` is no parameter now, but an attribute of the pair
+            with graph.inserting_before(node):
+                weight = graph.call_function(getattr, (graph.get_attr(path), "weight"))
+            weight.meta = dict(node.meta)
+            node.replace_all_uses_with(weight)
+        if not node.users:
+            graph.erase_node(node)
         return True
 
 
@@ -65,10 +109,11 @@ class Merge(Pass):
 
     def rewrite(self, gm: fx.GraphModule, node: fx.Node) -> bool | Refused:
         path, _, child = str(node.target).rpartition(".")
-        if node.op != "call_module" or child != "v" or path not in self.dense:
+        pair = gm.get_submodule(path) if node.op == "call_module" and path in self.dense else None
+        if not isinstance(pair, FactorPair) or child != pair.children_in_order[-1]:
             return False
         chain = [node]
-        while str(chain[-1].target) != f"{path}.u":
+        while str(chain[-1].target) != f"{path}.{pair.children_in_order[0]}":
             (before,) = chain[-1].all_input_nodes
             if len(before.users) > 1:
                 return Refused(f"{before.name}, between the factors of {path!r}, is used elsewhere too")
@@ -103,12 +148,38 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
             replacement = replacements[id(module)]
             for name in _HOOKS:
                 replacement.__dict__[name] = module.__dict__[name]
+            replacement._forward_pre_hooks = without_norm_hooks(module._forward_pre_hooks)
             model.set_submodule(path, replacement)
             done.append(path)
     for module in model.modules():
         held = vars(module)
         held.update({name: _swapped(value, replacements, set()) for name, value in held.items() if name not in _OWN})
     return done
+
+
+def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: FactorPair) -> list[str]:
+    """Put a pair in the place, and under the name, of a raw parameter. Returns the paths, one for each of the owner's."""
+    del owner._parameters[attribute]
+    owner._modules[attribute] = pair
+    _refresh(owner)
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
+    return [f"{path}.{attribute}".lstrip(".") for path in paths]
+
+
+def remove_weight(model: nn.Module, pair: FactorPair, weight: nn.Parameter) -> None:
+    """The way back: a parameter in the place of the pair, wherever that is."""
+    for owner in model.modules():
+        for attribute in [name for name, child in owner._modules.items() if child is pair]:
+            del owner._modules[attribute]
+            owner.register_parameter(attribute, weight)
+            _refresh(owner)
+
+
+def _refresh(owner: nn.Module) -> None:
+    if isinstance(owner, nn.RNNBase):
+        # A recurrent layer keeps its weights in a list, too.
+        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
+        owner._flat_weight_refs = [None if w is None else weakref.ref(w) for w in owner._flat_weights]
 
 
 _OWN = set(vars(nn.Module()))
@@ -139,11 +210,19 @@ def pairs_in(model: nn.Module) -> dict[str, FactorPair]:
 
 
 def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:
-    """The value between the factors: the layer's output with `groups · r` channels, at the place of the output
-    channels.
+    """The value between the factors: of convolutions with `groups · r` channels, at the places of the output (of a
+    transposed one, of the input); of others with the first factor's width at the end.
     """
     out = node.meta["val"]
-    width = pair.u.weight.shape[0]
-    assert isinstance(out, torch.Tensor) and isinstance(width, int)
-    channel = out.ndim - 1 if pair.kind == "linear" else out.ndim - 3
+    assert isinstance(out, torch.Tensor)
+    if "conv" not in pair.kind:
+        width = pair.rank * pair.unfold_u(pair.u.weight).shape[0]
+        return out.new_empty([*out.shape[:-1], width])
+    width = pair.groups * pair.rank
+    assert isinstance(width, int)
+    if "transpose" in pair.kind:
+        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+        assert isinstance(source, fx.Node)
+        out = source.meta["val"]
+    channel = out.ndim - len(pair.kernel_size) - 1
     return out.new_empty([width if i == channel else size for i, size in enumerate(out.shape)])

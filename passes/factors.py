@@ -1,10 +1,10 @@
-"""The modules a rewrite puts in: a factor pair at the place of one dense layer.
+"""The modules a rewrite puts in: a factor pair at the place of one dense layer. Linear layers and embeddings here.
 
 A pair class is one *form* for one kind of layer. It says how the dense weight is read as a stack of matrices `W`
 `(groups, rows, cols)` (`unroll`), and how the factors `U` `(groups, r, cols)` and `V` `(groups, rows, r)` of `W ≈ V
 U` are folded into the weights of its two layers `u` (first) and `v` (second). Everything else (splitting, optimizer
 state, Frobenius decay, merging, checking) is written once against those few functions, so a new kind or a new form
-is one class here and one line in `PAIRS`.
+is one class and one line in `kinds.PAIRS`.
 
 The dense layer's bias belongs to `v`: a bias on `u` would be redundant, `V(Ux + b) + c = VUx + (Vb + c)`. Stride,
 padding, dilation, padding mode and groups belong to `u`; `v` is pointwise. `u` then `v` is what Pufferfish §2 and
@@ -15,42 +15,36 @@ from abc import abstractmethod
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
 
-from fxrank.passes.errors import RankError, unknown_name
+from fxrank.passes.errors import RankError
+from fxrank.passes.product import FactoredWeight
 from fxrank.passes.spectra import truncated_factors
+from fxrank.passes.weights import weight_of
 
-
-Dense = nn.Linear | nn.Conv2d
-"""Layers that have a pair. A new kind joins here."""
-Layers = tuple[Dense, nn.BatchNorm2d | None, Dense]
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The layer's weight; for layers that are known to have one."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
+Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+Layers = tuple[nn.Module, Norm | None, nn.Module]
 
 
 class FactorPair(nn.Module):
     """Two thin layers, `v(u(x))`, in the place of one dense layer.
 
     Children: `u`, `v`, and `norm`, a BatchNorm between them if it was asked for. The state dict has only their
-    plain keys (`u.weight`, `v.weight`, `v.bias`, …). For code that only looks at the layer, `weight`, `bias` and
-    the geometry are readable under the dense layer's own names; `weight` builds the dense product at every reading,
-    so do not compute with it.
+    plain keys (`u.weight`, `v.weight`, `v.bias`, …). For code that reads the layer's weight and geometry itself, they
+    are there under the dense layer's own names; `weight` is a `FactoredWeight`, which multiplies through the factors.
     """
 
     form: ClassVar[str] = "channel"
     kind: ClassVar[str]
-    dense_type: ClassVar[type[nn.Module]]
     geometry: ClassVar[tuple[str, ...]]
     """Attributes of the dense layer that a reader may ask the pair for."""
+    children_in_order: ClassVar[tuple[str, ...]] = ("u", "norm", "v")
+    """The children as the forward calls them."""
 
-    u: nn.Linear | nn.Conv2d
-    v: nn.Linear | nn.Conv2d
-    norm: nn.BatchNorm2d | None
+    u: Any
+    v: Any
+    norm: Norm | None
 
     def __init__(self, dense: nn.Module, rank: int, extra_bn: bool = False) -> None:
         """Empty factors of rank `rank` (columns of `V` per group) with the geometry, dtype, device and training
@@ -72,9 +66,8 @@ class FactorPair(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(weight.requires_grad)
         if getattr(dense, "bias", None) is not None:
-            self.v.bias = cast(
-                nn.Parameter, dense.bias
-            )  # the very parameter: its gradient, optimizer state and flags go on
+            # The very parameter: its gradient, optimizer state and flags go on.
+            self.v.bias = cast(nn.Parameter, dense.bias)
 
     @classmethod
     def full_rank_of(cls, dense: nn.Module) -> int:
@@ -115,14 +108,15 @@ class FactorPair(nn.Module):
         """Inverse of `unroll`."""
 
     @abstractmethod
-    def to_dense(self) -> Dense:
+    def to_dense(self) -> nn.Module:
         """The dense layer with the product of the factors as its weight (exact up to rounding; a `norm` is folded
         in with its running statistics).
         """
 
     def split(self, weight: Tensor) -> None:
         """Fill the factors with the best rank-r approximation of the dense `weight`, split by √Σ (Cuttlefish §3.3)."""
-        self.fill(*truncated_factors(type(self).unroll(self, weight), self.rank))
+        if not weight.is_meta:
+            self.fill(*truncated_factors(type(self).unroll(self, weight), self.rank))
 
     def fill(self, u: Tensor, v: Tensor) -> None:
         """Fill the factors with `U` `(groups, r, cols)` and `V` `(groups, rows, r)`."""
@@ -140,14 +134,21 @@ class FactorPair(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, built anew; differentiable in the factors. A `norm` is not part of it."""
-        return self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight))
+        """The dense weight as the product of the factors, made where its numbers are needed; differentiable. A `norm`
+        is not part of it.
+        """
+        u, v = self.unfold_u(self.u.weight), self.unfold_v(self.v.weight)
+        if issubclass(type(u), fx.Proxy):  # being traced: the product in full
+            return self.fold_dense(v @ u)
+        return self._factored(u, v)
+
+    def _factored(self, u: Tensor, v: Tensor) -> Tensor:
+        return FactoredWeight(u, v, self.dense_shape)
 
     @property
     def bias(self) -> Tensor | None:
         """The dense layer's own bias parameter, or None."""
-        bias = self.v.bias
-        assert bias is None or isinstance(bias, Tensor)
+        bias: Tensor | None = self.v.bias
         return bias
 
     def extra_repr(self) -> str:
@@ -162,7 +163,6 @@ class LowRankLinear(FactorPair):
     """
 
     kind = "linear"
-    dense_type = nn.Linear
     geometry = ("in_features", "out_features")
     in_features: int
     out_features: int
@@ -188,153 +188,142 @@ class LowRankLinear(FactorPair):
         return tensor[None]
 
     def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix[0]
+        return matrix.reshape(self.dense_shape)
 
-    def to_dense(self) -> Dense:
-        weight = self.weight.detach()
+    def to_dense(self) -> nn.Module:
+        weight = self.fold_dense(self.unfold_v(self.v.weight.detach()) @ self.unfold_u(self.u.weight.detach()))
         dense = nn.utils.skip_init(
             nn.Linear, self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
         )
-        return _fill_dense(dense, self, weight, self.bias)
+        return fill_dense(dense, self, weight, self.bias)
 
 
-class LowRankConv2d(FactorPair):
-    """`Conv2d(m, n, k)` as `Conv2d(m, g·r, k)` then `Conv2d(g·r, n, 1)`, both with the layer's `g` groups and rank
-    `r` in each.
-
-    Unrolled matrix per group `(n/g, m/g·kh·kw)`. Break-even rank `m·n·kh·kw / (m·kh·kw + n·g)` for `g = 1`; see
-    `Layer.break_even_rank`. Stride, padding (numbers or `same`), padding mode and dilation stay with the first.
+class BlockLinear(nn.Module):
+    """`blocks` linear layers side by side, each on its own share of the input: `(…, blocks·in)` to `(…, out)`, weight
+    `(out, in)`, the rows of each block in turn.
     """
 
-    kind = "conv2d"
-    dense_type = nn.Conv2d
-    geometry = (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-        "transposed",
-        "output_padding",
-    )
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: str | tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
+    def __init__(self, blocks: int, in_features: int, out_features: int, **place: Any) -> None:
+        """The weight is left uninitialized."""
+        super().__init__()
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **place))
+        self.register_parameter("bias", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See the class."""
+        weights = self.weight.chunk(self.blocks)
+        parts = zip(input.chunk(self.blocks, -1), weights, strict=True)
+        out = torch.cat([F.linear(x, w) for x, w in parts], -1)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}"
+
+
+class LowRankFusedLinear(LowRankLinear):
+    """A fused `Linear(in, 3·d)` (queries, keys and values) as three pairs: `Linear(in, 3r)`, then each third by itself.
+
+    Each third has a subspace of its own, as in Pufferfish §2.3, where they are separate matrices. For the same rank it
+    takes `3·r·in + r·out` parameters against `r·in + r·out` of one joint pair, at a smaller error; which is better for
+    the same size depends on the weight.
+    """
+
+    form = "qkv"
+    blocks = 3
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        groups = dense.groups
-        assert isinstance(groups, int)
-        return tensor.reshape(groups, tensor.shape[0] // groups, -1)
-
-    @classmethod
-    def spectral_view(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        if tensor.is_contiguous(memory_format=torch.channels_last):
-            tensor = tensor.permute(0, 2, 3, 1)
-        return cls.unroll(dense, tensor)
-
-    def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Conv2d:
-        options: dict[str, Any] = {
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "kernel_size": self.kernel_size,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "padding_mode": self.padding_mode,
-            "bias": False,
-        }
-        conv: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, **(options | changes), **place)
-        return conv
+        return tensor.reshape(cls.blocks, -1, tensor.shape[1])
 
     def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
-        width = self.groups * self.rank
-        pointwise = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
-        first = self._conv(place, out_channels=width)
-        second = self._conv(place, in_channels=width, **pointwise)
-        if weight_of(dense).is_contiguous(memory_format=torch.channels_last) and not weight_of(dense).is_contiguous():
-            first.to(memory_format=torch.channels_last)
-            second.to(memory_format=torch.channels_last)
-        return first, nn.BatchNorm2d(width, **place) if extra_bn else None, second
+        width = self.blocks * self.rank
+        first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, width, bias=False, **place)
+        return first, None, BlockLinear(self.blocks, self.rank, self.out_features, **place)
 
     def fold_u(self, u: Tensor) -> Tensor:
-        return u.reshape(self.groups * self.rank, self.in_channels // self.groups, *self.kernel_size)
+        return u.flatten(0, 1)
 
     def fold_v(self, v: Tensor) -> Tensor:
-        return v.reshape(self.out_channels, self.rank, 1, 1)
+        return v.flatten(0, 1)
 
     def unfold_u(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.groups, self.rank, -1)
+        return tensor.reshape(self.blocks, self.rank, -1)
 
     def unfold_v(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(self.groups, -1, self.rank)
-
-    def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.dense_shape)
-
-    def to_dense(self) -> Dense:
-        v, u = self.unfold_v(self.v.weight.detach()), self.unfold_u(self.u.weight.detach())
-        bias = self.bias
-        if isinstance(self.norm, nn.BatchNorm2d):
-            norm = self.norm
-            assert norm.running_mean is not None and norm.running_var is not None
-            scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-            shift = (norm.bias - norm.running_mean * scale).detach().reshape(self.groups, self.rank, 1)
-            v_shift = (v @ shift).reshape(-1)
-            u = u * scale.reshape(self.groups, self.rank, 1)
-            trained = self.v.weight.requires_grad if bias is None else bias.requires_grad
-            bias = nn.Parameter(v_shift if bias is None else bias.detach() + v_shift, trained)
-        weight = self.fold_dense(v @ u)
-        return _fill_dense(self._conv({"device": weight.device, "dtype": weight.dtype}), self, weight, bias)
+        return tensor.reshape(self.blocks, -1, self.rank)
 
 
-def _fill_dense(dense: Dense, pair: FactorPair, weight: Tensor, bias: Tensor | None) -> Dense:
-    source = pair.u.weight
-    assert isinstance(source, Tensor)
-    with torch.no_grad():
-        dense.weight.copy_(weight)
-    if isinstance(source, Tensor) and weight.ndim == 4 and not source.is_contiguous():
-        dense.to(memory_format=torch.channels_last)
-    dense.weight.requires_grad_(source.requires_grad)
-    dense.bias = bias
-    return dense.train(pair.training)
-
-
-PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {
-    nn.Linear: {"channel": LowRankLinear},
-    nn.Conv2d: {"channel": LowRankConv2d},
-}
-"""Dense layer class → form → pair class. Looked up by exact type: a subclass may compute something else."""
-
-
-def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | None:
-    """The pair class for this layer, or None if its exact type has none. Raises `ValueError` for an unknown form."""
-    forms = {name for by_form in PAIRS.values() for name in by_form}
-    if form not in forms:
-        raise unknown_name("form", form, forms)
-    return PAIRS.get(type(dense), {}).get(form)
-
-
-def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: bool = False) -> FactorPair:
-    """A factor pair of rank `rank` that approximates `dense` best (Eckart-Young); equal to it up to rounding at
-    full rank.
-
-    `dense` is left as it is; its bias parameter is shared, not copied. Raises `RankError` for a rank outside 1 …
-    full rank and `TypeError` for a layer whose exact type has no pair.
+class Expansion(nn.Module):
+    """`x @ weight` with a weight `(r, out)`: the second step of an embedding, on the factor that a tied decoder uses as
+    its first.
     """
-    cls = pair_class(dense, form)
-    if cls is None:
-        names = ", ".join(t.__name__ for t in PAIRS)
-        raise TypeError(f"only {names} have a factor pair; got {type(dense).__name__}. Leave this layer dense.")
-    pair = cls(dense, rank, extra_bn)
-    pair.split(weight_of(dense))
-    return pair
+
+    def __init__(self, in_features: int, out_features: int, **place: Any) -> None:
+        """The weight is left uninitialized."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(in_features, out_features, **place))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """See the class."""
+        return input @ self.weight
+
+
+class LowRankEmbedding(FactorPair):
+    """`Embedding(n, d)` as `Embedding(n, r)`, the factor `v`, then `r → d`, the factor `u`.
+
+    The factors have the shapes of a `Linear(d, n)`'s, so that a tied decoder shares them. Break-even rank `n·d / (n +
+    d)` in parameters; a lookup costs no MACs, the pair's second step `r·d` for each. A maximal norm is not available.
+    """
+
+    kind = "embedding"
+    geometry = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    children_in_order = ("v", "u")
+    num_embeddings: int
+    embedding_dim: int
+
+    @classmethod
+    def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor[None]
+
+    def _table(self, width: int, place: dict[str, Any]) -> nn.Embedding:
+        options = {n: self.__dict__[n] for n in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
+        table: nn.Embedding = nn.utils.skip_init(nn.Embedding, self.num_embeddings, width, **options, **place)
+        return table
+
+    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+        return Expansion(self.rank, self.embedding_dim, **place), None, self._table(self.rank, place)
+
+    fold_u = LowRankLinear.fold_u
+    fold_v = LowRankLinear.fold_v
+    unfold_u = LowRankLinear.unfold_u
+    unfold_v = LowRankLinear.unfold_v
+    fold_dense = LowRankLinear.fold_dense
+
+    def forward(self, input: Tensor) -> Tensor:
+        out: Tensor = self.u(self.v(input))
+        return out
+
+    @property
+    def bias(self) -> Tensor | None:
+        """An embedding has none."""
+        return None
+
+    def to_dense(self) -> nn.Module:
+        weight = (self.v.weight @ self.u.weight).detach()
+        table = self._table(self.embedding_dim, {"device": weight.device, "dtype": weight.dtype})
+        return fill_dense(table, self, weight, None)
+
+
+def fill_dense(dense: nn.Module, pair: FactorPair, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """`dense` with this weight and bias, and the pair's mode, gradient flag and memory format."""
+    source: Tensor = pair.u.weight
+    own = weight_of(dense)
+    with torch.no_grad():
+        own.copy_(weight)
+    if weight.ndim == 4 and not source.is_contiguous():
+        dense.to(memory_format=torch.channels_last)
+    weight_of(dense).requires_grad_(source.requires_grad)
+    if bias is not None:
+        dense.register_parameter("bias", cast(nn.Parameter, bias))
+    return dense.train(pair.training)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.factors import FactorPair, pair_class, weight_of
+from fxrank.passes.factors import FactorPair
+from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.layers import Layer
 from fxrank.passes.stacks import Stack
+from fxrank.passes.weights import weight_of
 
 
 class Stopwatch:
@@ -125,8 +127,8 @@ class Profiler:
         dense_ms, pair_ms = self.times_ms(layer, [rank])
         size = layer.dtype.itemsize if self._amp is None else self._amp.itemsize
         inputs = _numel(layer.input_shape)
-        outputs = layer.groups * layer.rows * layer.positions
-        middle = layer.groups * rank * layer.positions
+        outputs = round(layer.groups * layer.rows * layer.positions)
+        middle = round(layer.groups * rank * layer.positions)
         return StackProfile(
             names=tuple(a.name for a in stack.layers),
             kind=layer.kind,
@@ -144,8 +146,8 @@ class Profiler:
     def times_ms(self, layer: Layer, ranks: Sequence[int]) -> list[float]:
         """Median forward + backward milliseconds of the dense layer, then of a pair of each rank."""
         start = time.perf_counter()
-        source = self._model.get_submodule(layer.name)
-        cls = pair_class(source)
+        source = dense_at(self._model, layer.name, layer.form)
+        cls = pair_class(source, layer.form)
         assert cls is not None
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
             pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
@@ -153,7 +155,10 @@ class Profiler:
                 _detach_and_fill(pair)
             dense = cls(source, 1).to_dense()
             _detach_and_fill(dense)
-            x = torch.randn(layer.input_shape, device=self._device, dtype=layer.dtype)
+            if "embedding" in layer.kind:
+                x = torch.randint(layer.rows, layer.input_shape, device=self._device)
+            else:
+                x = torch.randn(layer.input_shape, device=self._device, dtype=layer.dtype)
             if x.ndim == 4 and not weight_of(source).is_contiguous():
                 x = x.contiguous(memory_format=torch.channels_last)
             medians = self._interleaved([self._step(module.to(self._device), x) for module in (dense, *pairs)])
@@ -161,7 +166,7 @@ class Profiler:
         return medians
 
     def _step(self, module: nn.Module, x: Tensor) -> Callable[[], None]:
-        x = x.detach().requires_grad_()
+        x = x.detach().requires_grad_(x.is_floating_point())
         with autocast(self._device, self._amp):
             gradient = torch.randn_like(module(x))
 

@@ -2,15 +2,18 @@
 
 import builtins
 import functools
+import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn.modules import transformer
 from torch import Tensor, fx
+from torch.fx import _symbolic_trace
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint
 
 
 class ValueProxy(fx.Proxy):
@@ -140,7 +143,8 @@ _FACTORIES = (
 @contextmanager
 def python_asks_the_values(tracer: fx.Tracer) -> Iterator[None]:
     """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
-    sizes becomes a node, and torch's Transformer does not look into its mask.
+    sizes becomes a node, torch's Transformer does not look into its mask, checkpointed functions are just called, and
+    functions that a library has made opaque with `fx.wrap` are gone through: weights may be used in them.
 
     A proxy that lies about its `__class__` instead would crash: torch's C++ code believes it.
     """
@@ -168,11 +172,37 @@ def python_asks_the_values(tracer: fx.Tracer) -> Iterator[None]:
 
     replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
     replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
+    replaced += [(checkpoint, "CheckpointFunction", _PlainCall)]
+    replaced += [(checkpoint, name, _plain_generator) for name in _CHECKPOINT_GENERATORS if hasattr(checkpoint, name)]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
+    log, was_disabled = logging.getLogger("torch._subclasses.fake_tensor"), False
+    opaque = dict(_symbolic_trace._wrapped_fns_to_patch)
     try:
+        was_disabled, log.disabled = log.disabled, True  # it logs errors that the tracer handles
+        _symbolic_trace._wrapped_fns_to_patch.clear()
         for owner, name, function in replaced:
             setattr(owner, name, function)
         yield
     finally:
         for owner, name, function in originals:
             setattr(owner, name, function)
+        _symbolic_trace._wrapped_fns_to_patch.update(opaque)
+        log.disabled = was_disabled
+
+
+_CHECKPOINT_GENERATORS = (
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+
+
+class _PlainCall:
+    """Activation checkpointing while tracing: the function is just called, so that its layers are in the graph."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+    yield

@@ -1,4 +1,5 @@
-"""Model and one example call → `GraphModule` in which every node knows its value's shape and dtype and its owner.
+"""Model and one example call → `TracedModule`: graphs in which every node knows its value's shape and dtype and its
+owner.
 
 The tracer's proxies carry a value: a fake tensor (shape, dtype, device; no data), or a plain Python number, tuple
 or dict. Questions that Python must have answered on the spot (`bool`, `len`, iteration, `int`, `isinstance`) are
@@ -8,296 +9,330 @@ keyword and nested inputs, and decorated forwards where `torch.fx.symbolic_trace
 `node.meta["val"]`. What a forward makes of no input at all, `torch.randn(4)`, is a constant of the graph.
 
 A module that reads `self.training` and owns no matrix (Dropout, DropPath, a fused BatchNorm and activation) stays
-one node, so that the graph follows `train()` and `eval()`.
+one node, so that the graph follows `train()` and `eval()`. Where the two modes still differ (`F.dropout(x, p,
+self.training)`, an auxiliary head), there are two graphs, and `train()` selects.
+
+A module that cannot be traced, because it asks for a tensor's data, becomes one node; what it calls is traced on its
+own, from a real run's inputs, and stands in `regions`.
 """
 
-import builtins
-import functools
-import inspect
-import operator
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
+from fxrank.passes.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.errors import TraceError
-from fxrank.passes.proxies import ValueProxy, python_asks_the_values, values_of
+from fxrank.passes.proxies import python_asks_the_values
+from fxrank.passes.tracer import ValueTracer
+from fxrank.passes.verify import largest_difference, seeded_outputs
 
-Example = Any
-"""One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values
-may nest.
-"""
+TOLERANCE = 1e-4
+"""Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""
+WHOLE = "whole_model"
+"""Name of the one node of a model that could not be traced."""
 
 
-def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """`example` as `(args, kwargs)` of one call.
+class TracedModule(fx.GraphModule):
+    """The graphs of one model, on the model's own modules and parameters.
 
-    A tensor is the only positional argument, a tuple or list are the positional arguments, a mapping the keyword
-    arguments. A tuple or list that does not fit the signature of `model.forward` while its first element does (a
-    batch `(inputs, targets)`) stands for that element. Raises `TypeError` if nothing fits.
+    `leaves` maps the path of each module that could not be traced to the reason; the model itself is `""`, its graph
+    then is one node. `regions` maps the paths of modules inside those to their own traces. `notes` says what else a
+    reader should know: a mode that could not be traced, a check that could not be made.
     """
-    try:
-        signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # a C++ forward: nothing to check against
-        signature = None
 
-    def fits(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if signature is None:
-            return True
-        try:
-            signature.bind(*args, **kwargs)
-        except TypeError:
-            return False
-        return True
+    graphs: dict[bool, fx.Graph]
+    leaves: dict[str, str]
+    regions: dict[str, "TracedModule"]
+    notes: list[str]
 
-    candidates: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    if isinstance(example, Mapping):
-        candidates = [((), {str(k): v for k, v in example.items()}), ((example,), {})]
-    elif isinstance(example, (tuple, list)):
-        candidates = [(tuple(example), {})]
-        if example:
-            candidates.append(
-                call_arguments(model, example[0]) if isinstance(example[0], Mapping) else ((example[0],), {})
-            )
-        candidates.append(((example,), {}))
-    else:
-        candidates = [((example,), {})]
-    for args, kwargs in candidates:
-        if fits(args, kwargs):
-            return args, kwargs
-    raise TypeError(
-        f"the batch must fit {type(model).__name__}.forward{signature}; got {describe(example)}. "
-        "Pass a tensor, a tuple of positional inputs, or a dict of keyword inputs."
-    )
+    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: Mapping[str, Tensor] = {}) -> None:  # noqa: B006
+        """`graphs` by `training`; one of them alone, or both the same, serves both modes. `constants` are tensors that
+        the forward makes of no input, by the names that the graphs call them.
+        """
+        super().__init__(dict(constants), fx.Graph(), type(model).__name__)
+        for name, value in constants.items():
+            self.register_buffer(name, value, persistent=False)
+        self._modules.update(model._modules)
+        self._parameters.update(model._parameters)
+        self._buffers.update(model._buffers)
+        self.training = model.training
+        self.graphs = graphs
+        self.leaves, self.regions, self.notes = {}, {}, []
+        self._select()
+
+    def train(self, mode: bool = True) -> "TracedModule":
+        """Set the mode of all modules, and take the graph of that mode."""
+        super().train(mode)
+        self._select()
+        return self
+
+    def _select(self) -> None:
+        graph = self.graphs.get(self.training)
+        if graph is not None and graph is not self.graph:
+            self.graph = graph
+
+    def each_graph(self) -> Iterator[fx.Graph]:
+        """Each different graph; while it is out it is the module's own."""
+        before = self.graph
+        for graph in {id(g): g for g in self.graphs.values()}.values():
+            if graph is not self.graph:
+                self.graph = graph
+            yield graph
+        if self.graph is not before:
+            self.graph = before
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model is in one graph a mode, with no module left out."""
+        return not self.leaves
 
 
-def describe(value: object) -> str:
-    """Shapes and types of a nested value, for messages."""
-    if isinstance(value, Tensor):
-        return f"Tensor{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items()) + "}"
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__}({', '.join(describe(v) for v in value)})"
-    return type(value).__name__
-
-
-def trace(model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Module], ...] = ()) -> fx.GraphModule:
-    """One graph of `model` for the example call, in the model's present mode, sharing its submodules and
-    parameters.
+def trace(
+    model: nn.Module, example: Example, *, leaf_modules: tuple[type[nn.Module], ...] = (), verify: bool = True
+) -> TracedModule:
+    """The graphs of `model` for the example call, in both modes, sharing its modules and parameters.
 
     The result's placeholders are the tensors of the example call under their parameter names. `node.meta["val"]` is
     a fake tensor (or tuple, number, …) with the shape and dtype at the example's sizes;
     `node.meta["nn_module_stack"]` names the owner. `leaf_modules` are classes to keep as one node. Nothing of the
     model is changed and no random number is drawn.
 
-    Raises `TraceError`, naming the innermost module at fault, where Python needs a tensor's *data* (`if x.sum() >
-    0`) or the model refuses the example.
+    With `verify`, the graph of the present mode is run beside the model on another batch size (2 or 3 rows, which is
+    cheap), and given up, as if the model could not be traced, if the outputs differ by more than 1e-4 relative.
+
+    Raises `TraceError`, naming the innermost module at fault, where the model refuses the example, and `TypeError`
+    where the example does not fit its signature.
     """
     args, kwargs = call_arguments(model, example)
-    tracer = _ValueTracer(args, kwargs, leaf_modules)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with _restored(model), torch.random.fork_rng(devices=list(devices)):
+        return _trace(model, args, kwargs, leaf_modules, verify)
+
+
+def _trace(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], types: tuple[type[nn.Module], ...], verify: bool
+) -> TracedModule:
+    leaves: dict[nn.Module, str] = {}
+    notes: list[str] = []
+    graphs: dict[bool, fx.Graph] = {}
+    mode = model.training
+    try:
+        graphs[mode], constants = _graph(model, args, kwargs, types, leaves)
+    except TraceError as error:
+        leaves = {model: str(error)}
+        traced = _opaque(model, args, kwargs)
+    else:
         try:
-            with python_asks_the_values(tracer):
+            with _in_mode(model, not mode):
+                other, more = _graph(model, args, kwargs, types, dict(leaves), leaves_may_grow=False)
+        except TraceError as error:
+            notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
+        else:
+            if _listing(graphs[mode], constants) == _listing(other, more):
+                graphs[not mode] = graphs[mode]
+            else:
+                graphs[not mode] = other
+                constants |= _renamed(other, more)
+        traced = TracedModule(model, graphs, constants)
+        if verify:
+            problem = _differs(traced, model, args, kwargs, notes)
+            if problem is not None:
+                leaves = {model: problem}
+                traced = _opaque(model, args, kwargs)
+    traced.notes = notes
+    names = {module: path for path, module in model.named_modules()}
+    traced.leaves = {names[module]: reason for module, reason in leaves.items()}
+    if leaves:
+        for path, (part, part_args, part_kwargs) in _calls_inside(model, args, kwargs, leaves, notes).items():
+            traced.regions[path] = _trace(part, part_args, part_kwargs, types, verify=False)
+    return traced
+
+
+def _graph(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    types: tuple[type[nn.Module], ...],
+    leaves: dict[nn.Module, str],
+    leaves_may_grow: bool = True,
+) -> tuple[fx.Graph, dict[str, Tensor]]:
+    """One graph in the present mode, and its constants. A module that cannot be traced joins `leaves`, with the reason,
+    and the trace begins anew.
+    """
+    first: TraceError | None = None
+    while True:
+        tracer = ValueTracer(args, kwargs, types, leaves)
+        try:
+            with _restored(model), python_asks_the_values(tracer):
                 graph = tracer.trace(model)
+                names = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
+                # Tensors that the forward made are attributes of the model until it is put back.
+                return graph, {n: getattr(model, n) for n in names if n.startswith("_tensor_constant")}
         except Exception as error:
-            where = tracer.blame_for(error)
-            raise TraceError(
+            culprit = tracer.culprit(error)
+            names = {module: path for path, module in model.named_modules()}
+            where = f"{names.get(culprit)!r} ({type(culprit).__name__})" if culprit is not None else "its own forward"
+            wrong = TraceError(
                 f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
-                f"{where or 'its own forward'} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
+                f"{where} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
                 "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."
-            ) from error
-        # Inside: tensors that the forward made are attributes of the model until it is put back.
-        return fx.GraphModule(model, graph, type(model).__name__)
+            )
+            wrong.__cause__ = error
+            if first is None:
+                first = wrong
+                if not _runs(model, args, kwargs):  # then it is the example's fault, not the tracer's
+                    raise first from error
+            if culprit is None or culprit in leaves or culprit is model or not leaves_may_grow:
+                raise first from error
+            leaves[culprit] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _reads_mode(module: nn.Module) -> bool:
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "training" in code.co_names and all(p.ndim < 2 for p in module.parameters())
+def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the model takes the call. On the meta device nobody knows: data are missing there."""
+    if _without_data(model):
+        return True
+    try:
+        seeded_outputs(model, args, kwargs)
+    except Exception:
+        return False
+    return True
 
 
-class _ValueTracer(fx.Tracer):
-    proxy_buffer_attributes = True
+def _without_data(model: nn.Module) -> bool:
+    return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: tuple[type[nn.Module], ...]) -> None:
-        super().__init__()
-        self._call = (args, kwargs)
-        self._leaves = leaves
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._evaluating = False
-        self._inside: list[str] = []
-        self._visits: Counter[nn.Module] = Counter()
-        self._buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
-        self._blame: tuple[Exception | None, str] = (None, "")
 
-    # -- the entry point: one placeholder per tensor of the example call, whatever the signature says
+def _listing(graph: fx.Graph, constants: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
+    """What tells two graphs apart."""
+    listing = [(n.op, str(n.target), f"{n.args} {n.kwargs}") for n in graph.nodes]
+    return listing + [("constant", name, str(value.tolist())) for name, value in constants.items() if not value.is_meta]
 
-    def create_args_for_root(
-        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
-    ) -> tuple[Callable[..., Any], list[Any]]:
-        args, kwargs = self._call
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        names = self._input_names(args, kwargs, leaves)
-        self._buffers = {(m, name): b for m in self.root.modules() for name, b in m._buffers.items()}
-        inputs = [self._placeholder(n, v) if isinstance(v, Tensor) else v for n, v in zip(names, leaves, strict=True)]
 
-        def entry(root: nn.Module, *flat: Any) -> Any:
-            call_args, call_kwargs = pytree.tree_unflatten(list(flat), spec)
-            outputs = pytree.tree_map(self._returnable, root_fn(root, *call_args, **call_kwargs))
-            self._update_buffers()
-            return outputs
+def _renamed(graph: fx.Graph, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The constants of the other mode's graph, under names of their own."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in constants:
+            node.target = f"_other{node.target}"
+    return {f"_other{name}": value for name, value in constants.items()}
 
-        return entry, [self.root, *inputs]
 
-    def _returnable(self, leaf: Any) -> Any:
-        """None for an object that no graph can return, as the key-value cache that a language model adds to its output."""
-        if issubclass(type(leaf), fx.Proxy) or is_dataclass(leaf):
-            return leaf
+@contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+def _opaque(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedModule:
+    """The graph of a model that could not be traced: the call of the model itself."""
+    holder = nn.Module()
+    holder.training = model.training
+    holder.add_module(WHOLE, model)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    graph = fx.Graph()
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, (int, float, str, type(None), torch.dtype, torch.device)):
+            leaves[i] = graph.placeholder(f"input_{i}")
+            leaves[i].meta["val"] = leaf
+    call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
+    graph.output(graph.call_module(WHOLE, call_args, call_kwargs))
+    return TracedModule(holder, {True: graph, False: graph})
+
+
+def _differs(
+    traced: TracedModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
+) -> str | None:
+    """What is wrong with the graph of the present mode, None if it computes what the model does."""
+    problem = refused = None
+    for call_args, call_kwargs in (at_other_batch_size(args, kwargs), (args, kwargs)):
         try:
-            self.create_arg(leaf)
-        except NotImplementedError:
-            return None
-        return leaf
-
-    def _update_buffers(self) -> None:
-        """What the forward has assigned to buffers, written into them at the end of the graph."""
-        for path, module in self.root.named_modules():
-            for name, value in module._buffers.items():
-                buffer = self._buffers.get((module, name))
-                if buffer is not None and issubclass(type(value), fx.Proxy):
-                    module._buffers[name] = buffer
-                    own = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
-                    self.create_proxy("call_method", "copy_", (own, value), {})
-
-    def _input_names(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> list[str]:
-        try:
-            parameters = list(inspect.signature(self.root.forward).parameters.values())
-        except (TypeError, ValueError):
-            parameters = []
-        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        named += [f"arg{i}" for i in range(len(named), len(args))]
-        parts = [*zip(named, args, strict=False), *kwargs.items()]
-        names = []
-        for name, part in parts:
-            count = len(pytree.tree_leaves(part))
-            names += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
-        assert len(names) == len(leaves)
-        return names
-
-    def _placeholder(self, name: str, value: Tensor) -> fx.Proxy:
-        proxy = super().create_proxy("placeholder", name, (), {})
-        proxy.node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
-        return proxy
-
-    # -- values
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return ValueProxy(node, self)
-
-    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
-        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
-        if kind != "output":
-            try:
-                proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs)
-            except Exception:
-                self.graph.erase_node(proxy.node)  # a forward may catch this and do something else
-                raise
-        return proxy
-
-    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = values_of((tuple(args), dict(kwargs)))
-        self._evaluating = True
-        try:
-            with torch.no_grad():
-                if kind == "call_module":
-                    return self._leaf_value(self.root.get_submodule(target), args, kwargs)
-                with self._mode:
-                    if kind == "get_attr":
-                        return self._fake(operator.attrgetter(target)(self.root))
-                    if kind == "call_function":
-                        return target(*args, **kwargs)
-                    assert kind == "call_method", kind
-                    return getattr(args[0], target)(*args[1:], **kwargs)
-        finally:
-            self._evaluating = False
-
-    def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
-        # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
-        state = {name: self._fake(t) for name, t in [*leaf.named_parameters(), *leaf.named_buffers()]}
-        visit = self._visits[leaf]
-        self._visits[leaf] += 1
-        try:
-            with self._mode:
-                return torch.func.functional_call(leaf, state, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            if not isinstance(leaf, self._leaves):
-                raise
-        return self._fake(self._really_returned(leaf)[visit])
-
-    def _really_returned(self, leaf: nn.Module) -> list[Any]:
-        """What each call of a leaf returns in a real run: the shapes of a module that looks at data are known no other
-        way.
-        """
-        returned: list[Any] = []
-        hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
-        buffers = [(b, b.clone()) for b in self.root.buffers()]
-        args, kwargs = self._call
-        try:
-            self.root(*args, **kwargs)
-        finally:
-            hook.remove()
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        return returned
-
-    def _fake(self, tree: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: self._mode.from_tensor(t.detach(), static_shapes=True), tree)
-
-    def blame_for(self, error: Exception) -> str:
-        """The innermost module that this error came out of. An earlier one may have been caught by a forward."""
-        blamed, where = self._blame
-        return where if blamed is error else ""
-
-    # -- hooks of fx.Tracer
-
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._evaluating:
-            return forward(*args, **kwargs)
-        if m not in (self.submodule_paths or {}) and not [*m.parameters(), *m.buffers()]:
-            return m.forward(*args, **kwargs)  # an activation function held aside has no path, and needs none
-        self._inside.append(f"{self.path_of_module(m)!r} ({type(m).__name__})")
-        try:
-            return super().call_module(m, forward, args, kwargs)
+            expected = seeded_outputs(model, call_args, call_kwargs)
         except Exception as error:
-            self._blame = (error, self.blame_for(error) or self._inside[-1])
-            raise
-        finally:
-            self._inside.pop()
+            refused, problem = error, f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
+        refused = None
+        inputs = [leaf for leaf in pytree.tree_leaves((call_args, call_kwargs)) if isinstance(leaf, Tensor)]
+        try:
+            found = seeded_outputs(traced, inputs, {})
+            both = [*_tensors_of_both(expected, found)]
+            difference = largest_difference([a for a, _ in both], [b for _, b in both])
+        except Exception as error:
+            problem = f"the graph fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            continue
+        if difference <= TOLERANCE:
+            if problem is not None:
+                notes.append(f"the graph holds for the example's batch size only; at another: {problem}")
+            return None
+        problem = f"the graph's outputs differ from the model's by {difference:.1e} relative"
+    if _without_data(model):
+        notes.append(f"not verified: the model is on the meta device ({problem})")
+        return None
+    if refused is not None:
+        raise TraceError(f"the model must run on the example; {type(model).__name__} {problem}.") from refused
+    return problem
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        # A buffer that the forward has assigned is a proxy already.
-        if self._evaluating or issubclass(type(attr_val), fx.Proxy):
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, self._leaves) or _reads_mode(m):
-            return True
-        # torch's own modules are leaves, but its Transformers are built of layers that have pairs.
-        return type(m).__module__ != transformer.__name__ and super().is_leaf_module(m, module_qualified_name)
+def _tensors_of_both(expected: Any, found: Any) -> Iterator[tuple[Any, Any]]:
+    """Tensors at the same places of two outputs. What no graph can return, a key-value cache say, is None in `found`."""
+    if isinstance(expected, Tensor) and found is not None:
+        yield expected, found
+    elif isinstance(expected, Mapping) and isinstance(found, Mapping):
+        for key in expected:
+            yield from _tensors_of_both(expected[key], found.get(key))
+    elif isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)):
+        for a, b in zip(expected, found, strict=True):
+            yield from _tensors_of_both(a, b)
+    elif is_dataclass(expected) and is_dataclass(found):
+        yield from _tensors_of_both(vars(expected), vars(found))
 
-    def create_arg(self, a: Any) -> Any:
-        if issubclass(type(a), fx.Proxy):  # before isinstance takes it for its value
-            return a.node
-        return tuple(self.create_arg(e) for e in a) if isinstance(a, torch.Size) else super().create_arg(a)
+
+def _calls_inside(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: dict[nn.Module, str],
+    notes: list[str],
+) -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
+    """The outermost modules that the untraceable ones call, in the order of the calls, each with the inputs of its first
+    call in a real run.
+    """
+    seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def remember(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.setdefault(module, (inputs, named))
+
+    inside = [m for leaf in leaves for child in leaf.children() for m in child.modules()]
+    handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in dict.fromkeys(inside)]
+    try:
+        seeded_outputs(model, args, kwargs)
+    except Exception as error:
+        notes.append(f"the modules inside {', '.join(type(m).__name__ for m in leaves)} were not seen: {error}")
+        return {}
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = {module: path for path, module in model.named_modules()}
+    covered: set[nn.Module] = set()
+    for leaf in leaves:
+        todo = list(leaf.children())
+        while todo:
+            module = todo.pop()
+            if module in leaves:
+                continue
+            if module not in seen:
+                todo += module.children()
+            elif [*module.parameters()]:
+                covered.add(module)
+    return {names[m]: (m, *call) for m, call in seen.items() if m in covered}
 
 
 @contextmanager

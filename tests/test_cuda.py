@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxrank
-from fxrank.passes.factors import make_pair
+from fxrank.passes.kinds import make_pair
 from fxrank.passes.lanczos import StableRankTracker
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.spectra import decompose, singular_values, stable
@@ -80,7 +80,8 @@ def test_pairs_in_channels_last_and_autocast():
 def test_profiler_under_autocast():
     model = Net().cuda()
     x = torch.randn(32, 3, 16, 16, device="cuda")
-    from fxrank.passes.layers import candidates, discover
+    from fxrank.passes.discover import discover
+    from fxrank.passes.selection import candidates
 
     layers = candidates(discover(fxrank.trace(model, x), model), model, include="*")
     times = Profiler(model, torch.device("cuda"), amp=torch.bfloat16).times_ms(layers[1], [16, 32])

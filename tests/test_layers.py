@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 import fxrank
-from fxrank.passes.layers import candidates, discover, require_some
+from fxrank.passes.discover import discover
+from fxrank.passes.selection import candidates, require_some
 from fxrank.passes.trace import trace
 
 

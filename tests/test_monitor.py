@@ -6,7 +6,8 @@ from nets import UNTIMED, ConvNet, images, mlp, train, vectors
 
 import fxrank
 from fxrank.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average
-from fxrank.passes.layers import candidates, discover
+from fxrank.passes.discover import discover
+from fxrank.passes.selection import candidates
 from fxrank.passes.trace import trace
 from fxrank.policy import Clock
 

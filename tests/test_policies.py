@@ -8,8 +8,9 @@ from torch import nn
 
 import fxrank
 from fxrank.monitor import RankMonitor, ReferenceDetector, SlopeDetector
-from fxrank.passes.layers import candidates, discover
+from fxrank.passes.discover import discover
 from fxrank.passes.profile import StackProfile
+from fxrank.passes.selection import candidates
 from fxrank.passes.trace import trace
 from fxrank.policies import POLICIES, as_policy
 from fxrank.policy import Clock, Scene

@@ -8,8 +8,9 @@ from torch import nn
 
 import fxrank
 from fxrank.passes import profile as profile_module
-from fxrank.passes.layers import candidates, discover
+from fxrank.passes.discover import discover
 from fxrank.passes.profile import Profiler, Stopwatch
+from fxrank.passes.selection import candidates
 from fxrank.passes.stacks import Stack, stacks
 from fxrank.passes.trace import trace
 

@@ -15,7 +15,8 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 import fxrank
-from fxrank.passes.trace import call_arguments, describe, trace
+from fxrank.passes.calls import call_arguments, describe
+from fxrank.passes.trace import trace
 
 
 class Nested(nn.Module):

@@ -1,0 +1,237 @@
+"""How much of real models fxrank reaches, and whether its rewrites are exact there.
+
+    python -m benchmarks.model_zoo                          # one of each, numbers checked on real tensors
+    python -m benchmarks.model_zoo --source timm --all      # every registered timm name, on the meta device
+    python -m benchmarks.model_zoo --name swin_t --name gpt2
+
+Per model: traced whole or in regions, layers found, share of the factorizable parameters reached (in the graph, in
+regions, not at all, with reasons), parameters and multiply-adds before and after at a quarter of full rank, and the
+difference of outputs and gradients between the model and its full-rank factorization.
+
+Factorizable: weights that a layer multiplies with (linear, convolution, attention, recurrent, embedding, expert, raw
+operands of products), depthwise convolutions excepted. Position tables and tokens, which are added, do not count.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import fxrank
+from benchmarks import record, zoo
+from fxrank.passes.calls import call_arguments
+from fxrank.passes.discover import discover
+from fxrank.passes.layers import Layer
+from fxrank.passes.selection import candidates
+from fxrank.passes.trace import TracedModule, trace
+from fxrank.passes.verify import output_difference
+from fxrank.ranks import ratio_rank
+
+RATIO = 0.25
+
+
+def factorizable(layer: Layer) -> bool:
+    """Whether the weight counts: see the module's text."""
+    depthwise = layer.kind.startswith("conv") and layer.groups > 1 and layer.groups == layer.groups * layer.rows
+    return layer.kind != "table" and not depthwise and "learned key" not in (layer.reason or "")
+
+
+def study(entry: zoo.Entry, *, meta: bool, max_parameters: int) -> dict[str, Any]:
+    """Everything about one model, plain data. A model over `max_parameters` is studied on the meta device."""
+    start = time.perf_counter()
+    device = "meta" if meta else "cpu"
+    try:
+        with torch.device(device):
+            torch.manual_seed(0)
+            model, example = entry.build(), entry.example()
+    except (RuntimeError, NotImplementedError):  # a model that computes while it is built
+        model, example = entry.build(), entry.example()
+    total = sum(p.numel() for p in model.parameters())
+    if total > max_parameters:
+        model, example = model.to("meta"), pytree.tree_map_only(Tensor, lambda t: t.to("meta"), example)
+    row: dict[str, Any] = {"source": entry.source, "name": entry.name, "parameters": total}
+    began = time.perf_counter()
+    graph = trace(model, example)
+    row["trace_s"] = round(time.perf_counter() - began, 3)
+    layers = discover(graph, model)
+    row |= _reach(graph, layers) | _sizes(model, layers)
+    if next(model.parameters()).device.type != "meta":
+        row |= _differences(model, example)
+    row["seconds"] = round(time.perf_counter() - start, 1)
+    return row
+
+
+def _reach(graph: TracedModule, layers: Sequence[Layer]) -> dict[str, Any]:
+    counted = [layer for layer in layers if factorizable(layer)]
+    total = sum(layer.parameters for layer in counted)
+    reached = [layer for layer in counted if layer.supported]
+    inside = sum(a.parameters for a in reached if any(a.name.startswith(f"{path}.") for path in graph.regions))
+    share = sum(layer.parameters for layer in reached) / total if total else 1.0
+    return {
+        "whole": graph.whole,
+        "graphs": len({id(g) for g in graph.graphs.values()}),
+        "regions": len(graph.regions),
+        "leaves": graph.leaves,
+        "notes": graph.notes,
+        "layers": len(layers),
+        "factorizable": total,
+        "in_graph": share - inside / total if total else 1.0,
+        "in_regions": inside / total if total else 0.0,
+        "unreached": {a.name: a.reason for a in counted if not a.supported},
+        "share": share,
+    }
+
+
+def _sizes(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
+    """Parameters and multiply-adds at a quarter of full rank, first and last layer and embeddings left dense."""
+    free = [layer for layer in candidates(layers, model) if layer.reason is None]
+    pairs = [(layer, ratio_rank(layer.full_rank, RATIO)) for layer in free]
+    pairs = [(layer, rank) for layer, rank in pairs if rank < layer.break_even_rank]
+    macs = sum(layer.macs for layer in layers)
+    total = sum(p.numel() for p in model.parameters())
+    return {
+        "parameters_after": total - sum(a.parameters - a.pair_parameters(r) for a, r in pairs),
+        "macs": macs,
+        "macs_after": macs - sum(a.macs - a.pair_macs(r) for a, r in pairs),
+        "factorized": len(pairs),
+    }
+
+
+def _differences(model: nn.Module, example: Any) -> dict[str, Any]:
+    """Largest relative difference to the full-rank factorization: outputs in float32, outputs and gradients in float64."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # full-rank pairs are larger than the layers, as they must be here
+        small = fxrank.factorize(model, example, rank=1.0, include="*")
+        found: dict[str, Any] = {"float32": output_difference(model.eval(), small.eval(), example)}
+        del small
+        to = _to_double(model), pytree.tree_map_only(Tensor, _double, example)
+        try:
+            small = fxrank.factorize(*to, rank=1.0, include="*")
+            found["float64"] = output_difference(model.eval(), small.eval(), to[1])
+        except Exception as error:  # an operation without double precision (grouped matrix products)
+            return found | {"float64": None, "note64": f"{type(error).__name__}: {str(error)[:80]}"}
+        try:
+            found["float64_train"] = output_difference(model.train(), small.train(), to[1])
+            found["gradients"] = _gradient_difference(model, small, to[1])
+        except Exception as error:  # detectors need targets to train
+            found["note_train"] = f"{type(error).__name__}: {str(error)[:80]}"
+    return found
+
+
+def _to_double(model: nn.Module) -> nn.Module:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float32:
+            tensor.data = tensor.data.double()
+    return model
+
+
+def _double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _gradient_difference(model: nn.Module, small: nn.Module, example: Any) -> float | None:
+    """Largest difference of the gradients of the inputs and of all parameters that both have, relative to the largest
+    gradient, in training mode; None if nothing could be compared.
+    """
+    gradients = []
+    for net in (model, small):
+        torch.manual_seed(0)
+        inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example)
+        args, kwargs = call_arguments(net, inputs)
+        outputs = [o for o in _tensors(net(*args, **kwargs)) if o.is_floating_point() and o.requires_grad]
+        if not outputs:
+            return None
+        torch.manual_seed(1)
+        torch.stack([(o * torch.randn_like(o)).sum() for o in outputs]).sum().backward()
+        found = {f"input {i}": x.grad for i, x in enumerate(pytree.tree_leaves(inputs)) if isinstance(x, Tensor)}
+        found |= {name: p.grad for name, p in net.named_parameters()}
+        gradients.append({name.replace(".v.bias", ".bias"): g for name, g in found.items() if g is not None})
+    common = gradients[0].keys() & gradients[1].keys()
+    if not common:
+        return None
+    largest = max(float(gradients[0][name].abs().max()) for name in common)
+    worst = max(float((gradients[0][name] - gradients[1][name]).abs().max()) for name in common)
+    return worst / largest if largest else worst
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__"):
+            yield from _tensors(list(vars(leaf).values()))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers that count, over all models that gave a result."""
+    good = [r for r in rows if "error" not in r]
+    checked = {k: [r[k] for r in good if r.get(k) is not None] for k in ("float32", "float64", "float64_train", "gradients")}
+    return {
+        "models": len(rows),
+        "errors": [r["name"] for r in rows if "error" in r],
+        "whole": sum(r["whole"] for r in good),
+        "two_graphs": sum(r["graphs"] == 2 for r in good),
+        "share_mean": statistics.fmean(r["share"] for r in good),
+        "share_least": min(r["share"] for r in good),
+        "below_95": [r["name"] for r in good if r["share"] < 0.95],
+        "trace_s_median": statistics.median(r["trace_s"] for r in good),
+        "checked": {k: len(v) for k, v in checked.items()},
+        "worst": {k: max(v, default=None) for k, v in checked.items()},
+    }
+
+
+def main() -> None:
+    """Study the models, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", action="append", choices=sorted(zoo.SOURCES), default=None)
+    parser.add_argument("--name", action="append", default=None)
+    parser.add_argument("--all", action="store_true", help="every registered timm name")
+    parser.add_argument("--meta", action="store_true", help="shapes only; the default with --all")
+    parser.add_argument("--max-parameters", type=int, default=60_000_000, help="larger models are studied on meta")
+    parser.add_argument("--output", default=None, help="folder for the JSON (default benchmarks/results)")
+    options = parser.parse_args()
+    sources = tuple(options.source or ("torchvision", "timm", "hf", "misc"))
+    rows: list[dict[str, Any]] = []
+    for entry in zoo.entries(sources, options.all):
+        if options.name and entry.name not in options.name:
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                row = study(entry, meta=options.meta or options.all, max_parameters=options.max_parameters)
+        except Exception as error:
+            text = str(error).partition("\n")[0][:200]
+            row = {"source": entry.source, "name": entry.name, "error": f"{type(error).__name__}: {text}"}
+        rows.append(row)
+        print(_line(row), flush=True)
+        gc.collect()
+    found = summary(rows)
+    print(tabulate([(k, v) for k, v in found.items()]))
+    name = "model_zoo" + ("_all" if options.all else "") + (f"_{sources[0]}" if len(sources) == 1 else "")
+    if not options.name or options.output:
+        path = record.write(name, {"summary": found, "results": rows}, device=torch.device("cpu"), folder=options.output)
+        print(f"written: {path}")
+
+
+def _line(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['source']:12} {row['name']:42} {row['error']}"
+    shown = "whole" if row["whole"] else f"{row['regions']} regions"
+    checks = " ".join(f"{row[k]:.0e}" if row.get(k) is not None else "-" for k in ("float32", "float64", "float64_train", "gradients"))
+    missing = "; ".join(f"{n}: {r}" for n, r in list(row["unreached"].items())[:2])
+    return (
+        f"{row['source']:12} {row['name']:42} {shown:10} {row['layers']:4} layers {100 * row['share']:5.1f} % "
+        f"{row['parameters'] / 1e6:7.2f} M -> {row['parameters_after'] / 1e6:7.2f} M {row['trace_s']:6.2f} s {checks} {missing}"
+    )
+
+
+if __name__ == "__main__":
+    main()

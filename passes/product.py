@@ -1,0 +1,349 @@
+"""A matrix that is known by its factors, and multiplies through them.
+
+Some code reads a layer's weight and multiplies with it itself: `F.linear(x, self.qkv.weight, bias)` in Swin, BEiT and
+EVA, `nn.MultiheadAttention`, expert stacks. There a pair answers with a `FactoredWeight`. It looks like the dense
+tensor (shape, dtype, device, `isinstance`), but a product with it is made factor by factor, so that what the pair
+saves is saved there too, without a change of that code. Transposing, slicing and indexing keep it factored. Whatever
+needs the numbers themselves gets the dense product, built on the spot; assigning into it is refused.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class FactoredWeight(Tensor):
+    """`W = V U` as a tensor of `shape`, stacked: `U` `(groups, r, cols)`, `V` `(groups, rows, r)`.
+
+    For a matrix, the groups are blocks of rows, `W = [V₁U₁; V₂U₂; …]`; for three dimensions they are the first one.
+    With more dimensions (a kernel) all but the first are columns. `flipped` means the transpose, of the last two
+    dimensions. Gradients flow to `U` and `V`.
+    """
+
+    u: Tensor
+    v: Tensor
+    flipped: bool
+
+    @staticmethod
+    def __new__(cls, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> "FactoredWeight":
+        self: FactoredWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=u.dtype, device=u.device, requires_grad=u.requires_grad or v.requires_grad
+        )
+        self.u, self.v, self.flipped = u, v, flipped
+        return self
+
+    def __init__(self, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> None:
+        """See `__new__`; a tensor is made there."""
+
+    def dense(self) -> Tensor:
+        """The product, a plain tensor; differentiable in the factors."""
+        shape = tuple(self.shape)
+        if self.flipped:
+            return (self.v @ self.u).reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
+        return (self.v @ self.u).reshape(shape)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"FactoredWeight(shape={tuple(self.shape)}, rank={self.u.shape[1]}, groups={self.u.shape[0]})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _LOOKS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        product = _PRODUCTS.get(func)
+        if product is not None:
+            result = product(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = getattr(func, "__name__", "")
+        if (name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))) and isinstance(args[0], cls):
+            raise TypeError(
+                f"a factored weight is the product of two parameters, so {name} cannot write into it; "
+                "change the pair's u.weight and v.weight, or merge the pair first."
+            )
+        dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, kwargs))
+        return func(*dense_args, **dense_kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, dict(kwargs or {})))
+        return func(*dense_args, **dense_kwargs)
+
+
+_ASSIGNING = {"__setitem__", "__set__", "__delitem__"}
+
+
+def _getter(name: str) -> Any:
+    return getattr(Tensor, name).__get__
+
+
+_LOOKS = {
+    *map(_getter, ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse")),
+    *map(_getter, ("is_cpu", "is_quantized", "is_nested", "is_leaf", "itemsize", "nbytes")),
+    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size),
+    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.__len__, Tensor.__hash__),
+    *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.is_contiguous, Tensor.is_signed),
+}
+"""Questions that need no numbers."""
+
+
+def _times(x: Tensor, w: FactoredWeight) -> Tensor:
+    """`x @ W`, factor by factor."""
+    return _rows(x, w.u, w.v, w.ndim == 2) if not w.flipped else _columns(x, w.u, w.v, w.ndim == 2)
+
+
+def _rows(x: Tensor, u: Tensor, v: Tensor, blocks: bool) -> Tensor:
+    """`x @ [V₁U₁; V₂U₂; …]`, or for a stack `x @ (V U)`."""
+    if not blocks:
+        return (x @ v) @ u
+    if len(u) == 1:
+        return (x @ v[0]) @ u[0]
+    parts = torch.einsum("...go,gor->...gr", x.unflatten(-1, (len(v), -1)), v)
+    return parts.flatten(-2) @ u.flatten(0, 1)
+
+
+def _columns(x: Tensor, u: Tensor, v: Tensor, blocks: bool) -> Tensor:
+    """`x @ [V₁U₁; V₂U₂; …]ᵀ`, or for a stack `x @ (V U)ᵀ`."""
+    if not blocks:
+        return (x @ u.mT) @ v.mT
+    if len(u) == 1:
+        return F.linear(F.linear(x, u[0]), v[0])
+    parts = F.linear(x, u.flatten(0, 1)).unflatten(-1, (len(u), -1))
+    return torch.einsum("...gr,gor->...go", parts, v).flatten(-2)
+
+
+def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, FactoredWeight) or isinstance(input, FactoredWeight) or weight.ndim != 2:
+        return NotImplemented
+    if not weight.flipped and len(weight.u) == 1:
+        return F.linear(F.linear(input, weight.u[0]), weight.v[0], bias)
+    out = _times(input, _flip(weight))
+    return out if bias is None else out + bias
+
+
+def _matmul(left: Any, right: Any, *, out: Any = None, **named: Any) -> Any:
+    if out is not None or named or any(isinstance(w, FactoredWeight) and w.ndim not in (2, 3) for w in (left, right)):
+        return NotImplemented
+    if isinstance(right, FactoredWeight) and not isinstance(left, FactoredWeight):
+        return _times(left, right)
+    if isinstance(left, FactoredWeight) and not isinstance(right, FactoredWeight):
+        return _times(right, _flip(left)) if right.ndim == 1 else _times(right.mT, _flip(left)).mT
+    return NotImplemented
+
+
+def _rmatmul(right: Any, left: Any) -> Any:
+    return _matmul(left, right)
+
+
+def _addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
+    if isinstance(bias, FactoredWeight) or beta != 1 or alpha != 1:
+        return NotImplemented
+    product = _matmul(left, right, out=out)
+    return product if product is NotImplemented else bias + product
+
+
+def _grouped_mm(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """`x[group g] @ W[g]` for stacked experts."""
+    if not isinstance(weight, FactoredWeight) or isinstance(x, FactoredWeight) or weight.ndim != 3 or bias is not None:
+        return NotImplemented
+    first, second = (weight.u.mT, weight.v.mT) if weight.flipped else (weight.v, weight.u)
+    middle = _GROUPED(x, first, offs=offs)
+    return _GROUPED(middle, second, offs=offs, out_dtype=out_dtype)
+
+
+def _embedding(
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    if not isinstance(weight, FactoredWeight) or weight.flipped or max_norm is not None or weight.ndim != 2:
+        return NotImplemented
+    if len(weight.u) != 1:
+        return NotImplemented
+    rows = F.embedding(input, weight.v[0], padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+    return rows @ weight.u[0]
+
+
+def _conv(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def conv(
+        input: Any, weight: Any, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Any:
+        if not isinstance(weight, FactoredWeight) or groups != 1 or len(weight.u) != 1 or weight.flipped:
+            return NotImplemented
+        kernel = weight.u[0].reshape(-1, *weight.shape[1:])
+        middle = function(input, kernel, None, stride, padding, dilation)
+        return function(middle, weight.v[0].reshape(*weight.v.shape[1:], *[1] * (weight.ndim - 2)), bias)
+
+    return conv
+
+
+def _einsum(equation: Any, *operands: Any) -> Any:
+    """One factored operand of two: its letters are shared out to the factors, with a new letter for the rank."""
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    factored = [i for i, o in enumerate(operands) if isinstance(o, FactoredWeight)]
+    if not isinstance(equation, str) or len(operands) != 2 or len(factored) != 1 or "." in equation:
+        return NotImplemented
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    weight, other = operands[factored[0]], operands[1 - factored[0]]
+    letters, rest = terms[factored[0]], terms[1 - factored[0]]
+    stacked = weight.ndim == 3
+    if not arrow or weight.ndim not in (2, 3) or (not stacked and len(weight.u) != 1) or len(set(letters)) < weight.ndim:
+        return NotImplemented
+    rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
+    batch, (row, col) = (letters[0], letters[1:]) if stacked else ("", letters)
+    if weight.flipped:
+        row, col = col, row
+    u, v = (weight.u, weight.v) if stacked else (weight.u[0], weight.v[0])
+    factors = [(f"{batch}{row}{rank}", v), (f"{batch}{rank}{col}", u)]
+    if row not in rest:
+        factors.reverse()  # the factor that shares the summed letter goes first, so that the middle is thin
+    names = ",".join([rest, *(name for name, _ in factors)])
+    return torch.einsum(f"{names}->{output}", other, *(factor for _, factor in factors))
+
+
+# -- views: what stays factored
+
+
+def _flip(w: FactoredWeight) -> FactoredWeight:
+    shape = tuple(w.shape)
+    return FactoredWeight(w.u, w.v, (*shape[:-2], shape[-1], shape[-2]), not w.flipped)
+
+
+def _t(w: Any) -> Any:
+    return _flip(w) if w.ndim == 2 else NotImplemented
+
+
+def _mt(w: Any) -> Any:
+    return _flip(w) if w.ndim in (2, 3) else NotImplemented
+
+
+def _transpose(w: Any, dim0: int, dim1: int) -> Any:
+    last = {w.ndim - 2, w.ndim - 1}
+    return _flip(w) if w.ndim in (2, 3) and {dim0 % w.ndim, dim1 % w.ndim} == last else NotImplemented
+
+
+def _permute(w: Any, *dims: Any) -> Any:
+    order = [int(d) % w.ndim for d in (dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)]
+    return _flip(w) if w.ndim in (2, 3) and order == [*range(w.ndim - 2), w.ndim - 1, w.ndim - 2] else NotImplemented
+
+
+def _cast(func: Callable[..., Tensor]) -> Callable[..., Any]:
+    def cast(w: Any, *args: Any, **kwargs: Any) -> Any:
+        return FactoredWeight(func(w.u, *args, **kwargs), func(w.v, *args, **kwargs), tuple(w.shape), w.flipped)
+
+    return cast
+
+
+def _narrow(w: FactoredWeight, dim: int, start: int, length: int) -> Any:
+    """A range of rows or columns, or of the stack."""
+    shape = list(w.shape)
+    dim %= w.ndim
+    shape[dim] = length
+    stop = start + length
+    if w.ndim == 3 and dim == 0:
+        return FactoredWeight(w.u[start:stop], w.v[start:stop], tuple(shape), w.flipped)
+    rows = (dim == w.ndim - 2) != w.flipped
+    if w.ndim not in (2, 3):
+        return NotImplemented
+    if not rows:
+        return FactoredWeight(w.u[..., start:stop], w.v, tuple(shape), w.flipped)
+    if w.ndim == 3 or len(w.u) == 1:
+        return FactoredWeight(w.u, w.v[:, start:stop], tuple(shape), w.flipped)
+    size = w.v.shape[1]  # rows of a block
+    if start % size or stop % size or not length:
+        return NotImplemented
+    blocks = slice(start // size, stop // size)
+    return FactoredWeight(w.u[blocks], w.v[blocks], tuple(shape), w.flipped)
+
+
+def _getitem(w: Any, index: Any) -> Any:
+    if not isinstance(w, FactoredWeight):
+        return NotImplemented
+    if isinstance(index, slice) and index.step in (None, 1):
+        start, stop, _ = index.indices(w.shape[0])
+        return _narrow(w, 0, start, max(0, stop - start))
+    whole = not isinstance(index, (tuple, list, slice)) and index is not None and index is not Ellipsis
+    if w.ndim == 3 and whole:
+        u, v = w.u[index], w.v[index]
+        if u.ndim == 2:
+            return FactoredWeight(u[None], v[None], tuple(w.shape[1:]), w.flipped)
+        if u.ndim == 3:
+            return FactoredWeight(u, v, (len(u), *w.shape[1:]), w.flipped)
+    return NotImplemented
+
+
+def _split(w: Any, split_size: Any, dim: int = 0) -> Any:
+    total = w.shape[dim]
+    if isinstance(split_size, int):
+        sizes = [min(split_size, total - i) for i in range(0, total, split_size)]
+    else:
+        sizes = list(split_size)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(_narrow(w, dim, start, size))
+        start += size
+    return NotImplemented if any(p is NotImplemented for p in parts) else tuple(parts)
+
+
+def _chunk(w: Any, chunks: int, dim: int = 0) -> Any:
+    return _split(w, -(-w.shape[dim] // chunks), dim)
+
+
+def _unbind(w: Any, dim: int = 0) -> Any:
+    return tuple(_getitem(w, i) for i in range(len(w.u))) if w.ndim == 3 and dim == 0 else NotImplemented
+
+
+def _detached(w: Any) -> Any:
+    return FactoredWeight(w.u.detach(), w.v.detach(), tuple(w.shape), w.flipped)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    from fxrank.passes.attention import multi_head_attention
+
+    return multi_head_attention(*args, **kwargs)
+
+
+_GROUPED = getattr(torch, "_grouped_mm", None)
+_PRODUCTS: dict[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    F.multi_head_attention_forward: _attention,
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm), _matmul),
+    **dict.fromkeys((Tensor.mv, Tensor.__matmul__), _matmul),
+    Tensor.__rmatmul__: _rmatmul,
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    torch.einsum: _einsum,
+    F.embedding: _embedding,
+    **{conv: _conv(conv) for conv in (F.conv1d, F.conv2d, F.conv3d)},
+    **dict.fromkeys((torch.t, Tensor.t, _getter("T")), _t),
+    **dict.fromkeys((_getter("mT"), Tensor.adjoint), _mt),
+    **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.swapaxes), _transpose),
+    **dict.fromkeys((torch.permute, Tensor.permute), _permute),
+    **dict.fromkeys((torch.split, Tensor.split), _split),
+    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
+    **dict.fromkeys((torch.unbind, Tensor.unbind), _unbind),
+    **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
+    Tensor.__getitem__: _getitem,
+    **dict.fromkeys((torch.detach, Tensor.detach, _getter("data")), _detached),
+    **{f: _cast(f) for f in (Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type_as)},
+    **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
+}
+"""What is done through the factors; a function here may answer `NotImplemented`, then the dense product is used."""
+if _GROUPED is not None:
+    _PRODUCTS[_GROUPED] = _grouped_mm
+if hasattr(F, "grouped_mm"):
+    _PRODUCTS[F.grouped_mm] = lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs)

@@ -1,0 +1,182 @@
+"""Weights that are read where no layer of torch's own applies them: `F.linear(x, self.w)`, `x @ self.w`, the packed
+projection of `nn.MultiheadAttention`, the gates of `nn.LSTM` and `nn.GRU`, stacks of expert matrices, and the weights
+of layers with a forward of their own.
+
+There the pair takes the parameter's name in its module. It stands for the tensor: torch's functions accept it, and
+multiply through the factors (see `product`).
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.factors import FactorPair, Layers
+
+GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+
+
+def gates(owner: nn.Module, attribute: str) -> int:
+    """How many matrices a weight of a recurrent layer holds, one below the other; 1 for any other weight."""
+    recurrent = isinstance(owner, nn.RNNBase) and attribute.startswith(("weight_ih", "weight_hh"))
+    return GATES[str(owner.mode)] if recurrent else 1
+
+
+class RawWeight(nn.Module):
+    """A raw parameter dressed as a layer, so that it goes the same ways as one. `weight` is the very parameter.
+
+    Its matrices: `blocks` of rows of a 2-D weight; the last two dimensions of a 3-D one, a stack; all but the first
+    dimension as columns of a kernel.
+    """
+
+    def __init__(self, owner: nn.Module, attribute: str, blocks: int) -> None:
+        """The parameter `attribute` of `owner`; neither is changed."""
+        super().__init__()
+        self.weight = owner._parameters[attribute]
+        self.blocks = blocks
+        self.materialized = isinstance(owner, nn.RNNBase)
+        self.stacked = self.weight is not None and self.weight.ndim == 3 and not isinstance(owner, nn.Conv1d)
+        self.training = owner.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product as it is most likely meant, for timing: `x @ Wᵀ` where the sizes fit, else `x @ W`."""
+        assert self.weight is not None
+        return multiply(input, self.weight, self.stacked)
+
+
+def multiply(x: Tensor, weight: Tensor, stacked: bool) -> Tensor:
+    """See `RawWeight.forward`."""
+    if weight.ndim == 2:
+        return F.linear(x, weight) if x.shape[-1] == weight.shape[1] else x @ weight
+    if stacked:
+        return x @ weight if x.shape[-1] == weight.shape[1] else x @ weight.mT
+    return {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.ndim](x, weight)
+
+
+class _Factor(nn.Module):
+    """A parameter by itself."""
+
+    def __init__(self, shape: tuple[int, ...], place: dict[str, Any]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, **place))
+
+    def extra_repr(self) -> str:
+        return str(tuple(self.weight.shape))
+
+
+class LowRankWeight(FactorPair):
+    """A raw parameter as a product: `u.weight` `(r, cols)` and `v.weight` `(rows, r)`, with a leading dimension for
+    blocks of rows (gates, or queries, keys and values) and for stacks (experts).
+
+    The pair sits at the parameter's own name and can be used as the tensor it was: in products, slices, `chunk`, `.t()`,
+    `.shape`. The fused kernels of recurrent layers take the dense product, built once a call: their speed is kept, and
+    the pair saves parameters and optimizer state, but no MACs. (Pufferfish §2.2 runs the time steps in Python instead.)
+    """
+
+    kind = "parameter"
+    geometry = ("blocks", "materialized", "stacked")
+    blocks: int
+    materialized: bool
+    stacked: bool
+
+    @classmethod
+    def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
+        if dense.stacked:
+            return tensor
+        blocks = dense.blocks
+        assert isinstance(blocks, int)
+        return tensor.reshape(blocks, tensor.shape[0] // blocks, -1)
+
+    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+        weight = dense.weight
+        assert isinstance(weight, Tensor)
+        groups, rows, cols = self.unroll(dense, weight).shape
+        lead = (groups,) if groups > 1 or self.stacked else ()
+        return _Factor((*lead, self.rank, cols), place), None, _Factor((*lead, rows, self.rank), place)
+
+    def fold_u(self, u: Tensor) -> Tensor:
+        return u.reshape(self.u.weight.shape)
+
+    def fold_v(self, v: Tensor) -> Tensor:
+        return v.reshape(self.v.weight.shape)
+
+    def unfold_u(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim == 3 else tensor[None]
+
+    def unfold_v(self, tensor: Tensor) -> Tensor:
+        return tensor if tensor.ndim == 3 else tensor[None]
+
+    def fold_dense(self, matrix: Tensor) -> Tensor:
+        return matrix.reshape(self.dense_shape)
+
+    def _factored(self, u: Tensor, v: Tensor) -> Tensor:
+        return self.fold_dense(v @ u) if self.materialized else super()._factored(u, v)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """A parameter has none."""
+        return None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product of `RawWeight.forward`, for timing."""
+        return multiply(input, self.weight, self.stacked)
+
+    def to_dense(self) -> nn.Module:
+        with torch.no_grad():
+            weight = self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight))
+        holder = nn.Module()
+        holder.weight = nn.Parameter(weight, self.u.weight.requires_grad)
+        for name in (*self.geometry, "training"):
+            setattr(holder, name, getattr(self, name))
+        holder.__class__ = RawWeight
+        return holder
+
+    # -- standing for the tensor
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map_only(LowRankWeight, lambda pair: pair.weight, (args, dict(kwargs or {})))
+        return func(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name in self.geometry or "u" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.weight, name)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self.weight[index]
+
+    def __len__(self) -> int:
+        return self.dense_shape[0]
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.weight @ other
+
+    def __rmatmul__(self, other: Any) -> Tensor:
+        product: Tensor = other @ self.weight
+        return product
+
+    _ARITHMETIC: ClassVar[tuple[str, ...]] = ("add", "sub", "mul", "truediv", "pow")
+
+
+def _arithmetic(name: str) -> Callable[[LowRankWeight, Any], Any]:
+    def operate(self: LowRankWeight, other: Any) -> Any:
+        return getattr(self.weight, name)(other)
+
+    return operate
+
+
+for _name in LowRankWeight._ARITHMETIC:
+    for _method in (f"__{_name}__", f"__r{_name}__"):
+        setattr(LowRankWeight, _method, _arithmetic(_method))

@@ -1,0 +1,183 @@
+"""What becomes of a weight that is read as a tensor: the products it ends up in, seen in a traced graph.
+
+The same functions as in `product`: a view is followed, a product counts, anything else needs the numbers themselves.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Use:
+    """One product: the node, the shape of the other operand, and the multiply-adds of the dense product."""
+
+    node: str
+    input_shape: tuple[int, ...]
+    macs: int
+
+
+def uses(read: fx.Node) -> tuple[list[Use], list[str]]:
+    """The products that the weight read by this node is used in, directly or through views, and the names of the nodes
+    that need its numbers otherwise. Nodes that only look at its shape or dtype count for nothing.
+    """
+    products: list[Use] = []
+    others: list[str] = []
+    todo = [read]
+    seen = {read}
+    while todo:
+        node = todo.pop(0)
+        for user in node.users:
+            if only_looks(user):
+                continue
+            use = _product(user, node)
+            if use is not None:
+                products.append(use)
+            elif _is_view(user, node):
+                if user not in seen:
+                    seen.add(user)
+                    todo.append(user)
+            else:
+                others.append(user.name)
+    return products, sorted(others)
+
+
+def only_looks(node: fx.Node) -> bool:
+    """Whether a reader of a weight takes its dtype, device or shape only, which a pair tells as well: no tensor comes of
+    it, and it is no assignment.
+    """
+    value = node.meta.get("val")
+    return value is not None and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+
+
+_VIEW_METHODS = {
+    *("t", "transpose", "permute", "chunk", "split", "unbind", "narrow", "to", "float", "half", "bfloat16", "double"),
+    *("type_as", "detach", "swapaxes", "cuda", "cpu"),
+}
+_VIEW_FUNCTIONS: set[Any] = {
+    *(torch.t, torch.transpose, torch.permute, torch.chunk, torch.split, torch.unbind, torch.narrow),
+    *(torch.detach, operator.getitem),
+}
+_VIEW_ATTRIBUTES = {"T", "mT", "data"}
+
+
+def _is_view(user: fx.Node, weight: fx.Node) -> bool:
+    if user.op == "call_method":
+        return user.target in _VIEW_METHODS and user.args[0] is weight
+    if user.op != "call_function":
+        return False
+    if user.target is getattr:
+        return user.args[1] in _VIEW_ATTRIBUTES
+    if user.target is operator.getitem:
+        value, index = weight.meta["val"], user.args[1]
+        if user.args[0] is not weight:
+            return False
+        if not isinstance(value, Tensor):
+            return True
+        return isinstance(index, slice) or (value.ndim == 3 and isinstance(index, (int, fx.Node)))
+    return user.target in _VIEW_FUNCTIONS
+
+
+def _product(user: fx.Node, weight: fx.Node) -> Use | None:
+    """How this node multiplies with the weight, None if it does not."""
+    value, out = weight.meta["val"], user.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(out, Tensor) or user.op not in ("call_function", "call_method"):
+        return None
+    find = _METHODS.get(str(user.target)) if user.op == "call_method" else _FUNCTIONS.get(user.target)
+    other = None if find is None else find(user, weight)
+    if not isinstance(other, fx.Node) or not isinstance(other.meta.get("val"), Tensor) or other is weight:
+        return None
+    x = other.meta["val"]
+    if user.target is F.embedding:
+        return Use(user.name, tuple(x.shape), 0)
+    if user.target in _CONVOLUTIONS:
+        return Use(user.name, tuple(x.shape), value.numel() * out.numel() // value.shape[0])
+    # Of a product every number of `out` is a sum over one dimension of the weight.
+    summed = value.numel() / max(1, _kept(user, value, out))
+    return Use(user.name, tuple(x.shape), round(out.numel() * summed))
+
+
+def _kept(user: fx.Node, value: Tensor, out: Tensor) -> int:
+    """How many of the weight's numbers each summed index has: stack and output dimensions."""
+    if user.target is torch.einsum:
+        inputs, _, output = str(user.args[0]).replace(" ", "").partition("->")
+        operands = user.args[1:] if isinstance(user.args[1], fx.Node) else user.args[1]
+        assert isinstance(operands, (tuple, list))
+        nodes = [n for n in operands if isinstance(n, fx.Node)]
+        term = next(t for t, n in zip(inputs.split(","), nodes, strict=True) if n.meta["val"] is value)
+        sizes = dict(zip(term, value.shape, strict=True))
+        kept = 1
+        for letter, size in sizes.items():
+            kept *= size if letter in output else 1
+        return kept
+    stack = value.shape[0] if value.ndim == 3 else 1
+    if user.target in (F.linear,):
+        return stack * int(value.shape[-2])
+    left = user.args[0] if user.op == "call_function" and user.target not in _ADDMM else user.args[1]
+    is_left = isinstance(left, fx.Node) and left.meta["val"] is value
+    return stack * int(value.shape[-2] if is_left else value.shape[-1])
+
+
+def _argument(user: fx.Node, position: int, name: str) -> Any:
+    return user.args[position] if len(user.args) > position else user.kwargs.get(name)
+
+
+def _second(x: str, w: str) -> Callable[[fx.Node, fx.Node], Any]:
+    """The operand `x` of a function whose second argument `w` is the weight."""
+
+    def find(user: fx.Node, weight: fx.Node) -> Any:
+        return _argument(user, 0, x) if _argument(user, 1, w) is weight else None
+
+    return find
+
+
+def _either(first: int) -> Callable[[fx.Node, fx.Node], Any]:
+    """The other one of the two operands that start at this position."""
+
+    def find(user: fx.Node, weight: fx.Node) -> Any:
+        operands = [a for a in (*user.args, *user.kwargs.values()) if isinstance(a, fx.Node)][first : first + 2]
+        others = [a for a in operands if a is not weight]
+        return others[0] if len(operands) == 2 and len(others) == 1 else None
+
+    return find
+
+
+def _convolution(user: fx.Node, weight: fx.Node) -> Any:
+    groups = user.args[6] if len(user.args) > 6 else user.kwargs.get("groups", 1)
+    return _second("input", "weight")(user, weight) if groups == 1 else None
+
+
+def _grouped(user: fx.Node, weight: fx.Node) -> Any:
+    return user.args[0] if len(user.args) > 1 and user.args[1] is weight else None
+
+
+def _einsum(user: fx.Node, weight: fx.Node) -> Any:
+    operands = user.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    plain = isinstance(user.args[0], str) and "." not in user.args[0] and "->" in user.args[0]
+    others = [a for a in operands if a is not weight]
+    return others[0] if plain and len(operands) == 2 and len(others) == 1 and weight.meta["val"].ndim in (2, 3) else None
+
+
+_CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)
+_ADDMM = (torch.addmm,)
+_FUNCTIONS: dict[Any, Callable[[fx.Node, fx.Node], Any]] = {
+    F.linear: _second("input", "weight"),
+    F.embedding: _second("input", "weight"),
+    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, operator.matmul), _either(0)),
+    torch.addmm: _either(1),
+    torch.einsum: _einsum,
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+}
+if hasattr(torch, "_grouped_mm"):
+    _FUNCTIONS[torch._grouped_mm] = _grouped
+if hasattr(F, "grouped_mm"):
+    _FUNCTIONS[F.grouped_mm] = _grouped
+_METHODS = dict.fromkeys(("matmul", "mm", "bmm", "mv"), _either(0))

@@ -1,0 +1,221 @@
+"""The tracer: an `fx.Tracer` whose proxies carry a value (see `trace`)."""
+
+import inspect
+import operator
+from collections import Counter
+from collections.abc import Callable, Container
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.nn.modules import transformer
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.factors import FactorPair
+from fxrank.passes.kinds import dense_type
+from fxrank.passes.proxies import ValueProxy, values_of
+from fxrank.passes.raw import LowRankWeight
+
+def _reads_mode(module: nn.Module) -> bool:
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "training" in code.co_names and all(p.ndim < 2 for p in module.parameters())
+
+
+class ValueTracer(fx.Tracer):
+    """Traces one call. `leaf_types` are classes, `leaves` modules, to keep as one node."""
+
+    proxy_buffer_attributes = True
+
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaf_types: tuple[type[nn.Module], ...] = (),
+        leaves: Container[nn.Module] = (),
+    ) -> None:
+        super().__init__()
+        self._call = (args, kwargs)
+        self._leaf_types, self._leaves = leaf_types, leaves
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._evaluating = False
+        self._inside: list[nn.Module] = []
+        self._visits: Counter[nn.Module] = Counter()
+        self._buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
+        self._returned: dict[nn.Module, list[Any]] = {}
+        self._blame: tuple[Exception | None, nn.Module | None] = (None, None)
+
+    # -- the entry point: one placeholder per tensor of the example call, whatever the signature says
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        args, kwargs = self._call
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        names = self._input_names(args, kwargs, leaves)
+        self._buffers = {(m, name): b for m in self.root.modules() for name, b in m._buffers.items()}
+        inputs = [self._placeholder(n, v) if isinstance(v, Tensor) else v for n, v in zip(names, leaves, strict=True)]
+
+        def entry(root: nn.Module, *flat: Any) -> Any:
+            call_args, call_kwargs = pytree.tree_unflatten(list(flat), spec)
+            outputs = pytree.tree_map(self._returnable, root_fn(root, *call_args, **call_kwargs))
+            self._update_buffers()
+            return outputs
+
+        return entry, [self.root, *inputs]
+
+    def _returnable(self, leaf: Any) -> Any:
+        """None for an object that no graph can return, as the key-value cache that a language model adds to its output."""
+        if issubclass(type(leaf), fx.Proxy) or is_dataclass(leaf):
+            return leaf
+        try:
+            self.create_arg(leaf)
+        except NotImplementedError:
+            return None
+        return leaf
+
+    def _update_buffers(self) -> None:
+        """What the forward has assigned to buffers, written into them at the end of the graph."""
+        for path, module in self.root.named_modules():
+            for name, value in module._buffers.items():
+                buffer = self._buffers.get((module, name))
+                if buffer is not None and issubclass(type(value), fx.Proxy):
+                    module._buffers[name] = buffer
+                    own = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
+                    self.create_proxy("call_method", "copy_", (own, value), {})
+
+    def _input_names(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> list[str]:
+        try:
+            parameters = list(inspect.signature(self.root.forward).parameters.values())
+        except (TypeError, ValueError):
+            parameters = []
+        named = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        named += [f"arg{i}" for i in range(len(named), len(args))]
+        parts = [*zip(named, args, strict=False), *kwargs.items()]
+        names = []
+        for name, part in parts:
+            count = len(pytree.tree_leaves(part))
+            names += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+        assert len(names) == len(leaves)
+        return names
+
+    def _placeholder(self, name: str, value: Tensor) -> fx.Proxy:
+        proxy = super().create_proxy("placeholder", name, (), {})
+        proxy.node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
+        return proxy
+
+    # -- values
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ValueProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if kind != "output":
+            try:
+                proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs)
+            except Exception:
+                self.graph.erase_node(proxy.node)  # a forward may catch this and do something else
+                raise
+        return proxy
+
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = values_of((tuple(args), dict(kwargs)))
+        self._evaluating = True
+        try:
+            with torch.no_grad():
+                if kind == "call_module":
+                    return self._leaf_value(self.root.get_submodule(target), args, kwargs)
+                with self._mode:
+                    if kind == "get_attr":
+                        return self._fake(operator.attrgetter(target)(self.root))
+                    if kind == "call_function":
+                        return target(*args, **kwargs)
+                    assert kind == "call_method", kind
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+        finally:
+            self._evaluating = False
+
+    def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
+        # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
+        state = {name: self._fake(t) for name, t in [*leaf.named_parameters(), *leaf.named_buffers()]}
+        visit = self._visits[leaf]
+        self._visits[leaf] += 1
+        try:
+            with self._mode:
+                return torch.func.functional_call(leaf, state, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            if not self._kept_whole(leaf):
+                raise
+        if leaf not in self._returned:
+            self._returned[leaf] = self._really_returned(leaf)
+        return self._fake(self._returned[leaf][visit])
+
+    def _kept_whole(self, module: nn.Module) -> bool:
+        return isinstance(module, self._leaf_types) or module in self._leaves
+
+    def _really_returned(self, leaf: nn.Module) -> list[Any]:
+        """What each call of a leaf returns in a real run: the shapes of a module that looks at data are known no other
+        way.
+        """
+        returned: list[Any] = []
+        hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
+        buffers = [(b, b.clone()) for b in self.root.buffers()]
+        args, kwargs = self._call
+        try:
+            self.root(*args, **kwargs)
+        finally:
+            hook.remove()
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        return returned
+
+    def _fake(self, tree: Any) -> Any:
+        return pytree.tree_map_only(Tensor, lambda t: self._mode.from_tensor(t.detach(), static_shapes=True), tree)
+
+    def culprit(self, error: Exception) -> nn.Module | None:
+        """The innermost module that this error came out of, None for the traced module itself. An earlier one may have
+        been caught by a forward.
+        """
+        blamed, module = self._blame
+        return module if blamed is error else None
+
+    # -- hooks of fx.Tracer
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self._evaluating:
+            return forward(*args, **kwargs)
+        if m not in (self.submodule_paths or {}) and not [*m.parameters(), *m.buffers()]:
+            return m.forward(*args, **kwargs)  # an activation function held aside has no path, and needs none
+        self._inside.append(m)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            self._blame = (error, self.culprit(error) or self._inside[-1])
+            raise
+        finally:
+            self._inside.pop()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        # A buffer that the forward has assigned is a proxy already.
+        if self._evaluating or issubclass(type(attr_val), fx.Proxy):
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if self._kept_whole(m) or dense_type(m) is not None or _reads_mode(m):
+            return True
+        above = module_qualified_name.rpartition(".")[0]
+        if isinstance(m, FactorPair) or isinstance(self.root.get_submodule(above), FactorPair):
+            return not isinstance(m, FactorPair)  # a pair shows as its children
+        # torch's own modules are leaves, but its Transformers are built of layers that have pairs.
+        return type(m).__module__ != transformer.__name__ and super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        if issubclass(type(a), fx.Proxy):  # before isinstance takes it for its value
+            return a.node
+        if type(a) is LowRankWeight:
+            a = a.weight  # the product of its factors' proxies
+            return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+        return tuple(self.create_arg(e) for e in a) if isinstance(a, torch.Size) else super().create_arg(a)
