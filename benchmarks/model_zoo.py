@@ -144,7 +144,9 @@ def _gradient_difference(model: nn.Module, small: nn.Module, example: Any) -> fl
     gradients = []
     for net in (model, small):
         torch.manual_seed(0)
-        inputs = pytree.tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example)
+        inputs = pytree.tree_map_only(
+            Tensor, lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example
+        )
         args, kwargs = call_arguments(net, inputs)
         outputs = [o for o in _tensors(net(*args, **kwargs)) if o.is_floating_point() and o.requires_grad]
         if not outputs:
@@ -173,7 +175,9 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The numbers that count, over all models that gave a result."""
     good = [r for r in rows if "error" not in r]
-    checked = {k: [r[k] for r in good if r.get(k) is not None] for k in ("float32", "float64", "float64_train", "gradients")}
+    checked = {
+        k: [r[k] for r in good if r.get(k) is not None] for k in ("float32", "float64", "float64_train", "gradients")
+    }
     return {
         "models": len(rows),
         "errors": [r["name"] for r in rows if "error" in r],
@@ -217,7 +221,9 @@ def main() -> None:
     print(tabulate([(k, v) for k, v in found.items()]))
     name = "model_zoo" + ("_all" if options.all else "") + (f"_{sources[0]}" if len(sources) == 1 else "")
     if not options.name or options.output:
-        path = record.write(name, {"summary": found, "results": rows}, device=torch.device("cpu"), folder=options.output)
+        path = record.write(
+            name, {"summary": found, "results": rows}, device=torch.device("cpu"), folder=options.output
+        )
         print(f"written: {path}")
 
 
@@ -225,7 +231,9 @@ def _line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['source']:12} {row['name']:42} {row['error']}"
     shown = "whole" if row["whole"] else f"{row['regions']} regions"
-    checks = " ".join(f"{row[k]:.0e}" if row.get(k) is not None else "-" for k in ("float32", "float64", "float64_train", "gradients"))
+    checks = " ".join(
+        f"{row[k]:.0e}" if row.get(k) is not None else "-" for k in ("float32", "float64", "float64_train", "gradients")
+    )
     missing = "; ".join(f"{n}: {r}" for n, r in list(row["unreached"].items())[:2])
     return (
         f"{row['source']:12} {row['name']:42} {shown:10} {row['layers']:4} layers {100 * row['share']:5.1f} % "

@@ -80,27 +80,28 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
     dense = model.state_dict(keep_vars=True)
     expected = {name: tuple(value.shape) for name, value in dense.items()}
     identity: dict[str, object] = {name: id(value) for name, value in dense.items()}
-    paths = {id(module): path for path, module in model.named_modules()}
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
     for decision in plan.layers:
         if decision.rank is None:
             continue
         layer = dense_at(model, decision.name, decision.form)
-        weight = layer.weight
-        sites = [(layer, "", layer)] if is_derived(layer) else holders(model, cast(nn.Parameter, weight))
+        sites = [(layer, "", layer)] if is_derived(layer) else holders(model, cast(nn.Parameter, layer.weight))
         for owner, attribute, dense_layer in sites:
             cls = pair_class(dense_layer, decision.form)
             assert cls is not None
             pair = cls(dense_layer, decision.rank, decision.extra_bn)
-            path = f"{paths[id(owner)]}.{attribute}".strip(".")
-            for name in [n for n in expected if n == path or n.startswith(path + ".")]:
-                del expected[name]
-            for name, value in pair.state_dict().items():
-                if name != "v.bias":
-                    expected[f"{path}.{name}"] = tuple(value.shape)
-                    identity[f"{path}.{name}"] = (id(owner) if name.startswith("norm.") else decision.name, name)
-            if pair.bias is not None:
-                expected[f"{path}.v.bias"] = tuple(pair.bias.shape)
-                identity[f"{path}.v.bias"] = id(pair.bias)
+            for path in [f"{p}.{attribute}".strip(".") for p in paths[id(owner)]]:
+                for name in [n for n in expected if n == path or n.startswith(path + ".")]:
+                    del expected[name]
+                for name, value in pair.state_dict().items():
+                    if name != "v.bias":
+                        expected[f"{path}.{name}"] = tuple(value.shape)
+                        identity[f"{path}.{name}"] = (id(owner) if name.startswith("norm.") else decision.name, name)
+                if pair.bias is not None:
+                    expected[f"{path}.v.bias"] = tuple(pair.bias.shape)
+                    identity[f"{path}.v.bias"] = id(pair.bias)
     for name, shape in stored.items():
         if name not in expected:
             raise PlanMismatchError(

@@ -12,7 +12,7 @@ from torch import nn
 from fxrank.passes.calibrate import calibrate
 from fxrank.passes.calls import Example, call_arguments
 from fxrank.passes.discover import discover
-from fxrank.passes.errors import PlanMismatchError, RankError
+from fxrank.passes.errors import PlanMismatchError, RankError, unknown_name
 from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in, remove_weight
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import FORMS, dense_at, holders, pair_class
@@ -194,6 +194,8 @@ def factorize(
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
     """
+    if form not in FORMS:
+        raise unknown_name("form", form, FORMS)
     small = copied(model)
     if isinstance(rank, Plan):
         apply_plan(small, rank, example=example_inputs)

@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
-from fxrank.passes.weights import without_norm_hooks
+from fxrank.passes.weights import drop_norm_hooks
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
             replacement = replacements[id(module)]
             for name in _HOOKS:
                 replacement.__dict__[name] = module.__dict__[name]
-            replacement._forward_pre_hooks = without_norm_hooks(module._forward_pre_hooks)
+            drop_norm_hooks(replacement)
             model.set_submodule(path, replacement)
             done.append(path)
     for module in model.modules():

@@ -114,6 +114,10 @@ def trace(
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
+class _Untraceable(TraceError):
+    """The model runs, but cannot be a graph."""
+
+
 def _trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], types: tuple[type[nn.Module], ...], verify: bool
 ) -> TracedModule:
@@ -123,7 +127,7 @@ def _trace(
     mode = model.training
     try:
         graphs[mode], constants = _graph(model, args, kwargs, types, leaves)
-    except TraceError as error:
+    except _Untraceable as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
     else:
@@ -172,12 +176,16 @@ def _graph(
                 graph = tracer.trace(model)
                 names = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
                 # Tensors that the forward made are attributes of the model until it is put back.
-                return graph, {n: getattr(model, n) for n in names if n.startswith("_tensor_constant")}
+                constants = {n: getattr(model, n) for n in names if n.startswith("_tensor_constant")}
+                for node in graph.nodes:
+                    if node.target in constants:
+                        node.meta["val"] = constants[node.target]
+                return graph, constants
         except Exception as error:
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
             where = f"{names.get(culprit)!r} ({type(culprit).__name__})" if culprit is not None else "its own forward"
-            wrong = TraceError(
+            wrong = _Untraceable(
                 f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
                 f"{where} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
                 "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."
@@ -186,7 +194,7 @@ def _graph(
             if first is None:
                 first = wrong
                 if not _runs(model, args, kwargs):  # then it is the example's fault, not the tracer's
-                    raise first from error
+                    raise TraceError(str(first)) from error
             if culprit is None or culprit in leaves or culprit is model or not leaves_may_grow:
                 raise first from error
             leaves[culprit] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

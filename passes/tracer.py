@@ -82,6 +82,8 @@ class ValueTracer(fx.Tracer):
                 buffer = self._buffers.get((module, name))
                 if buffer is not None and issubclass(type(value), fx.Proxy):
                     module._buffers[name] = buffer
+                    if value.node.meta["val"].shape != buffer.shape:
+                        continue  # a cache of another size: computed anew in each call of the graph
                     own = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
                     self.create_proxy("call_method", "copy_", (own, value), {})
 

@@ -39,9 +39,11 @@ def is_derived(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer, "weight") or _old_norm(layer) is not None or standardizes(layer)
 
 
-def without_norm_hooks(hooks: dict[int, Any]) -> dict[int, Any]:
-    """Forward pre-hooks without those that derive a weight."""
-    return {k: h for k, h in hooks.items() if not isinstance(h, (WeightNorm, SpectralNorm))}
+def drop_norm_hooks(layer: nn.Module) -> None:
+    """Take off the forward pre-hooks that derive a weight."""
+    hooks = layer._forward_pre_hooks
+    for key in [k for k, h in hooks.items() if isinstance(h, (WeightNorm, SpectralNorm))]:
+        del hooks[key]
 
 
 def _old_norm(layer: nn.Module) -> Any:
