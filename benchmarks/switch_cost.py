@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     small_step = training_step(small, x, y, amp)
     against_hand = ratio(small_step, training_step(hand, x, y, amp), device, options.rounds)
     optimizer = torch.optim.SGD(small.parameters(), lr=0.01, weight_decay=1e-4)
-    replacements = [Replacement(n, nn.Parameter(torch.empty(0)), pair) for n, pair in pairs_in(small).items()]
+    replacements = [Replacement(n, (nn.Parameter(torch.empty(0)),), pair) for n, pair in pairs_in(small).items()]
     regime = FactorRegime(optimizer, replacements, "auto")
     small_step()
     decay = ratio(regime.decay, small_step, device, options.rounds)

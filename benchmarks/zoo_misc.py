@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 class LanguageModel(nn.Module):
     """Embedding → LSTM or GRU → decoder tied to the embedding."""
 
-    def __init__(self, cell: type[nn.RNNBase], **options: Any) -> None:
+    def __init__(self, cell: type[nn.LSTM | nn.GRU], **options: Any) -> None:
         super().__init__()
         self.embed = nn.Embedding(50, 24)
         self.rnn = cell(24, 24, num_layers=2, batch_first=True, **options)
@@ -120,6 +120,8 @@ class Normalized(nn.Module):
 
 class Functional(nn.Module):
     """Raw parameters in functional calls, a counter buffer, a layer called twice, dropout by function."""
+
+    calls: Tensor
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.monitor import RankMonitor
@@ -30,7 +30,7 @@ from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.stacks import stacks
-from fxrank.passes.trace import trace
+from fxrank.passes.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene
@@ -53,7 +53,7 @@ class LowRankSession:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        graph_module: fx.GraphModule,
+        graph_module: TracedModule,
         scene: Scene,
         policy: Policy,
         clock: Clock,

@@ -37,7 +37,8 @@ class SamePadConv2d(nn.Conv2d):
         ):
             total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
             pads += [total // 2, total - total // 2]
-        return self._conv_forward(F.pad(input, pads) if any(pads) else input, self.weight, self.bias)
+        out: Tensor = self._conv_forward(F.pad(input, pads) if any(pads) else input, self.weight, self.bias)
+        return out
 
 
 class _LowRankConv(FactorPair):

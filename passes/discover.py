@@ -148,12 +148,10 @@ class _Search:
         name = owner_path if whole else path
         nodes = tuple(p.node for p in products) or tuple(others)
         if not products and not whole:
-            reason = f"no layer multiplies with it; it is read by {', '.join(others)}"
-            yield weight, replace(_unsupported(name, "table", weight, reason), nodes=nodes)
+            why = f"no layer multiplies with it; it is read by {', '.join(others)}"
+            yield weight, replace(_unsupported(name, "table", weight, why), nodes=nodes)
             return
-        reason = None
-        if others:
-            reason = f"its numbers are read by {', '.join(others)}, which needs the whole matrix"
+        reason = f"its numbers are read by {', '.join(others)}, which needs the whole matrix" if others else None
         shape = products[0].input_shape if products else ()
         positions = sum(p.macs for p in products) / max(1, weight.numel())
         layer = owner if whole else RawWeight(owner, attribute, 1)

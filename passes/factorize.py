@@ -73,7 +73,8 @@ class Factorize(Pass):
             straight = len(pair.dense_shape) == 2 and pair.unfold_u(pair.u.weight).shape[0] == 1
             linear = user.target is F.linear and user.args[1:2] == (node,)
             matmul = user.target in (operator.matmul, torch.matmul) and user.args[1] is node and user.args[0] is not node
-            if user.op != "call_function" or not straight or not (linear or matmul) or isinstance(pair, LowRankEmbedding):
+            product = user.target
+            if not callable(product) or not straight or not (linear or matmul) or isinstance(pair, LowRankEmbedding):
                 continue
             with graph.inserting_before(user):
                 u, v = (graph.get_attr(f"{path}.{name}.weight") for name in "uv")
@@ -81,8 +82,8 @@ class Factorize(Pass):
                     middle = graph.call_function(F.linear, (user.args[0], u))
                     out = graph.call_function(F.linear, (middle, v, *user.args[2:]), dict(user.kwargs))
                 else:
-                    middle = graph.call_function(user.target, (user.args[0], v))
-                    out = graph.call_function(user.target, (middle, u))
+                    middle = graph.call_function(product, (user.args[0], v))
+                    out = graph.call_function(product, (middle, u))
             for factor, weight in ((u, pair.u.weight), (v, pair.v.weight)):
                 factor.meta["val"] = weight
             out.meta, middle.meta = dict(user.meta), dict(user.meta)
@@ -218,11 +219,11 @@ def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:
     if "conv" not in pair.kind:
         width = pair.rank * pair.unfold_u(pair.u.weight).shape[0]
         return out.new_empty([*out.shape[:-1], width])
-    width = pair.groups * pair.rank
-    assert isinstance(width, int)
+    width = pair.u.weight.shape[0]
     if "transpose" in pair.kind:
         source = node.args[0] if node.args else next(iter(node.kwargs.values()))
         assert isinstance(source, fx.Node)
         out = source.meta["val"]
-    channel = out.ndim - len(pair.kernel_size) - 1
-    return out.new_empty([width if i == channel else size for i, size in enumerate(out.shape)])
+    channel = out.ndim - (pair.u.weight.ndim - 2) - 1
+    middle: torch.Tensor = out.new_empty([width if i == channel else size for i, size in enumerate(out.shape)])
+    return middle

@@ -203,6 +203,8 @@ class BlockLinear(nn.Module):
     `(out, in)`, the rows of each block in turn.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, blocks: int, in_features: int, out_features: int, **place: Any) -> None:
         """The weight is left uninitialized."""
         super().__init__()

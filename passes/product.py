@@ -30,7 +30,7 @@ class FactoredWeight(Tensor):
 
     @staticmethod
     def __new__(cls, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> "FactoredWeight":
-        self: FactoredWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: FactoredWeight = Tensor._make_wrapper_subclass(
             cls, shape, dtype=u.dtype, device=u.device, requires_grad=u.requires_grad or v.requires_grad
         )
         self.u, self.v, self.flipped = u, v, flipped
@@ -46,7 +46,7 @@ class FactoredWeight(Tensor):
             return (self.v @ self.u).reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
         return (self.v @ self.u).reshape(shape)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"FactoredWeight(shape={tuple(self.shape)}, rank={self.u.shape[1]}, groups={self.u.shape[0]})"
 
     @classmethod
@@ -72,7 +72,7 @@ class FactoredWeight(Tensor):
         return func(*dense_args, **dense_kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, dict(kwargs or {})))
@@ -156,8 +156,8 @@ def _grouped_mm(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_
     if not isinstance(weight, FactoredWeight) or isinstance(x, FactoredWeight) or weight.ndim != 3 or bias is not None:
         return NotImplemented
     first, second = (weight.u.mT, weight.v.mT) if weight.flipped else (weight.v, weight.u)
-    middle = _GROUPED(x, first, offs=offs)
-    return _GROUPED(middle, second, offs=offs, out_dtype=out_dtype)
+    middle = torch._grouped_mm(x, first, offs=offs)
+    return torch._grouped_mm(middle, second, offs=offs, out_dtype=out_dtype)
 
 
 def _embedding(
@@ -205,7 +205,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     if not arrow or weight.ndim not in (2, 3) or (not stacked and len(weight.u) != 1) or len(set(letters)) < weight.ndim:
         return NotImplemented
     rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
-    batch, (row, col) = (letters[0], letters[1:]) if stacked else ("", letters)
+    batch, row, col = list(letters) if stacked else ["", *letters]
     if weight.flipped:
         row, col = col, row
     u, v = (weight.u, weight.v) if stacked else (weight.u[0], weight.v[0])
@@ -318,7 +318,6 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     return multi_head_attention(*args, **kwargs)
 
 
-_GROUPED = getattr(torch, "_grouped_mm", None)
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     F.multi_head_attention_forward: _attention,
@@ -343,7 +342,7 @@ _PRODUCTS: dict[Any, Callable[..., Any]] = {
     **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
 }
 """What is done through the factors; a function here may answer `NotImplemented`, then the dense product is used."""
-if _GROUPED is not None:
-    _PRODUCTS[_GROUPED] = _grouped_mm
+if hasattr(torch, "_grouped_mm"):
+    _PRODUCTS[torch._grouped_mm] = _grouped_mm
 if hasattr(F, "grouped_mm"):
     _PRODUCTS[F.grouped_mm] = lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs)

@@ -152,7 +152,8 @@ class LowRankWeight(FactorPair):
             return getattr(self.weight, name)
 
     def __getitem__(self, index: Any) -> Tensor:
-        return self.weight[index]
+        part: Tensor = self.weight[index]
+        return part
 
     def __len__(self) -> int:
         return self.dense_shape[0]
@@ -161,7 +162,8 @@ class LowRankWeight(FactorPair):
         return True
 
     def __matmul__(self, other: Any) -> Tensor:
-        return self.weight @ other
+        product: Tensor = self.weight @ other
+        return product
 
     def __rmatmul__(self, other: Any) -> Tensor:
         product: Tensor = other @ self.weight

@@ -174,9 +174,9 @@ def _graph(
         try:
             with _restored(model), python_asks_the_values(tracer):
                 graph = tracer.trace(model)
-                names = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
+                reads = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
                 # Tensors that the forward made are attributes of the model until it is put back.
-                constants = {n: getattr(model, n) for n in names if n.startswith("_tensor_constant")}
+                constants = {n: getattr(model, n) for n in reads if n.startswith("_tensor_constant")}
                 for node in graph.nodes:
                     if node.target in constants:
                         node.meta["val"] = constants[node.target]

@@ -22,13 +22,13 @@ def weight_of(layer: nn.Module) -> Tensor:
     its power iteration; of a weight-standardized convolution the standardized one.
     """
     if parametrize.is_parametrized(layer, "weight"):
-        with _evaluating(layer.parametrizations["weight"]):  # type: ignore[index]
+        with _evaluating(layer.get_submodule("parametrizations.weight")):
             return _tensor(layer.weight)
     hook = _old_norm(layer)
     if isinstance(hook, WeightNorm):
         return _tensor(hook.compute_weight(layer))
     if isinstance(hook, SpectralNorm):
-        return hook.compute_weight(layer, do_power_iteration=False)
+        return _tensor(hook.compute_weight(layer, do_power_iteration=False))
     if standardizes(layer):
         return _weight_used(layer)
     return _tensor(layer.weight)
@@ -115,4 +115,4 @@ def _weight_used(layer: nn.Module) -> Tensor:
     with _Recorder() as recorder, torch.random.fork_rng(devices=[]):
         type(layer).forward(layer, x)
     (used,) = recorder.weights
-    return used
+    return _tensor(used)
