@@ -10,8 +10,7 @@ import gzip
 import importlib
 import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import fxrank
 from benchmarks.data import DeviceLoader, cifar10
+from benchmarks.text_models import PAD, CharTransformer, LstmLanguageModel, Translator
+from benchmarks.texts import END, START, Batches, numbers, padded, vocabulary, windows
 from fxrank.batches import IGNORED, LossFn
-
-PAD, UNKNOWN, START, END = 0, 1, 2, 3
-"""Tokens with a meaning of their own; 0 is padding in BERT's vocabulary too."""
 
 
 @dataclass(frozen=True)
@@ -57,64 +55,6 @@ METRICS: dict[str, Callable[[float, float], float]] = {
     "perplexity": lambda loss, accuracy: math.exp(min(loss, 700.0)),
 }
 """Metrics from the mean loss per prediction in nats and the share of correct predictions."""
-
-
-# -- loaders
-
-
-class Batches:
-    """Batches of columns `(N, …)`: a tuple of tensors, or a dict by the columns' names.
-
-    `pads` gives the padding value of each column of sentences `(N, longest)`, None for other columns. Such a column
-    is cut to the batch's longest sentence, rounded up to a multiple of 8; with `shuffle`, sentences of like length
-    share a batch. `shuffle` draws a new order every epoch, from `seed` alone, and drops the last, short batch.
-    """
-
-    def __init__(
-        self,
-        columns: Sequence[Tensor] | Mapping[str, Tensor],
-        batch: int,
-        *,
-        shuffle: bool,
-        seed: int = 0,
-        pads: Sequence[int | None] = (),
-    ) -> None:
-        self._names = list(columns) if isinstance(columns, Mapping) else None
-        self._columns = list(columns.values()) if isinstance(columns, Mapping) else list(columns)
-        self._batch, self._shuffle, self._pads = batch, shuffle, list(pads) or [None] * len(self._columns)
-        self._generator = torch.Generator().manual_seed(seed)
-        first = next(((c, p) for c, p in zip(self._columns, self._pads, strict=True) if p is not None), None)
-        self._lengths = None if first is None else (first[0] != first[1]).sum(1)
-
-    def __len__(self) -> int:
-        count = len(self._columns[0])
-        return count // self._batch if self._shuffle else -(-count // self._batch)
-
-    def __iter__(self) -> Iterator[Any]:
-        count = len(self._columns[0])
-        order = torch.randperm(count, generator=self._generator) if self._shuffle else torch.arange(count)
-        numbers = torch.arange(len(self))
-        if self._shuffle and self._lengths is not None:
-            pools = order[: len(self) * self._batch].split(16 * self._batch)
-            order = torch.cat([pool[self._lengths[pool].argsort(stable=True)] for pool in pools])
-            numbers = torch.randperm(len(self), generator=self._generator)
-        for number in numbers.tolist():
-            rows = order[number * self._batch : (number + 1) * self._batch]
-            chosen = [_cut(c[rows], pad) for c, pad in zip(self._columns, self._pads, strict=True)]
-            yield tuple(chosen) if self._names is None else dict(zip(self._names, chosen, strict=True))
-
-
-def _cut(column: Tensor, pad: int | None) -> Tensor:
-    if pad is None:
-        return column
-    longest = int((column != pad).any(0).nonzero().max()) + 1
-    return column[:, : -(-longest // 8) * 8]
-
-
-def windows(text: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """A text `(N,)` as inputs and targets `(M, length)`, the targets one token on. Windows do not overlap."""
-    count = (len(text) - 1) // length
-    return text[: count * length].view(count, length), text[1 : count * length + 1].view(count, length)
 
 
 def _sample(columns: Sequence[Tensor], count: int, batch: int) -> list[Tensor]:
@@ -176,123 +116,7 @@ def plateau(optimizer: Optimizer, total: int) -> tuple[Any, str]:
     return ReduceLROnPlateau(optimizer, factor=0.25, patience=0), "epoch"
 
 
-# -- models
-
-
-class Block(nn.Module):
-    """A pre-norm Transformer block with causal attention: `(N, T, width)` to the same."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Attention, then the two layers, each around a shortcut."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        x = x + self.drop(self.out(mixed))
-        return x + self.drop(self.fc2(F.gelu(self.fc1(self.norm2(x)))))
-
-
-class CharTransformer(nn.Module):
-    """A causal character model: tokens `(N, T)` with `T ≤ length` to logits `(N, T, vocabulary)`."""
-
-    def __init__(self, vocabulary: int, length: int, width: int, heads: int, depth: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(torch.empty(length, width).normal_(std=0.02))
-        self.blocks = nn.Sequential(*(Block(width, heads, dropout) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next character at every place."""
-        x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
-        out: Tensor = self.head(self.norm(self.blocks(x)))
-        return out
-
-
-class LstmLanguageModel(nn.Module):
-    """Pufferfish's word model, smaller (spec §2.6): a two-layer LSTM whose embedding is its decoder too.
-
-    Tokens `(N, T)` to logits `(N, T, vocabulary)`. Every window starts from the zero state: the first words of a
-    window have no context, which costs a little perplexity, for all runs alike.
-    """
-
-    def __init__(self, vocabulary: int, width: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.lstm = nn.LSTM(width, width, 2, batch_first=True, dropout=dropout)
-        self.decoder, self.drop = nn.Linear(width, vocabulary), nn.Dropout(dropout)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
-        nn.init.zeros_(self.decoder.bias)
-        self.decoder.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next word at every place."""
-        out: Tensor = self.decoder(self.drop(self.lstm(self.drop(self.embedding(tokens)))[0]))
-        return out
-
-
-class Translator(nn.Module):
-    """An encoder-decoder Transformer; both embeddings and the projection are one matrix (spec §2.7).
-
-    Source `(N, S)` and the target so far `(N, T)`, padded with 0, `S, T ≤ length`, to logits `(N, T, vocabulary)`.
-    """
-
-    positions: Tensor
-    future: Tensor
-
-    def __init__(self, vocabulary: int, length: int, width: int, heads: int, depth: int, dropout: float) -> None:
-        super().__init__()
-        self.embedding, self.drop = nn.Embedding(vocabulary, width, padding_idx=PAD), nn.Dropout(dropout)
-        self.transformer = nn.Transformer(width, heads, depth, depth, 4 * width, dropout, batch_first=True)
-        # Nested tensors only matter for much padding, and torch warns that they are a prototype.
-        self.transformer.encoder.enable_nested_tensor = self.transformer.encoder.use_nested_tensor = False
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        self.head.weight = self.embedding.weight
-        angles = torch.arange(length)[:, None] * 10_000 ** (-torch.arange(0, width, 2) / width)
-        self.register_buffer("positions", torch.cat([angles.sin(), angles.cos()], 1), persistent=False)
-        self.register_buffer("future", torch.ones(length, length, dtype=torch.bool).triu(1), persistent=False)
-        self.scale = math.sqrt(width)
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        out: Tensor = self.drop(self.embedding(tokens) * self.scale + self.positions[: tokens.shape[1]])
-        return out
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        """Logits of the next word of the target at every place."""
-        padding, steps = source == PAD, target.shape[1]
-        decoded = self.transformer(
-            self._embedded(source),
-            self._embedded(target),
-            tgt_mask=self.future[:steps, :steps],
-            src_key_padding_mask=padding,
-            memory_key_padding_mask=padding,
-            tgt_is_causal=True,  # said, not found out from the mask's numbers: the model is to be traced
-        )
-        out: Tensor = self.head(decoded)
-        return out
-
-
 # -- texts
-
-
-def vocabulary(words: Iterable[str], at_least: int) -> dict[str, int]:
-    """Words that occur at least so often, the most frequent first; numbers 0 to 3 are `PAD` to `END`."""
-    counts = Counter(words)
-    for special in ("<pad>", "<unk>", "<s>", "</s>"):
-        counts.pop(special, None)
-    kept = sorted((w for w, n in counts.items() if n >= at_least), key=lambda w: (-counts[w], w))
-    return {w: i for i, w in enumerate(["<pad>", "<unk>", "<s>", "</s>", *kept])}
-
-
-def _numbers(words: Iterable[str], known: Mapping[str, int]) -> list[int]:
-    return [known.get(word, UNKNOWN) for word in words]
 
 
 def _pairs(data: Path, split: str) -> list[tuple[list[str], list[str]]]:
@@ -302,12 +126,6 @@ def _pairs(data: Path, split: str) -> list[tuple[list[str], list[str]]]:
         with gzip.open(data / "multi30k" / f"{split}.{language}.gz", "rt", encoding="utf-8") as file:
             sides.append([re.findall(r"\w+|[^\w\s]", line.lower()) for line in file])
     return list(zip(*sides, strict=True))
-
-
-def _padded(sentences: Sequence[Sequence[int]], length: int, pad: int) -> Tensor:
-    """Sentences as `(N, length)`, length rounded up to a multiple of 8; longer ones are cut."""
-    length = -(-length // 8) * 8
-    return torch.tensor([[*s[:length], *[pad] * (length - len(s))] for s in sentences])
 
 
 def _pretrained(seed: int) -> nn.Module:
@@ -350,3 +168,192 @@ def _seeded(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
         return make()
 
     return build
+
+
+def vit_cifar10(
+    data: Path,
+    scale: float = 1.0,
+    *,
+    cache: Path | None = None,
+    depth: int = 12,
+    width: int = 192,
+    train: int = 5120,
+    test: int = 1000,
+    batch: int = 64,
+) -> Task:
+    """timm's ViT-tiny with patches of 4×4 on CIFAR-10 as JPEG: images `(N, 3, 32, 32)`, labels `(N,)`.
+
+    The decoded images are kept in the folder `cache`.
+    """
+    images = cifar10(data, data / "cifar10-jpeg.tar.xz", None if cache is None else cache / "cifar10-jpeg.pt")
+    count = max(batch, round(train * scale))
+
+    def make() -> nn.Module:
+        sizes = {"img_size": 32, "patch_size": 4, "num_classes": 10, "depth": depth, "embed_dim": width}
+        model: nn.Module = importlib.import_module("timm").create_model("vit_tiny_patch16_224", **sizes)
+        return model
+
+    def loaders(seed: int) -> tuple[DeviceLoader, DeviceLoader]:
+        common: dict[str, Any] = {"augment": True, "seed": seed, "subset": count, "drop_last": True}
+        tested: dict[str, Any] = {"augment": False, "seed": 0, "subset": test}
+        return (
+            DeviceLoader(images.train_x, images.train_y, batch, **common),
+            DeviceLoader(images.test_x, images.test_y, 250, **tested),
+        )
+
+    return Task(
+        "vit-cifar10",
+        f"CIFAR-10 as JPEG, {count} training and {min(test, len(images.test_y))} test images",
+        "accuracy",
+        6,
+        _seeded(make),
+        loaders,
+        lambda logits, labels: F.cross_entropy(logits, labels),
+        adamw(1e-3, 0.05),
+        cosine,
+        lambda epochs: fxrank.Cuttlefish(rank_metric="max_scaled_accumulative"),
+    )
+
+
+def minilm_sst2(data: Path, scale: float = 1.0, *, train: int = 4096, test: int | None = None, batch: int = 32) -> Task:
+    """The pretrained MiniLM-L6 on SST-2: dicts of `input_ids` and `attention_mask` `(N, ≤ 64)` and `labels` `(N,)`.
+
+    Switched after one of three epochs at the latest, with the learning rate raised from 3e-5 to 4e-5, as the
+    reference code does with BERT (spec §4.6). The encoder arrives pretrained, so ξ is that of a random matrix.
+    """
+    columns = _sst2(data / "glue/SST-2/train.tsv", max(batch, round(train * scale)))
+    tested = _sst2(data / "glue/SST-2/dev.tsv", test)
+    pads = (PAD, 0, None)
+    return Task(
+        "minilm-sst2",
+        f"GLUE SST-2, {len(columns['labels'])} training sentences, {len(tested['labels'])} of the development split",
+        "accuracy",
+        3,
+        _pretrained,
+        lambda seed: (
+            Batches(columns, batch, shuffle=True, seed=seed, pads=pads),
+            Batches(tested, 64, shuffle=False, pads=pads),
+        ),
+        None,
+        adamw(3e-5, 0.01),
+        linear,
+        lambda epochs: fxrank.Cuttlefish(
+            rank_metric="max_scaled_accumulative", share=0.8, xi="random", latest=1 / max(3, epochs), lr_scale=4 / 3
+        ),
+    )
+
+
+def char_transformer(
+    data: Path,
+    scale: float = 1.0,
+    *,
+    length: int = 128,
+    width: int = 192,
+    depth: int = 4,
+    train: int = 1920,
+    test: int = 400,
+    batch: int = 16,
+) -> Task:
+    """A causal Transformer on the characters of Shakespeare: tokens and targets `(N, length)`, 90 % to train on."""
+    text = (data / "text/tinyshakespeare.txt").read_text(encoding="utf-8")
+    known = {c: i for i, c in enumerate(sorted(set(text)))}
+    ids = torch.tensor([known[c] for c in text])
+    cut = int(0.9 * len(ids))
+    columns = _sample(windows(ids[:cut], length), round(train * scale), batch)
+    tested = _sample(windows(ids[cut:], length), test, 1)
+    return Task(
+        "char-transformer",
+        f"tinyshakespeare, {columns[0].numel()} training and {tested[0].numel()} validation characters",
+        "bits_per_character",
+        5,
+        _seeded(lambda: CharTransformer(len(known), length, width, 6, depth, 0.1)),
+        lambda seed: (Batches(columns, batch, shuffle=True, seed=seed), Batches(tested, 64, shuffle=False)),
+        token_loss,
+        adamw(2e-3, 0.05, betas=(0.9, 0.98)),
+        cosine,
+        lambda epochs: fxrank.Cuttlefish(rank_metric="max_scaled_accumulative"),
+    )
+
+
+def lstm_wikitext2(
+    data: Path, scale: float = 1.0, *, length: int = 35, width: int = 320, at_least: int = 3, batch: int = 20
+) -> Task:
+    """Pufferfish's LSTM, trained on WikiText-2's validation split and tested on its test split: words and targets
+    `(N, 35)`. E is a quarter of the epochs, the rate is halved at the switch (spec §2.6: E = 10 of 40).
+    """
+    words = [
+        [w for line in file.read_text(encoding="utf-8").splitlines() for w in [*line.split(), "</s>"]]
+        for file in (data / "text/wikitext2-valid.txt", data / "text/wikitext2-test.txt")
+    ]
+    known = vocabulary(words[0], at_least)
+    train, test = (windows(torch.tensor(numbers(split, known)), length) for split in words)
+    columns = _sample(train, round(len(train[0]) * scale), batch)
+    tested = _sample(test, 1000, 1)
+    return Task(
+        "lstm-wikitext2",
+        f"WikiText-2, {columns[0].numel()} words of valid, {tested[0].numel()} of test, {len(known)} in the vocabulary",
+        "perplexity",
+        8,
+        _seeded(lambda: LstmLanguageModel(len(known), width, 0.3)),
+        lambda seed: (Batches(columns, batch, shuffle=True, seed=seed), Batches(tested, 50, shuffle=False)),
+        token_loss,
+        lambda model: clipped(torch.optim.SGD(model.parameters(), lr=20.0), 0.25),
+        plateau,
+        lambda epochs: fxrank.Pufferfish(E=epochs / 4, K=0, ratio=0.25, lr_scale=0.5),
+    )
+
+
+def multi30k(
+    data: Path,
+    scale: float = 1.0,
+    *,
+    length: int = 40,
+    width: int = 256,
+    depth: int = 3,
+    at_least: int = 4,
+    train: int = 29_000,
+    batch: int = 64,
+) -> Task:
+    """A Transformer from German to English: source and target so far `(N, ≤ 40)`, targets `(N, ≤ 40)` with -100 for
+    padding. The first encoder and decoder layer stay dense and the warm-up is repeated (spec §2.7).
+    """
+    pairs = _pairs(data, "train")
+    known = vocabulary((word for pair in pairs for side in pair for word in side), at_least)
+
+    def columns(pairs: Sequence[tuple[list[str], list[str]]]) -> list[Tensor]:
+        source = [[*numbers(de, known), END] for de, _ in pairs]
+        target = [[START, *numbers(en, known), END] for _, en in pairs]
+        inputs = padded([t[:-1] for t in target], length, PAD)
+        return [padded(source, length, PAD), inputs, padded([t[1:] for t in target], length, IGNORED)]
+
+    trained, tested, pads = (
+        _sample(columns(pairs), round(train * scale), batch),
+        columns(_pairs(data, "val")),
+        (PAD, PAD, IGNORED),
+    )
+    return Task(
+        "multi30k",
+        f"Multi30k, {len(trained[0])} training and {len(tested[0])} validation pairs, {len(known)} in the vocabulary",
+        "perplexity",
+        1,
+        _seeded(lambda: Translator(len(known), -(-length // 8) * 8, width, 4, depth, 0.1)),
+        lambda seed: (
+            Batches(trained, batch, shuffle=True, seed=seed, pads=pads),
+            Batches(tested, 64, shuffle=False, pads=pads),
+        ),
+        lambda logits, targets: token_loss(logits, targets, 0.1),
+        lambda model: clipped(torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.98), eps=1e-9), 1.0),
+        noam,
+        lambda epochs: fxrank.Pufferfish(E=epochs / 4, K=0, ratio=0.25, rewarmup=0.05),
+        exclude=("*.layers.0.*",),
+    )
+
+
+TASKS: dict[str, Callable[..., Task]] = {
+    "vit-cifar10": vit_cifar10,
+    "minilm-sst2": minilm_sst2,
+    "char-transformer": char_transformer,
+    "lstm-wikitext2": lstm_wikitext2,
+    "multi30k": multi30k,
+}
+"""Tasks by name."""

@@ -1,7 +1,6 @@
 """The `fxrank` command: demo, train, profile, inspect."""
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,62 +9,19 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch import nn
 
 from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
+from fxrank.models import MODEL_HELP, build_model, called, example_for
 from fxrank.passes.discover import discover
-from fxrank.passes.errors import FxrankError, unknown_name
+from fxrank.passes.errors import FxrankError
 from fxrank.passes.selection import candidates
 from fxrank.passes.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies import POLICIES, as_policy
 from fxrank.profiling import profile
 
-MODEL_HELP = "torchvision:NAME, timm:NAME, digits (the demo's network), or package.module:callable that returns a model"
 SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"
-
-
-def build_model(spec: str, classes: int | None = None) -> nn.Module:
-    """The model that `--model` names, untrained. Raises `ValueError` that lists the forms, `ImportError` for a missing package."""
-    source, _, name = spec.partition(":")
-    options = {} if classes is None else {"num_classes": classes}
-    if spec == "digits":
-        from fxrank.demo import DigitsNet
-
-        return DigitsNet()
-    if source == "torchvision" and name:
-        models = importlib.import_module("torchvision.models")
-        if name not in models.list_models():
-            raise unknown_name("torchvision model", name, models.list_models())
-        model: nn.Module = models.get_model(name, **options)
-        return model
-    if source == "timm" and name:
-        timm = importlib.import_module("timm")
-        if not timm.is_model(name):
-            raise unknown_name("timm model", name, timm.list_models())
-        created: nn.Module = timm.create_model(name, **options)
-        return created
-    if name:
-        called: nn.Module = _called(spec, nn.Module, "a model")
-        return called
-    raise ValueError(f"--model must be {MODEL_HELP}; got {spec!r}.")
-
-
-def _called(spec: str, kind: type, what: str) -> Any:
-    """Import `package.module:callable`, call it, check what it returns."""
-    module, _, name = spec.partition(":")
-    sys.path.insert(0, "")
-    try:
-        function = getattr(importlib.import_module(module), name, None)
-    finally:
-        sys.path.pop(0)
-    if not callable(function):
-        raise ValueError(f"{spec} must name a callable; module {module!r} has none called {name!r}.")
-    result = function()
-    if not isinstance(result, kind):
-        raise ValueError(f"{spec} must return {what}; got {type(result).__name__}.")
-    return result
 
 
 def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tuple[Any, Any]:
@@ -93,23 +49,11 @@ def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tup
             val, batch_size, num_workers=2
         )
     if ":" in spec:
-        loaders = _called(spec, tuple, "a tuple (training loader, validation loader)")
+        loaders = called(spec, tuple, "a tuple (training loader, validation loader)")
         if len(loaders) != 2:
             raise ValueError(f"{spec} must return (training loader, validation loader); got {len(loaders)} values.")
         return loaders[0], loaders[1]
     raise ValueError(f"--data must be digits, an image folder, or package.module:callable; got {spec!r}.")
-
-
-def _example(shape: str) -> torch.Tensor:
-    try:
-        sizes = [int(n) for n in shape.split("x")]
-        if not sizes or min(sizes) < 1:
-            raise ValueError
-    except ValueError:
-        raise ValueError(
-            f"--input must be positive sizes joined by x, batch first, as 32x3x224x224; got {shape!r}."
-        ) from None
-    return torch.randn(sizes)
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -149,7 +93,7 @@ def _profile(options: argparse.Namespace) -> None:
         model = model.to(options.device)
     measured = profile(
         model,
-        _example(options.input),
+        example_for(options.model, model, options.input),
         device=options.device,
         probe_ratio=options.probe_ratio,
         speedup_threshold=options.threshold,
@@ -160,10 +104,21 @@ def _profile(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    with torch.device("meta"):
-        model = build_model(options.model, options.classes)
-        example = _example(options.input)
-    layers = candidates(discover(trace(model, example), model), model, include=options.include, exclude=options.exclude)
+    spec = options.model or options.spec
+    if spec is None:
+        raise ValueError(f"inspect needs a model: {MODEL_HELP}.")
+    try:
+        with torch.device("meta"):
+            model = build_model(spec, options.classes)
+            example = example_for(spec, model, options.input)
+    except (RuntimeError, NotImplementedError):  # a model that computes while it is built
+        model = build_model(spec, options.classes)
+        example = example_for(spec, model, options.input)
+    graph = trace(model.eval(), example)
+    if graph.leaves and not graph.regions:  # only a real run shows what those modules call
+        model = build_model(spec, options.classes)
+        graph = trace(model.eval(), example_for(spec, model, options.input))
+    layers = candidates(discover(graph, model), model, include=options.include, exclude=options.exclude)
     if options.json:
         names = ("name", "kind", "weight_shape", "full_rank", "break_even_rank", "parameters", "macs", "reason")
         print(json.dumps([{n: getattr(layer, n) for n in names} for layer in layers], indent=1))
@@ -173,7 +128,7 @@ def _inspect(options: argparse.Namespace) -> None:
             layer.name,
             layer.kind,
             "x".join(map(str, layer.weight_shape)),
-            layer.full_rank,
+            f"{layer.groups} of {layer.full_rank}" if layer.groups > 1 else layer.full_rank,
             f"{layer.break_even_rank:.1f}",
             f"{layer.parameters:,}",
             f"{layer.macs / 1e6:,.1f}",
@@ -187,6 +142,10 @@ def _inspect(options: argparse.Namespace) -> None:
     total = sum(layer.parameters for layer in layers)
     share = sum(layer.parameters for layer in free) / total if total else 0.0
     print(f"{len(free)} of {len(layers)} layers can be factorized, {100 * share:.1f} % of {total:,} weights")
+    for path, reason in graph.leaves.items():
+        print(f"not in one graph: {path or type(model).__name__}: {reason}")
+    for note in graph.notes:
+        print(note)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -238,11 +197,13 @@ def parser() -> argparse.ArgumentParser:
     table = command(
         "inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights"
     )
+    table.add_argument("spec", nargs="?", metavar="MODEL", help=MODEL_HELP)
     for sub in (timing, table):
-        sub.add_argument("--input", required=True, help="input shape, batch first, as 32x3x224x224")
+        shape = "input shape, batch first, as 32x3x224x224 (default: the model's usual one, batch of 1)"
+        sub.add_argument("--input", default=None, help=shape)
         sub.add_argument("--json", action="store_true", help="print JSON")
     for sub in (train, timing, table):
-        sub.add_argument("--model", required=True, help=MODEL_HELP)
+        sub.add_argument("--model", required=sub is not table, help=MODEL_HELP)
         sub.add_argument("--classes", type=int, default=None, help="number of classes for torchvision and timm models")
         sub.add_argument("--include", action="append", default=[], help=SELECT_HELP)
         sub.add_argument("--exclude", action="append", default=[], help=SELECT_HELP)

@@ -9,7 +9,7 @@ from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
 from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
-from fxrank.policy import Clock, Policy, Scene, decomposition_of
+from fxrank.policy import Clock, Policy, Scene, decomposition_of, in_best_form
 from fxrank.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.surgery import keep, take
 
@@ -51,6 +51,7 @@ class Cuttlefish(Policy):
     round_to: int | str = "auto"
     test: Detector | None = None
     """A convergence test of your own instead of the slope test."""
+    form: str = "auto"
     samples: int | str = 300
     """Samples of the ranks in a run, or `"epoch"` for one an epoch."""
 
@@ -97,6 +98,15 @@ class Cuttlefish(Policy):
             round_to=1,
             latest=None,
         )
+
+    @classmethod
+    def transformer(cls, **options: Any) -> "Cuttlefish":
+        """The papers' rule for Transformers: `max(scaled stable rank, accumulative rank at 0.8)`, layers whose rank saves
+        nothing left full, the learning rate a third of the schedule's after the switch (Cuttlefish, appendix; 1/2 for
+        ResMLP). `options` override any field; for a pretrained model add `xi="random"`.
+        """
+        chosen: dict[str, Any] = {"rank_metric": "max_scaled_accumulative", "share": 0.8, "lr_scale": 1 / 3}
+        return cls(**(chosen | options))
 
     @classmethod
     def reference(cls) -> "Cuttlefish":
@@ -172,7 +182,8 @@ class Cuttlefish(Policy):
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)
         value = rank_rule(self.rank_metric)(Evidence(sigma, xi, self.share, self.ratio))
-        rank = whole_rank(max(value, self.min_ratio * layer.full_rank), layer.full_rank)
+        full_rank = layer.full_rank
+        rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
         known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
         if rank >= layer.break_even_rank:
             return replace(
@@ -182,6 +193,8 @@ class Cuttlefish(Policy):
                 ),
                 **known,
             )
+        layer, rank, spectrum = in_best_form(layer, rank, self, scene.model)
+        sigma = spectrum.sigma
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
             return replace(
@@ -189,7 +202,7 @@ class Cuttlefish(Policy):
                 speedup=round(speedup, 4),
                 **known,
             )
-        decision = take(layer, rank, f"{self.rank_metric} {value:.1f} of {layer.full_rank}", extra_bn=self.extra_bn)
+        decision = take(layer, rank, f"{self.rank_metric} {value:.1f} of {full_rank}", extra_bn=self.extra_bn)
         return replace(
             decision,
             truncation_error=round(truncation_error(sigma, rank), 6),

@@ -8,7 +8,7 @@ from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
 from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
-from fxrank.policy import Clock, Policy, Scene, decomposition_of
+from fxrank.policy import Clock, Policy, Scene, in_best_form
 from fxrank.ranks import ratio_rank
 from fxrank.surgery import keep, take
 
@@ -86,7 +86,8 @@ class FixedPlan(Policy):
 def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], why: str) -> list[LayerDecision]:
     """Decisions for given ranks: a string from `rank_of` is the reason to keep."""
     decisions = []
-    for layer in scene.layers:
+    for whole in scene.layers:
+        layer = whole.in_form(policy.form) if policy.form in whole.other_forms else whole
         rank = layer.reason or rank_of(layer)
         if isinstance(rank, str):
             decisions.append(keep(layer, rank))
@@ -99,7 +100,7 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
                 )
             )
             continue
-        spectrum = decomposition_of(layer, scene.model)
+        layer, rank, spectrum = in_best_form(layer, rank, policy, scene.model)
         rank_now, error = mean_over_groups(stable, spectrum.sigma), truncation_error(spectrum.sigma, rank)
         if rank_now == 0:  # both factors would be zero, and stay so: each one's gradient is a product with the other
             decisions.append(keep(layer, "its weight is zero (stable rank 0)"))
@@ -112,6 +113,7 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "cuttlefish": Cuttlefish,
+    "cuttlefish-transformer": Cuttlefish.transformer,
     "cuttlefish-paper": Cuttlefish.paper,
     "cuttlefish-reference": Cuttlefish.reference,
     "pufferfish": Pufferfish,

@@ -4,17 +4,19 @@ A policy is a frozen dataclass of options. The session asks it three things: whi
 (`eligible`, K), whether to switch now (`ready`, E), and what becomes of each layer (`decide`, R).
 """
 
+import fnmatch
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from fxrank.monitor import Detector, RankMonitor
 from fxrank.passes.errors import unknown_name
+from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
 from fxrank.passes.profile import Profiler, StackProfile
-from fxrank.passes.spectra import Decomposition, check_finite, decompose
+from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan
 from fxrank.surgery import Factors
 
@@ -59,6 +61,10 @@ class Policy(ABC):
     weight decay, None for none (the factors then keep the ordinary weight decay). `extra_bn`: a calibrated
     BatchNorm between the factors of convolutions. `lr_scale` multiplies the scheduled learning rate after the
     switch; `rewarmup` is the share of the run over which it ramps up linearly from there, never above the schedule.
+    `form` is `"channel"` (one pair a layer), `"qkv"` (a fused projection of queries, keys and values gets a pair for
+    each third) or `"auto"` (of the two, at the same number of parameters, the one with the smaller truncation error).
+    `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
+    papers' BERT recipe.
     """
 
     frobenius_decay: float | str | None = "auto"
@@ -66,6 +72,7 @@ class Policy(ABC):
     form: str = "channel"
     lr_scale: float = 1.0
     rewarmup: float = 0.0
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         decay = self.frobenius_decay
@@ -75,6 +82,12 @@ class Policy(ABC):
             raise ValueError(f"frobenius_decay must not be negative; got {decay}. None switches it off.")
         if self.lr_scale <= 0:
             raise ValueError(f"lr_scale must be above 0; got {self.lr_scale}. 1.0 keeps the schedule.")
+        if self.form not in ("auto", *FORMS):
+            raise unknown_name("form", self.form, ("auto", *FORMS))
+        if isinstance(self.freeze, str):
+            raise TypeError(
+                f"freeze takes a tuple of globs of parameter names; got the string {self.freeze!r}. Write ({self.freeze!r},)."
+            )
         if not 0 <= self.rewarmup < 1:
             raise ValueError(f"rewarmup is a share of the run in [0, 1); got {self.rewarmup}. 0 switches it off.")
 
@@ -120,6 +133,40 @@ class Policy(ABC):
             switch_epoch=round(clock.epoch, 4),
             note=why,
         )
+
+
+def in_best_form(layer: Layer, rank: int, policy: Policy, model: nn.Module) -> tuple[Layer, int, Decomposition]:
+    """The layer in the form that the policy wants or that suits it best, the rank in that form with no more parameters
+    than `rank` has in the layer's own, and the spectrum.
+    """
+    spectrum = decomposition_of(layer, model)
+    if policy.form not in ("auto", *layer.other_forms):
+        return layer, rank, spectrum
+    best = layer, rank, spectrum
+    for form in layer.other_forms:
+        other = layer.in_form(form)
+        same_size = min(other.full_rank, layer.pair_parameters(rank) // other.pair_parameters(1))
+        if same_size < 1:
+            continue
+        found = decomposition_of(other, model)
+        better = truncation_error(found.sigma, same_size) < truncation_error(spectrum.sigma, rank)
+        if better or policy.form == form:
+            best = other, same_size, found
+    return best
+
+
+def frozen_names(model: nn.Module, globs: Iterable[str]) -> list[str]:
+    """The names of the parameters that the globs match. Raises `ValueError` for a glob that matches none."""
+    names = [name for name, _ in model.named_parameters()]
+    frozen: set[str] = set()
+    for glob in globs:
+        hits = set(fnmatch.filter(names, glob))
+        if not hits:
+            raise ValueError(
+                f"each glob in freeze must match a parameter; {glob!r} matches none of {len(names)}. Names look like {names[0]!r}."
+            )
+        frozen |= hits
+    return [name for name in names if name in frozen]
 
 
 def decomposition_of(layer: Layer, model: nn.Module) -> Decomposition:

@@ -33,7 +33,7 @@ from fxrank.passes.stacks import stacks
 from fxrank.passes.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
-from fxrank.policy import Clock, Policy, Scene
+from fxrank.policy import Clock, Policy, Scene, frozen_names
 from fxrank.surgery import apply_plan, check_plan, keep
 
 FULL, LOW = "full-rank", "low-rank"
@@ -107,6 +107,7 @@ class LowRankSession:
                 f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
             )
         check_holds(optimizer, model)
+        frozen_names(model, chosen.freeze)
         if isinstance(chosen, FixedPlan):
             check_plan(model, chosen.given)
         gm = trace(model, example_inputs)
@@ -218,6 +219,13 @@ class LowRankSession:
             self.model, plan, gm=self.graph_module, example=self._example, split=split, factors=self.scene.factors
         )
         self.plan, self.phase = plan, LOW
+        frozen = set(frozen_names(self.model, self.policy.freeze))
+        for name, parameter in self.model.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        if frozen:
+            self.notes.append(f"frozen after the switch: {len(frozen)} parameters ({', '.join(self.policy.freeze)})")
         self.notes += swap_parameters(self.optimizer, replacements)
         self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)
         ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
