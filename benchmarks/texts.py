@@ -35,8 +35,8 @@ class Batches:
     """Batches of columns `(N, …)`: a tuple of tensors, or a dict by the columns' names.
 
     `pads` gives the padding value of each column of sentences `(N, longest)`, None for other columns. Such a column
-    is cut to the batch's longest sentence, rounded up to a multiple of 8; with `shuffle`, sentences of like length
-    share a batch. `shuffle` draws a new order every epoch, from `seed` alone, and drops the last, short batch.
+    is cut to the batch's longest sentence, rounded up to a multiple of 8, and sentences of like length share a batch,
+    so that there are few shapes and little padding. `shuffle` draws a new order every epoch, from `seed` alone, and drops the last, short batch.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         count = len(self._columns[0])
         order = torch.randperm(count, generator=self._generator) if self._shuffle else torch.arange(count)
-        numbers = torch.arange(len(self))
-        if self._shuffle and self._lengths is not None:
+        places = torch.arange(len(self))
+        if self._lengths is not None:  # sorted in pools of 16 batches, the batches then in any order
             pools = order[: len(self) * self._batch].split(16 * self._batch)
             order = torch.cat([pool[self._lengths[pool].argsort(stable=True)] for pool in pools])
-            numbers = torch.randperm(len(self), generator=self._generator)
-        for number in numbers.tolist():
-            rows = order[number * self._batch : (number + 1) * self._batch]
+            if self._shuffle:
+                places = torch.randperm(len(self), generator=self._generator)
+        for place in places.tolist():
+            rows = order[place * self._batch : (place + 1) * self._batch]
             chosen = [_cut(c[rows], pad) for c, pad in zip(self._columns, self._pads, strict=True)]
             yield tuple(chosen) if self._names is None else dict(zip(self._names, chosen, strict=True))
 

@@ -318,8 +318,22 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     return multi_head_attention(*args, **kwargs)
 
 
+def _lstm(*args: Any) -> Any:
+    from fxrank.passes.recurrent import lstm
+
+    return lstm(*args)
+
+
+def _gru(*args: Any) -> Any:
+    from fxrank.passes.recurrent import gru
+
+    return gru(*args)
+
+
 _PRODUCTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
+    torch.lstm: _lstm,
+    torch.gru: _gru,
     F.multi_head_attention_forward: _attention,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm), _matmul),
     **dict.fromkeys((Tensor.mv, Tensor.__matmul__), _matmul),

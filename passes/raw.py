@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.factors import FactorPair, Layers
+from fxrank.passes.recurrent import steps
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
@@ -37,7 +38,7 @@ class RawWeight(nn.Module):
         super().__init__()
         self.weight = owner._parameters[attribute]
         self.blocks = blocks
-        self.materialized = isinstance(owner, nn.RNNBase)
+        self.recurrent = isinstance(owner, nn.RNNBase)
         self.stacked = self.weight is not None and self.weight.ndim == 3 and not isinstance(owner, nn.Conv1d)
         self.training = owner.training
 
@@ -72,14 +73,13 @@ class LowRankWeight(FactorPair):
     blocks of rows (gates, or queries, keys and values) and for stacks (experts).
 
     The pair sits at the parameter's own name and can be used as the tensor it was: in products, slices, `chunk`, `.t()`,
-    `.shape`. The fused kernels of recurrent layers take the dense product, built once a call: their speed is kept, and
-    the pair saves parameters and optimizer state, but no MACs. (Pufferfish §2.2 runs the time steps in Python instead.)
+    `.shape`. Recurrent layers are explained in `recurrent`.
     """
 
     kind = "parameter"
-    geometry = ("blocks", "materialized", "stacked")
+    geometry = ("blocks", "stacked", "recurrent")
     blocks: int
-    materialized: bool
+    recurrent: bool
     stacked: bool
 
     @classmethod
@@ -112,9 +112,6 @@ class LowRankWeight(FactorPair):
     def fold_dense(self, matrix: Tensor) -> Tensor:
         return matrix.reshape(self.dense_shape)
 
-    def _factored(self, u: Tensor, v: Tensor) -> Tensor:
-        return self.fold_dense(v @ u) if self.materialized else super()._factored(u, v)
-
     @property
     def bias(self) -> Tensor | None:
         """A parameter has none."""
@@ -122,7 +119,9 @@ class LowRankWeight(FactorPair):
 
     def forward(self, input: Tensor) -> Tensor:
         """The product of `RawWeight.forward`, for timing."""
-        return multiply(input, self.weight, self.stacked)
+        fused = self.recurrent and not steps(input.device, self.dense_shape[0] // self.blocks)
+        weight = self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight)) if fused else self.weight
+        return multiply(input, weight, self.stacked)
 
     def to_dense(self) -> nn.Module:
         with torch.no_grad():
