@@ -251,7 +251,7 @@ def char_transformer(
     width: int = 192,
     depth: int = 4,
     train: int = 1920,
-    test: int = 400,
+    test: int = 200,
     batch: int = 16,
 ) -> Task:
     """A causal Transformer on the characters of Shakespeare: tokens and targets `(N, length)`, 90 % to train on."""

@@ -78,8 +78,8 @@ def _project_state(optimizer: Optimizer, replacement: Replacement, u: nn.Paramet
     state = optimizer.state.pop(replacement.weight, None)
     if not state:
         return []
-    if len(replacement.parameters) > 1:
-        return [f"{replacement.name}: its weight was derived from several parameters; its factors start fresh"]
+    if replacement.derived:
+        return [f"{replacement.name}: its weight was derived from other parameters; its factors start fresh"]
     pair, shape = replacement.pair, replacement.weight.shape
     u_matrix, v_matrix = pair.unfold_u(u.detach()), pair.unfold_v(v.detach())
     new_u: dict[str, Any] = {}

@@ -34,12 +34,13 @@ Rank = int | float | Mapping[str, int | float] | Plan
 class Replacement:
     """One weight that became a factor pair: the parameters that are gone, and the pair that came.
 
-    There is one dense parameter, except where the weight was derived from several (weight norm).
+    There is one dense parameter, except where the weight was `derived` from others (weight norm, standardization).
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
     pair: FactorPair
+    derived: bool = False
 
     @property
     def weight(self) -> nn.Parameter:
@@ -97,7 +98,7 @@ def apply_plan(
                 pair.split(weight_of(layer))
             pairs.append(pair)
             paths += install_weight(model, owner, attribute, pair) if attribute else install(model, {id(owner): pair})
-        replacements.append(Replacement(name, old, pairs[0]))
+        replacements.append(Replacement(name, old, pairs[0], is_derived(layer)))
         if gm is not None:
             show(gm, model, paths)
     norms = [r.pair.norm for r in replacements if r.pair.norm is not None]

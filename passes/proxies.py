@@ -102,8 +102,31 @@ _STATIC_ATTRIBUTES = {
 }
 
 
+class Mode(int):
+    """`module.training` during a trace: as good as a bool, and it tells when it is asked for."""
+
+    asked: Callable[[], None]
+
+    def __new__(cls, training: bool, asked: Callable[[], None]) -> "Mode":
+        self = super().__new__(cls, training)
+        self.asked = asked
+        return self
+
+    def __bool__(self) -> bool:
+        self.asked()
+        return int(self) != 0
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+
 def values_of(tree: Any) -> Any:
     """The values of all proxies in a nest of tuples, lists, dicts and slices."""
+    if type(tree) is Mode:
+        return bool(tree)
     if isinstance(tree, fx.Proxy):
         return tree.node.meta["val"]
     if isinstance(tree, (tuple, list)):
@@ -141,7 +164,7 @@ _FACTORIES = (
 
 
 @contextmanager
-def python_asks_the_values(tracer: fx.Tracer) -> Iterator[None]:
+def python_asks_the_values(tracer: Any) -> Iterator[None]:
     """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
     sizes becomes a node, torch's Transformer does not look into its mask, checkpointed functions are just called, and
     functions that a library has made opaque with `fx.wrap` are gone through: weights may be used in them.
@@ -153,7 +176,7 @@ def python_asks_the_values(tracer: fx.Tracer) -> Iterator[None]:
     def of_value(thing: Any, kinds: Any) -> bool:
         if is_instance(thing, kinds):
             return True
-        return issubclass(type(thing), ValueProxy) and "val" in thing.node.meta and is_instance(thing._value, kinds)
+        return type(thing) is ValueProxy and "val" in thing.node.meta and is_instance(thing._value, kinds)
 
     def node_of(factory: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(factory)
@@ -171,6 +194,7 @@ def python_asks_the_values(tracer: fx.Tracer) -> Iterator[None]:
         return bool(is_causal) if issubclass(type(mask), fx.Proxy) else detect(mask, is_causal, size)
 
     replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
+    tracer.isinstance = (is_instance, of_value)
     replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
     replaced += [(checkpoint, "CheckpointFunction", _PlainCall)]
     replaced += [(checkpoint, name, _plain_generator) for name in _CHECKPOINT_GENERATORS if hasattr(checkpoint, name)]

@@ -126,22 +126,24 @@ def _trace(
     graphs: dict[bool, fx.Graph] = {}
     mode = model.training
     try:
-        graphs[mode], constants = _graph(model, args, kwargs, types, leaves)
+        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves)
     except _Untraceable as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
     else:
-        try:
-            with _in_mode(model, not mode):
-                other, more = _graph(model, args, kwargs, types, dict(leaves), leaves_may_grow=False)
-        except TraceError as error:
-            notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
+        if not asked_mode:
+            graphs[not mode] = graphs[mode]
         else:
-            if _listing(graphs[mode], constants) == _listing(other, more):
-                graphs[not mode] = graphs[mode]
+            try:
+                with _in_mode(model, not mode):
+                    other, more, _ = _graph(model, args, kwargs, types, dict(leaves), leaves_may_grow=False)
+            except TraceError as error:
+                notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
             else:
                 graphs[not mode] = other
                 constants |= _renamed(other, more)
+                if _listing(graphs[mode], constants) == _listing(other, constants):
+                    graphs[not mode] = graphs[mode]
         traced = TracedModule(model, graphs, constants)
         if verify:
             problem = _differs(traced, model, args, kwargs, notes)
@@ -164,8 +166,8 @@ def _graph(
     types: tuple[type[nn.Module], ...],
     leaves: dict[nn.Module, str],
     leaves_may_grow: bool = True,
-) -> tuple[fx.Graph, dict[str, Tensor]]:
-    """One graph in the present mode, and its constants. A module that cannot be traced joins `leaves`, with the reason,
+) -> tuple[fx.Graph, dict[str, Tensor], bool]:
+    """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be traced joins `leaves`, with the reason,
     and the trace begins anew.
     """
     first: TraceError | None = None
@@ -180,7 +182,7 @@ def _graph(
                 for node in graph.nodes:
                     if node.target in constants:
                         node.meta["val"] = constants[node.target]
-                return graph, constants
+                return graph, constants, tracer.asked_mode
         except Exception as error:
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
@@ -217,8 +219,12 @@ def _without_data(model: nn.Module) -> bool:
 
 def _listing(graph: fx.Graph, constants: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
     """What tells two graphs apart."""
-    listing = [(n.op, str(n.target), f"{n.args} {n.kwargs}") for n in graph.nodes]
-    return listing + [("constant", name, str(value.tolist())) for name, value in constants.items() if not value.is_meta]
+
+    def named(node: fx.Node) -> str:
+        value = constants.get(str(node.target))
+        return str(node.target) if value is None or value.is_meta else str(value.tolist())
+
+    return [(n.op, named(n), f"{n.args} {n.kwargs}") for n in graph.nodes]
 
 
 def _renamed(graph: fx.Graph, constants: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -349,7 +355,7 @@ def _restored(model: nn.Module) -> Iterator[None]:
     not.
     """
     seen: set[int] = set()
-    saved = [(c, c.copy(), _content(c)) for module in model.modules() for c in _containers(vars(module), seen)]
+    saved = [(c, c.copy(), _content(c)) for module in model.modules() for c in _state(module, seen)]
     try:
         yield
     finally:
@@ -357,6 +363,15 @@ def _restored(model: nn.Module) -> Iterator[None]:
             if _content(container) != content:
                 container.clear()
                 container.extend(copied) if isinstance(container, list) else container.update(copied)
+
+
+def _state(module: nn.Module, seen: set[int]) -> Iterator[Any]:
+    """The containers of a module: its own dict and those in it, but for hooks."""
+    own = vars(module)
+    yield own
+    for name, value in own.items():
+        if "_hooks" not in name:
+            yield from _containers(value, seen)
 
 
 def _containers(value: Any, seen: set[int]) -> Iterator[Any]:

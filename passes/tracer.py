@@ -1,9 +1,10 @@
 """The tracer: an `fx.Tracer` whose proxies carry a value (see `trace`)."""
 
+import builtins
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_type
-from fxrank.passes.proxies import ValueProxy, values_of
+from fxrank.passes.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.raw import LowRankWeight
 
 def _reads_mode(module: nn.Module) -> bool:
@@ -39,12 +40,45 @@ class ValueTracer(fx.Tracer):
         self._call = (args, kwargs)
         self._leaf_types, self._leaves = leaf_types, leaves
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.asked_mode = False
+        self.isinstance: tuple[Any, Any] | None = None
+        """Python's own `isinstance`, and the one that is put in its place while tracing; see `python_asks_the_values`."""
+        self._tensor_names: dict[int, str] = {}
         self._evaluating = False
         self._inside: list[nn.Module] = []
         self._visits: Counter[nn.Module] = Counter()
         self._buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
         self._returned: dict[nn.Module, list[Any]] = {}
         self._blame: tuple[Exception | None, nn.Module | None] = (None, None)
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """The graph of the call. Sets `asked_mode` if the forward of a module that is gone through asked for
+        `self.training`: then the graph holds for this mode only.
+        """
+        assert isinstance(root, nn.Module)
+        self.root = root
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            self._tensor_names.setdefault(id(tensor), name)
+        marked = list(self._gone_through(root, ""))
+        before = [module.training for module in marked]
+        for module in marked:
+            vars(module)["training"] = Mode(module.training, self._note_mode)
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            for module, training in zip(marked, before, strict=True):
+                vars(module)["training"] = training
+
+    def _gone_through(self, module: nn.Module, path: str) -> Iterator[nn.Module]:
+        called = path and not isinstance(module, (nn.ModuleList, nn.ModuleDict))  # those are never called
+        if isinstance(module, torch.jit.ScriptModule) or (called and self.is_leaf_module(module, path)):
+            return
+        yield module
+        for name, child in module.named_children():
+            yield from self._gone_through(child, f"{path}.{name}".lstrip("."))
+
+    def _note_mode(self) -> None:
+        self.asked_mode = True
 
     # -- the entry point: one placeholder per tensor of the example call, whatever the signature says
 
@@ -125,6 +159,8 @@ class ValueTracer(fx.Tracer):
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = values_of((tuple(args), dict(kwargs)))
         self._evaluating = True
+        if self.isinstance:
+            builtins.isinstance = self.isinstance[0]  # no proxies from here on, and torch asks it very often
         try:
             with torch.no_grad():
                 if kind == "call_module":
@@ -138,6 +174,8 @@ class ValueTracer(fx.Tracer):
                     return getattr(args[0], target)(*args[1:], **kwargs)
         finally:
             self._evaluating = False
+            if self.isinstance:
+                builtins.isinstance = self.isinstance[1]
 
     def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
         # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
@@ -200,10 +238,13 @@ class ValueTracer(fx.Tracer):
             self._inside.pop()
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        # A buffer that the forward has assigned is a proxy already.
-        if self._evaluating or issubclass(type(attr_val), fx.Proxy):
+        # A buffer that the forward has assigned is a proxy already. (fx's own way walks all parameters at each reading.)
+        name = None if self._evaluating else self._tensor_names.get(id(attr_val))
+        if name is None:
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self._kept_whole(m) or dense_type(m) is not None or _reads_mode(m):
@@ -217,6 +258,8 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if issubclass(type(a), fx.Proxy):  # before isinstance takes it for its value
             return a.node
+        if type(a) is Mode:
+            return bool(a)
         if type(a) is LowRankWeight:
             a = a.weight  # the product of its factors' proxies
             return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
