@@ -38,7 +38,7 @@ def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device) -> t
             inputs = to_device(inputs, device)
             args, kwargs = call_arguments(model, inputs)
             outputs = model(*args, **kwargs)
-            logits = getattr(outputs, "logits", outputs).flatten(0, -2).double()
+            logits = getattr(outputs, "logits", outputs).flatten(0, -2).float()
             labels = (targets["labels"] if isinstance(targets, dict) else targets).to(device).flatten()
             loss += nn.functional.cross_entropy(logits, labels, reduction="sum").item()
             correct += int((logits.argmax(1) == labels).sum())

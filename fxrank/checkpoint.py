@@ -87,7 +87,11 @@ def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]
         if decision.rank is None:
             continue
         layer = dense_at(model, decision.name, decision.form)
-        sites = [(layer, "", layer)] if is_derived(layer) else holders(model, cast(nn.Parameter, layer.weight))
+        sites = (
+            [(layer, "", layer)]
+            if is_derived(layer)
+            else holders(model, cast(nn.Parameter, layer.weight), decision.form)
+        )
         for owner, attribute, dense_layer in sites:
             cls = pair_class(dense_layer, decision.form)
             assert cls is not None

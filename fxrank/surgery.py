@@ -83,7 +83,7 @@ def apply_plan(
         else:
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
-            sites, old = list(holders(model, weight)), (weight,)
+            sites, old = list(holders(model, weight, decision.form)), (weight,)
         pairs: list[FactorPair] = []
         paths: list[str] = []
         for owner, attribute, dense_layer in sites:

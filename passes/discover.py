@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
 from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import PAIRS, dense_type, pair_class
+from fxrank.passes.kinds import dense_type, pair_class
 from fxrank.passes.layers import Layer
-from fxrank.passes.raw import RawWeight, gates
+from fxrank.passes.raw import RawWeight
 from fxrank.passes.reads import uses
 from fxrank.passes.trace import WHOLE, TracedModule
 from fxrank.passes.weights import is_derived, weight_of
@@ -60,11 +60,11 @@ def _check_owners(model: nn.Module, found: dict[int, Layer]) -> None:
             if id(weight) in derived:
                 continue
             layer = found.get(id(weight))
-            if layer is None or layer.reason is not None or layer.form != "channel":
+            if layer is None or layer.reason is not None:
                 continue
             whole = name == "weight" and dense_type(module) is not None
-            cls = pair_class(module) if whole else PAIRS[RawWeight]["channel"]
-            dense = module if whole else RawWeight(module, name, gates(module, name))
+            dense = module if whole else RawWeight(module, name, layer.form)
+            cls = pair_class(dense, layer.form)
             own = f"{path}.{name}".removesuffix(".weight").lstrip(".")
             known = {p.removesuffix(".weight") for p in layer.paths}
             fits = cls is not None and tuple(cls.unroll(dense, weight).shape) == (layer.groups, layer.rows, layer.cols)
@@ -152,10 +152,19 @@ class _Search:
             yield weight, replace(_unsupported(name, "table", weight, why), nodes=nodes)
             return
         reason = f"its numbers are read by {', '.join(others)}, which needs the whole matrix" if others else None
-        shape = products[0].input_shape if products else ()
         positions = sum(p.macs for p in products) / max(1, weight.numel())
-        layer = owner if whole else RawWeight(owner, attribute, 1)
-        for parameter, one in self._layer(layer, name, nodes[0], shape, positions, reason):
+        # A weight of three dimensions is a stack of matrices, unless a convolution takes it for a kernel.
+        kernel = any(p.convolution for p in products)
+        form = "stack" if weight.ndim == 3 and not kernel and not whole else "channel"
+        layer = owner if whole else RawWeight(owner, attribute, form)
+        shape: tuple[int, ...] = (max(1, round(positions)), weight.shape[-1])
+        if kernel:
+            shape = next(p.input_shape for p in products if p.convolution)
+        elif form == "stack":
+            shape = (weight.shape[0], *shape)
+        elif isinstance(layer, nn.Embedding):
+            shape = shape[:1]
+        for parameter, one in self._layer(layer, name, nodes[0], shape, positions, reason, form):
             yield parameter, replace(one, nodes=nodes)
 
     def _layer(
@@ -166,8 +175,9 @@ class _Search:
         input_shape: tuple[int, ...],
         positions: float,
         reason: str | None = None,
+        form: str = "channel",
     ) -> Found:
-        cls = pair_class(dense)
+        cls = pair_class(dense, form)
         assert cls is not None
         weight = weight_of(dense)
         if weight.is_complex() or not weight.is_floating_point():
@@ -179,7 +189,7 @@ class _Search:
         if is_derived(dense):
             key = next(p for p in dense.parameters() if p.ndim >= 2)
         groups, rows, cols = cls.unroll(dense, weight).shape
-        fused = groups == 1 and rows == 3 * cols and pair_class(dense, "qkv") is not None
+        fused = groups == 1 and form == "channel" and rows == 3 * cols and pair_class(dense, "qkv") is not None
         module = not isinstance(dense, RawWeight)
         yield (
             key,
@@ -196,6 +206,7 @@ class _Search:
                 input_shape=input_shape,
                 dtype=weight.dtype,
                 geometry=tuple(str(getattr(dense, g)) for g in cls.geometry),
+                form=form,
                 other_forms=("qkv",) if fused else (),
                 reason=reason,
                 supported=reason is None,
@@ -211,7 +222,7 @@ class _Search:
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("proj_weight"):
                     own = sum(tokens) / 3 if name[0] == "i" else tokens["qkv".index(name[0])]
-                    yield from self._layer(RawWeight(module, name, 1), f"{path}.{name}", node.name, shape, own)
+                    yield from self._layer(RawWeight(module, name), f"{path}.{name}", node.name, shape, own)
                 elif parameter.ndim >= 2:
                     reason = "it is a learned key or value, not the matrix of a layer"
                     yield parameter, _unsupported(f"{path}.{name}", "parameter", parameter, reason, node.name)
@@ -224,7 +235,7 @@ class _Search:
                 steps *= size
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim >= 2:
-                    dense = RawWeight(module, name, gates(module, name))
+                    dense = RawWeight(module, name)
                     width = (steps, parameter.shape[1])
                     yield from self._layer(dense, f"{path}.{name}", node.name, width, steps)
             return

@@ -16,7 +16,7 @@ from fxrank.passes.convolutions import (
 )
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.factors import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
-from fxrank.passes.raw import LowRankWeight, RawWeight, gates
+from fxrank.passes.raw import LowRankWeight, RawWeight
 from fxrank.passes.weights import standardizes, weight_of
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {
@@ -29,7 +29,7 @@ PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {
     nn.ConvTranspose2d: {"channel": LowRankConvTranspose2d},
     nn.ConvTranspose3d: {"channel": LowRankConvTranspose3d},
     nn.Embedding: {"channel": LowRankEmbedding},
-    RawWeight: {"channel": LowRankWeight, "qkv": LowRankWeight},
+    RawWeight: {"channel": LowRankWeight, "qkv": LowRankWeight, "stack": LowRankWeight},
 }
 """Dense layer class → form → pair class. A subclass counts as its base class if it inherits the forward; a subclass with
 a forward of its own is traced, and its weight is a raw one, except where it standardizes its weight.
@@ -84,11 +84,11 @@ def dense_at(model: nn.Module, name: str, form: str = "channel") -> nn.Module:
     owner_path, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_path)
     if owner._parameters.get(attribute) is not None:
-        return RawWeight(owner, attribute, 3 if form == "qkv" else gates(owner, attribute))
+        return RawWeight(owner, attribute, form)
     return model.get_submodule(name)
 
 
-def holders(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def holders(model: nn.Module, weight: torch.Tensor, form: str = "channel") -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Everything that holds this parameter: `(owner, attribute, layer)`; the attribute is empty where the layer is the
     owner itself.
     """
@@ -96,5 +96,5 @@ def holders(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module,
         for attribute, parameter in module._parameters.items():
             if parameter is weight:
                 whole = attribute == "weight" and dense_type(module) is not None
-                layer = module if whole else RawWeight(module, attribute, gates(module, attribute))
+                layer = module if whole else RawWeight(module, attribute, form)
                 yield module, "" if whole else attribute, layer

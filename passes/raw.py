@@ -29,32 +29,33 @@ def gates(owner: nn.Module, attribute: str) -> int:
 class RawWeight(nn.Module):
     """A raw parameter dressed as a layer, so that it goes the same ways as one. `weight` is the very parameter.
 
-    Its matrices: `blocks` of rows of a 2-D weight; the last two dimensions of a 3-D one, a stack; all but the first
-    dimension as columns of a kernel.
+    Its matrices: `blocks` of rows of a 2-D weight (form `"qkv"`: three; recurrent layers: one for each gate); the last
+    two dimensions of a 3-D one, in form `"stack"`; all but the first dimension as columns of a convolution's kernel.
     """
 
-    def __init__(self, owner: nn.Module, attribute: str, blocks: int) -> None:
+    def __init__(self, owner: nn.Module, attribute: str, form: str = "channel") -> None:
         """The parameter `attribute` of `owner`; neither is changed."""
         super().__init__()
         self.weight = owner._parameters[attribute]
-        self.blocks = blocks
+        self.blocks = 3 if form == "qkv" else gates(owner, attribute)
+        self.stacked = form == "stack"
         self.recurrent = isinstance(owner, nn.RNNBase)
-        self.stacked = self.weight is not None and self.weight.ndim == 3 and not isinstance(owner, nn.Conv1d)
         self.training = owner.training
 
     def forward(self, input: Tensor) -> Tensor:
-        """The product as it is most likely meant, for timing: `x @ Wᵀ` where the sizes fit, else `x @ W`."""
+        """`x @ Wᵀ`, or the convolution with a kernel; for timing."""
         assert self.weight is not None
         return multiply(input, self.weight, self.stacked)
 
 
 def multiply(x: Tensor, weight: Tensor, stacked: bool) -> Tensor:
     """See `RawWeight.forward`."""
-    if weight.ndim == 2:
-        return F.linear(x, weight) if x.shape[-1] == weight.shape[1] else x @ weight
     if stacked:
-        return x @ weight if x.shape[-1] == weight.shape[1] else x @ weight.mT
-    return {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[weight.ndim](x, weight)
+        return x @ weight.mT
+    if weight.ndim == 2:
+        return F.linear(x, weight)
+    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    return convolve(x, weight, padding=tuple(size // 2 for size in weight.shape[2:]))
 
 
 class _Factor(nn.Module):

@@ -16,11 +16,14 @@ from torch.utils import _pytree as pytree
 
 @dataclass(frozen=True)
 class Use:
-    """One product: the node, the shape of the other operand, and the multiply-adds of the dense product."""
+    """One product: the node, the shape of the other operand, the multiply-adds of the dense product, and whether it is a
+    convolution.
+    """
 
     node: str
     input_shape: tuple[int, ...]
     macs: int
+    convolution: bool = False
 
 
 def uses(read: fx.Node) -> tuple[list[Use], list[str]]:
@@ -97,7 +100,7 @@ def _product(user: fx.Node, weight: fx.Node) -> Use | None:
     if user.target is F.embedding:
         return Use(user.name, tuple(x.shape), 0)
     if user.target in _CONVOLUTIONS:
-        return Use(user.name, tuple(x.shape), value.numel() * out.numel() // value.shape[0])
+        return Use(user.name, tuple(x.shape), value.numel() * out.numel() // value.shape[0], True)
     # Of a product every number of `out` is a sum over one dimension of the weight.
     summed = value.numel() / max(1, _kept(user, value, out))
     return Use(user.name, tuple(x.shape), round(out.numel() * summed))

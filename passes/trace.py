@@ -50,7 +50,7 @@ class TracedModule(fx.GraphModule):
     regions: dict[str, "TracedModule"]
     notes: list[str]
 
-    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: Mapping[str, Tensor] = {}) -> None:  # noqa: B006
+    def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: Mapping[str, Tensor] = {}) -> None:
         """`graphs` by `training`; one of them alone, or both the same, serves both modes. `constants` are tensors that
         the forward makes of no input, by the names that the graphs call them.
         """

@@ -19,6 +19,7 @@ from fxrank.passes.kinds import dense_type
 from fxrank.passes.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.raw import LowRankWeight
 
+
 def _reads_mode(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "training" in code.co_names and all(p.ndim < 2 for p in module.parameters())

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxrank.passes.calls import Example, call_arguments, describe
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.spectra import singular_values, truncation_error
 from fxrank.passes.weights import weight_of
-from fxrank.passes.calls import Example, call_arguments, describe
 
 
 @dataclass(frozen=True)

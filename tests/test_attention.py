@@ -56,7 +56,7 @@ def outputs_and_gradients(model, inputs, **options):
     out = model(*inputs, **options)
     tensors = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
     sum((t * torch.linspace(-1, 2, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in tensors).backward()
-    own = {n.replace("out_proj.v.", "out_proj."): p.grad for n, p in model.named_parameters()}
+    own = {n.replace(".v.bias", ".bias"): p.grad for n, p in model.named_parameters()}
     return out, [x.grad for x in inputs], own
 
 
@@ -64,7 +64,7 @@ def same(model, small, inputs, **options):
     (out, to_inputs, own), (found, to_found, own_found) = (
         outputs_and_gradients(m, inputs, **options) for m in (model, small)
     )
-    common = {name for name in own.keys() & own_found.keys() if own[name].shape == own_found[name].shape}
+    common = own.keys() & own_found.keys()  # biases and norms
     assert largest_difference(out, found) <= ROUNDING
     assert largest_difference(to_inputs, to_found) <= 10 * ROUNDING
     # Relative to the largest: that of a key's bias is zero but for rounding.
@@ -329,7 +329,7 @@ def test_merge_gives_the_original_back(widths):
 def test_copies_and_files(tmp_path):
     model = Around()
     x = randn(3, 2, WIDTH)
-    small = fxrank.factorize(model, (x, x, x), rank=0.5, include="*")
+    small = fxrank.factorize(model, (x, x, x), rank=0.25, include="*")
     buffer = io.BytesIO()
     torch.save(small, buffer)
     buffer.seek(0)
