@@ -202,7 +202,7 @@ class Cuttlefish(Policy):
                 speedup=round(speedup, 4),
                 **known,
             )
-        decision = take(layer, rank, f"{self.rank_metric} {value:.1f} of {full_rank}", extra_bn=self.extra_bn)
+        decision = take(layer, rank, f"{self.rank_metric} {value:.1f} of {full_rank}{floor}", extra_bn=self.extra_bn)
         return replace(
             decision,
             truncation_error=round(truncation_error(sigma, rank), 6),
