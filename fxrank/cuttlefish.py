@@ -202,7 +202,9 @@ class Cuttlefish(Policy):
                 speedup=round(speedup, 4),
                 **known,
             )
-        decision = take(layer, rank, f"{self.rank_metric} {value:.1f} of {full_rank}{floor}", extra_bn=self.extra_bn)
+        floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
+        why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}"
+        decision = take(layer, rank, why, extra_bn=self.extra_bn)
         return replace(
             decision,
             truncation_error=round(truncation_error(sigma, rank), 6),

@@ -145,13 +145,48 @@ def test_single_sequences(way, model, stateful):
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
-def test_a_traced_packed_call_finds_the_gates(cell):
-    """The example itself is packed."""
+def test_a_packed_example(cell):
     model = Around(cell)
     x = pack_padded_sequence(randn(3, 2, INPUTS), torch.tensor([3, 2]))
     small = full(model, (x,))
     assert len(pairs(small)) == 2
     assert largest_difference(flat(model(x)), flat(small(x))) <= ROUNDING
+
+
+class Packing(nn.Module):
+    """Tokens and lengths, packed inside, as text classifiers do it; with `branch`, and a question about the data."""
+
+    def __init__(self, cell, ordered=True, branch=False):
+        super().__init__()
+        self.embed = nn.Embedding(20, INPUTS)
+        self.rnn = cell(INPUTS, HIDDEN, batch_first=True)
+        self.attention = nn.MultiheadAttention(HIDDEN, 2, batch_first=True)
+        self.out = nn.Linear(HIDDEN, 3)
+        self.ordered, self.branch = ordered, branch
+        self.double()
+
+    def forward(self, tokens, lengths):
+        x = self.embed(tokens)
+        if self.branch:
+            x = x * 2 if x.sum() > 1e3 else x
+            hidden, _ = self.rnn(x)
+        else:
+            packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=self.ordered)
+            hidden, _ = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.out(self.attention(hidden, hidden, hidden)[0])
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["packing", "branching"])
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU, nn.RNN])
+def test_layers_inside_an_untraceable_forward(cell, ordered, branch):
+    model = Packing(cell, ordered, branch)
+    example = torch.randint(0, 20, (3, 4)), torch.tensor([4, 3, 1] if ordered else [3, 1, 4])
+    small = full(model, example)
+    decisions = {d.name: d.reason for d in fxrank.plan_of(small).layers if not d.factorized}
+    assert decisions == {}
+    assert {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "attention.in_proj_weight"} == set(pairs(small))
+    assert largest_difference(model(*example), small(*example)) <= ROUNDING
 
 
 @pytest.mark.parametrize("cell", [nn.LSTM, nn.GRU])
@@ -225,7 +260,7 @@ def test_merge_undoes_it(cell, way):
     x = randn(4, 2, INPUTS)
     small = full(model, x)
     back = fxrank.merge(small)
-    assert list(back.state_dict()) == list(model.state_dict())
+    assert set(back.state_dict()) == set(model.state_dict())
     assert not pairs(back) and pairs(small)
     assert all(largest_difference(v, back.state_dict()[k]) <= ROUNDING for k, v in model.state_dict().items())
     same(model, back, x)
