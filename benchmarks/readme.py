@@ -84,9 +84,84 @@ def cost_table() -> str:
     return tabulate(rows, headers=("what", "measured", "target"), tablefmt="github", disable_numparse=True)
 
 
+def zoo_table() -> str:
+    """How much of the model zoo is reached, and how exactly."""
+    rows = []
+    for source, what in (
+        ("torchvision", "torchvision, all of `list_models()`"),
+        ("timm", "timm, one of each module"),
+        ("hf", "transformers, tiny configurations"),
+        ("misc", "users' own kinds"),
+    ):
+        found = load(f"model_zoo_{source}")["summary"]
+        worst = found["worst"]
+        rows.append(
+            (
+                what,
+                f"{found['models'] - len(found['errors'])} of {found['models']}",
+                found["whole"],
+                f"{100 * found['share_mean']:.2f} %, {100 * found['share_least']:.1f} %",
+                f"{worst['float32']:.0e} ({found['checked']['float32']})",
+                f"{max(worst['float64'], worst['float64_train']):.0e} ({found['checked']['float64_train']})",
+                f"{worst['gradients']:.0e}",
+                f"{found['trace_s_median']:.2f} s",
+            )
+        )
+    headers = (
+        "models",
+        "with a result",
+        "in one graph",
+        "weights reached: mean, least",
+        "float32 (models)",
+        "float64 (models)",
+        "gradients",
+        "trace, median",
+    )
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+RUNS = {
+    "vit_cifar10": "ViT-tiny (6 blocks), CIFAR-10",
+    "minilm_sst2": "MiniLM-L6, pretrained, SST-2",
+    "char_transformer": "character Transformer, tinyshakespeare",
+    "lstm_wikitext2": "2-layer LSTM, WikiText-2",
+    "multi30k": "encoder-decoder Transformer, Multi30k",
+}
+
+
+def runs_table() -> str:
+    """Five real jobs, each beside its full-rank twin."""
+    rows = []
+    for name, what in RUNS.items():
+        data = load(f"run_{name}")
+        c, full, low = data["configuration"], data["results"]["full_rank"], data["results"]["low_rank"]
+        metric = c["metric"]
+        form = "{:.1%}" if metric == "accuracy" else "{:.3f}" if metric == "bits_per_character" else "{:.1f}"
+        rows.append(
+            (
+                what,
+                metric.replace("_", " "),
+                form.format(full[metric]),
+                form.format(low[metric]),
+                f"{low['parameters_before']:,}",
+                f"{low['parameters_after']:,}",
+                f"{low['macs_after'] / low['macs_before']:.2f}",
+                "-" if low["E"] is None else f"{low['E']:.1f} of {c['epochs']}",
+                f"{len(low['R'])} of {len(low['plan'])}",
+            )
+        )
+    headers = ("job", "metric", "full-rank", "low-rank", "parameters", "after", "MACs", "E", "layers")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
 def tables() -> str:
-    """Both, as they stand in the README."""
-    return f"{accuracy_table()}\n\nWhat fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}"
+    """All of them, as they stand in the README."""
+    return (
+        f"{accuracy_table()}\n\nReal jobs, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
+        "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
+        f"between a model and its full-rank factorization, in evaluation, and in float64 in training mode too:\n\n{zoo_table()}\n\n"
+        f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}"
+    )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 refused with the fix where not.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,20 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
     return batch, batch
 
 
+def model_inputs(model: nn.Module, batch: Any) -> Any:
+    """What the model is called with: the batch's inputs, and its targets too if they are a list of mappings and the
+    forward has an argument `targets` (torchvision's detectors, which return their losses in training mode).
+    """
+    inputs, targets = split_batch(batch)
+    return {"images": inputs, "targets": targets} if takes_targets(model, targets) else inputs
+
+
+def takes_targets(model: nn.Module, targets: Any) -> bool:
+    """See `model_inputs`."""
+    listed = isinstance(targets, (list, tuple)) and bool(targets) and all(isinstance(t, Mapping) for t in targets)
+    return listed and {"images", "targets"} <= inspect.signature(model.forward).parameters.keys()
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One batch's loss (scalar, differentiable), number of examples, and correct predictions as a device tensor
@@ -51,11 +66,12 @@ def run_batch(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Outcome:
     """Forward and loss. `loss_fn(outputs, targets)`; for mapping or bare-tensor batches the second argument is the
     batch itself.
 
-    Without `loss_fn`: the model's own `.loss` (or `["loss"]`), else cross-entropy for integer targets and mean
-    squared error for float ones. Raises `TypeError` or `ValueError` that names the shapes where none of that fits.
+    Without `loss_fn`: the model's own `.loss` (or `["loss"]`), the sum of a detector's losses, else cross-entropy for
+    integer targets and mean squared error for float ones, of the output, or of the main one (`logits`, `out`) where
+    there are auxiliary ones. Raises `TypeError` or `ValueError` that names the shapes where none of that fits.
     """
-    inputs, targets = split_batch(batch)
-    args, kwargs = call_arguments(model, inputs)
+    _, targets = split_batch(batch)
+    args, kwargs = call_arguments(model, model_inputs(model, batch))
     outputs = model(*args, **kwargs)
     loss = loss_of(outputs, targets, batch, loss_fn)
     correct, predictions = _correct(outputs, targets)
@@ -73,6 +89,9 @@ def loss_of(outputs: Any, targets: Any, batch: Any, loss_fn: LossFn | None) -> T
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, Tensor):
         return own
+    if isinstance(outputs, Mapping) and outputs and all(isinstance(v, Tensor) and v.ndim == 0 for v in outputs.values()):
+        return torch.stack([*outputs.values()]).sum()
+    outputs = _main(outputs)
     if untargeted or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         raise TypeError(
             f"the loss can be inferred for batches (inputs, targets) with tensor outputs, or for models that return .loss; got a batch "
@@ -92,6 +111,15 @@ def loss_of(outputs: Any, targets: Any, batch: Any, loss_fn: LossFn | None) -> T
             f"{tuple(targets.shape)}. Pass loss_fn(outputs, targets)."
         )
     return F.cross_entropy(logits, labels)
+
+
+def _main(outputs: Any) -> Any:
+    """The main output where a model returns it beside auxiliary ones (segmentation, Inception, GoogLeNet)."""
+    for name in ("logits", "out"):
+        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(found, Tensor):
+            return found
+    return outputs
 
 
 def _logits(outputs: Any, targets: Any) -> tuple[Tensor | None, Tensor]:
@@ -114,7 +142,7 @@ def _logits(outputs: Any, targets: Any) -> tuple[Tensor | None, Tensor]:
 
 
 def _correct(outputs: Any, targets: Any) -> tuple[Tensor | None, int | Tensor]:
-    own = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", outputs)
+    own = _main(outputs)
     labels = targets.get("labels") if isinstance(targets, Mapping) else targets
     if isinstance(targets, Mapping) and isinstance(labels, Tensor) and labels.ndim != 1:
         return None, 0  # a language model's own loss shifts and masks its labels in ways only it knows

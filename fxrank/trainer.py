@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from fxrank.batches import LossFn, loss_of, run_batch, split_batch, to_device
+from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.calls import call_arguments
 from fxrank.passes.errors import unknown_name
@@ -117,7 +117,7 @@ class Trainer:
             session = LowRankSession.attach(
                 self.model,
                 self.optimizer,
-                example_inputs=split_batch(to_device(self.first, self.device))[0],
+                example_inputs=model_inputs(self.model, to_device(self.first, self.device)),
                 total_steps=self.total_steps,
                 steps_per_epoch=self.steps_per_epoch,
                 policy=self.policy,
@@ -150,6 +150,8 @@ class Trainer:
             return
         batch = to_device(self.first, self.device)
         inputs, targets = split_batch(batch)
+        if takes_targets(self.model, targets):
+            return  # its losses come in training mode, and there they would leave traces
         args, kwargs = call_arguments(self.model, inputs)
         devices = [self.device] if self.device.type == "cuda" else []
         self.model.eval()

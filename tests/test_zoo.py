@@ -1,0 +1,224 @@
+"""A sample of the model zoo: what is reached, exactness, and that the models are left as they were."""
+
+import importlib
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import fxrank
+from benchmarks import zoo
+from benchmarks.model_zoo import study, summary
+from fxrank.passes.factors import FactorPair
+from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.verify import largest_difference
+
+SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
+MISC = [*zoo.zoo_misc.MODELS]
+HF = ["bert", "gpt2", "mixtral", "t5", "mamba", "whisper", "swin"]
+TIMM = ["test_vit", "test_byobnet", "test_resnet", "test_efficientnet"]
+IN_REGIONS = {"data_dependent", "fasterrcnn_mobilenet_v3_large_320_fpn"}
+"""The models that ask for their data's numbers: traced in parts."""
+SLOW = [("torchvision", "fasterrcnn_mobilenet_v3_large_320_fpn")]
+SAMPLE = [("misc", n) for n in MISC] + [("hf", n) for n in HF] + [("timm", n) for n in TIMM]
+ALL = [*SAMPLE, *(pytest.param(*entry, marks=pytest.mark.slow) for entry in SLOW)]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """What `study` finds, once for each model."""
+    return {}
+
+
+def entry(source, name):
+    if source in SOURCES:
+        pytest.importorskip(SOURCES[source])
+    return next(e for e in zoo.entries((source,)) if e.name == name)
+
+
+def studied(rows, source, name):
+    if name not in rows:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the models' own
+            rows[name] = study(entry(source, name), meta=False, max_parameters=60_000_000)
+    return rows[name]
+
+
+@pytest.mark.parametrize(("source", "name"), ALL)
+def test_reach_and_exactness(rows, source, name):
+    row = studied(rows, source, name)
+    assert row["whole"] == (name not in IN_REGIONS), row["leaves"]
+    assert (row["regions"] == 0) == row["whole"]
+    assert row["share"] >= 0.95, row["unreached"]
+    assert row["share"] == pytest.approx(row["in_graph"] + row["in_regions"])
+    assert row["factorizable"] <= row["parameters"]
+    assert row["float32"] <= 1e-5
+    if row.get("float64") is None:  # grouped products have no double precision
+        assert name == "mixtral", row
+    else:
+        assert row["float64"] <= 1e-12
+    if "note_train" in row:
+        assert "rcnn" in name, row["note_train"]  # detectors need targets
+    elif "float64_train" in row:
+        assert row["float64_train"] <= 1e-12
+        assert row["gradients"] <= 1e-10
+    if row["factorized"]:
+        assert row["parameters_after"] < row["parameters"]
+        assert row["macs_after"] <= row["macs"]
+
+
+def test_the_summary(rows):
+    found = [studied(rows, "misc", "wave"), studied(rows, "misc", "data_dependent")]
+    got = summary([*found, {"source": "misc", "name": "broken", "error": "RuntimeError: no"}])
+    assert (got["models"], got["errors"], got["whole"]) == (3, ["broken"], 1)
+    assert got["share_mean"] == pytest.approx((found[0]["share"] + found[1]["share"]) / 2)
+    assert got["share_least"] == min(r["share"] for r in found)
+    assert got["below_95"] == [r["name"] for r in found if r["share"] < 0.95]
+    assert got["worst"]["float64"] == max(r["float64"] for r in found)
+    assert got["checked"] == dict.fromkeys(("float32", "float64", "float64_train", "gradients"), 2)
+
+
+# -- nothing is left behind
+
+
+def inventory(model):
+    """Everything a trace could leave in a model: state, attributes of all modules, hooks, modes, caches in containers."""
+
+    def shown(value, depth=0):
+        if isinstance(value, torch.Tensor):
+            return (id(value), value.dtype, tuple(value.shape), value.requires_grad, value._version)
+        if isinstance(value, dict) and depth < 4:
+            return {str(k): shown(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, (list, tuple, set)) and depth < 4:
+            return [shown(v, depth + 1) for v in value]
+        if isinstance(value, (int, float, str, bool, type(None), torch.dtype, torch.device)):
+            return value
+        return id(value)
+
+    return {path: shown(vars(module)) for path, module in model.named_modules()}
+
+
+def versionless(tree):
+    """Buffers that a forward updates are put back, which counts as a write."""
+    return pytree.tree_map_only(tuple, lambda t: t[:-1], tree, is_leaf=lambda t: isinstance(t, tuple))
+
+
+@pytest.mark.parametrize(("source", "name"), ALL)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_trace_leaves_nothing_behind(source, name, mode):
+    if mode == "train" and "rcnn" in name:
+        pytest.skip("a detector needs targets to train")
+    one = entry(source, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, example = one.build().train(mode == "train"), one.example()
+        before, state = inventory(model), {k: v.clone() for k, v in model.state_dict().items()}
+        random = torch.get_rng_state()
+        inputs = pytree.tree_map_only(torch.Tensor, torch.clone, example)
+        fxrank.trace(model, example)
+    assert versionless(inventory(model)) == versionless(before)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(a, b) for a, b in zip(_tensors(inputs), _tensors(example), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def _tensors(tree):
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# -- models of transformers stay what they are
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def factorized(name, **options):
+    model, example = zoo.hf_model(name), zoo.HF[name][3]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model, fxrank.factorize(model, example, **options), example
+
+
+@pytest.mark.parametrize("name", HF)
+def test_class_and_config_are_unchanged(transformers, name):
+    model, small, example = factorized(name, rank=0.25)
+    assert type(small) is type(model)
+    assert small.config.to_dict() == model.config.to_dict()
+    assert small.config is not model.config
+    assert any(isinstance(m, FactorPair) for m in small.modules())
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+    assert not small.training
+    with torch.no_grad():
+        out, found = model(**example), small(**example)
+        assert type(out) is type(found) and list(out) == list(found)
+        assert largest_difference(out[0], fxrank.merge(small)(**example)[0]) > 0  # it is another model now
+        assert largest_difference(found[0], fxrank.merge(small)(**example)[0]) <= 1e-5
+    assert list(fxrank.merge(small).state_dict().keys() ^ model.state_dict().keys()) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "mamba"])
+def test_generation(transformers, name):
+    """With a cache, and equal to the merged model's."""
+    model, small, _ = factorized(name, rank=0.5)
+    tokens = torch.randint(3, 99, (2, 5))
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        text = small.generate(tokens, **options)
+        assert torch.equal(text, fxrank.merge(small).generate(tokens, **options))
+        _, whole, _ = factorized(name, rank=1.0, include="*")
+        whole.load_state_dict(fxrank.factorize(model, zoo.HF[name][3](), rank=1.0, include="*").state_dict())
+        assert torch.equal(model.generate(tokens, **options), whole.generate(tokens, **options))
+    assert text.shape[0] == 2 and text.shape[1] > 1
+
+
+@pytest.mark.parametrize("rank", [3, 5, 7])
+def test_experts_of_any_rank(transformers, rank):
+    """The grouped kernel wants aligned memory; a rank that is not must work as well."""
+    model, example = zoo.hf_model("mixtral"), zoo.HF["mixtral"][3]()
+    names = [n for n, p in model.named_parameters() if p.ndim == 3]
+    small = fxrank.factorize(model, example, rank=dict.fromkeys(names, rank))
+    assert sum(isinstance(m, LowRankWeight) for m in small.modules()) == len(names)
+    with torch.no_grad():
+        assert largest_difference(fxrank.merge(small)(**example)[0], small(**example)[0]) <= 1e-5
+    out = small(**example)[0]
+    out.sum().backward()
+    pair = small.get_submodule(names[0])
+    assert pair.u.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_save_pretrained(transformers, name, tmp_path):
+    model, small, example = factorized(name, rank=0.25)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small.save_pretrained(tmp_path)
+    stored = importlib.import_module("safetensors.torch").load_file(str(tmp_path / "model.safetensors"))
+    own = small.state_dict()
+    assert stored and all(torch.equal(v, own[k]) for k, v in stored.items())
+    keyed = {k for k in own if k.endswith((".u.weight", ".v.weight"))}
+    assert keyed <= set(stored)
+    fresh = fxrank.factorize(zoo.hf_model(name), example, rank=fxrank.plan_of(small))
+    missing = fresh.load_state_dict(stored, strict=False)
+    assert not missing.unexpected_keys
+    fresh.tie_weights()
+    with torch.no_grad():
+        assert largest_difference(small(**example)[0], fresh(**example)[0]) == 0
+    fxrank.save(small, tmp_path / "fx")
+    loaded = fxrank.load(zoo.hf_model(name), tmp_path / "fx")
+    with torch.no_grad():
+        assert largest_difference(small(**example)[0], loaded(**example)[0]) == 0
+
+
+def test_every_name_is_found_once():
+    """Names are addresses: `--name` takes them."""
+    names = [e.name for e in zoo.entries(("misc", "hf"))]
+    assert len(names) == len(set(names))
+    assert [e.source for e in zoo.named("functional")] == ["misc"]
+    assert all(isinstance(build(), nn.Module) for build, _ in zoo.zoo_misc.MODELS.values())
