@@ -77,7 +77,8 @@ def apply_plan(
     for name, layer in dense.items():
         decision = decisions[name]
         assert decision.rank is not None
-        if is_derived(layer):
+        derived = is_derived(layer)
+        if derived:
             sites: list[tuple[nn.Module, str, nn.Module]] = [(layer, "", layer)]
             old = tuple(p for p in layer.parameters() if p is not getattr(layer, "bias", None))
         else:
@@ -98,7 +99,7 @@ def apply_plan(
                 pair.split(weight_of(layer))
             pairs.append(pair)
             paths += install_weight(model, owner, attribute, pair) if attribute else install(model, {id(owner): pair})
-        replacements.append(Replacement(name, old, pairs[0], is_derived(layer)))
+        replacements.append(Replacement(name, old, pairs[0], derived))
         if gm is not None:
             show(gm, model, paths)
     norms = [r.pair.norm for r in replacements if r.pair.norm is not None]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import mlp, vectors
 from torch import nn
 
-from fxrank.batches import run_batch, split_batch, to_device
+from fxrank.batches import loss_of, model_inputs, run_batch, split_batch, to_device
 
 X, Y = vectors()
 TWO = "the loss can be inferred for batches (inputs, targets) with tensor outputs, or for models that return .loss; got a batch "
@@ -175,3 +175,31 @@ def test_accuracy_has_a_meaning_only_for_classes():
     assert run_batch(mlp(), (X, torch.zeros(8, 4)), None).correct is None
     outcome = run_batch(mlp(), (X, Y), None)
     assert (outcome.predictions, outcome.correct.requires_grad) == (8, False)
+
+
+def test_a_detectors_losses_are_summed_and_it_gets_its_targets():
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 1)
+
+        def forward(self, images, targets=None):
+            scores = torch.stack([self.a(x).mean() for x in images])
+            if targets is None:
+                return [{"scores": s} for s in scores]
+            return {"loss_box": scores.square().mean(), "loss_class": (scores - len(targets)).abs().mean()}
+
+    batch = ([torch.rand(3, 4), torch.rand(5, 4)], [{"labels": torch.tensor([1])}, {"labels": torch.tensor([2])}])
+    model = Detector()
+    outcome = run_batch(model, batch, None)
+    losses = model(*batch)
+    assert torch.equal(outcome.loss, losses["loss_box"] + losses["loss_class"])
+    assert outcome.correct is None
+    assert set(model_inputs(model, batch)) == {"images", "targets"}
+
+
+@pytest.mark.parametrize("kind", [dict, namedtuple("Outputs", ["logits", "aux_logits"])], ids=["dict", "namedtuple"])
+def test_the_main_output_counts_where_there_are_others(kind):
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
+    outputs = {"out": logits, "aux": logits + 1} if kind is dict else kind(logits, logits + 1)
+    assert torch.equal(loss_of(outputs, labels, (None, labels), None), nn.functional.cross_entropy(logits, labels))

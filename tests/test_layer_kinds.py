@@ -96,11 +96,11 @@ def convolutions(draw, dims, transposed):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_convolutions_of_any_geometry(dims, transposed, data):
     layer, x, part = data.draw(convolutions(dims, transposed))
-    if transposed and x.ndim == dims + 2:
+    if transposed and x.ndim == dims + 2 and all(map(int.__lt__, layer.output_padding, layer.stride)):
         sizes = layer(x).shape[2:]
         assert make_pair(layer, 1)(x, list(sizes)).shape == layer(x, list(sizes)).shape
     most = pair_class(layer).full_rank_of(layer)
@@ -131,13 +131,11 @@ def test_convolutions_in_a_model(kind):
     for layer in (cut[0].u, cut[0].v):
         layer.register_forward_hook(lambda m, a, out: sizes.append((m, a[0], out)))
     cut(x)
-    macs = sum(
-        m.weight.numel() * (a if "Transpose" in type(m).__name__ else out)[:, :1].numel() for m, a, out in sizes
-    )
+    macs = sum(m.weight.numel() * (a if "Transpose" in type(m).__name__ else out)[:, :1].numel() for m, a, out in sizes)
     assert counts["0"].pair_macs == macs
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(rows=st.integers(1, 12), width=st.integers(1, 6), pad=st.booleans(), part=st.floats(0, 1))
 def test_embeddings(rows, width, pad, part):
     layer = nn.Embedding(rows, width, padding_idx=rows - 1 if pad else None, dtype=torch.float64)
@@ -187,6 +185,19 @@ def test_a_tied_decoder_shares_the_factors(tmp_path):
     assert torch.equal(cut(tokens), loaded(tokens))
 
 
+@pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}, {"padding_idx": -1}])
+def test_the_gradients_of_an_embedding_follow_its_options(options):
+    """What the dense table's gradient `G` gives the factors: `U` gets `Vᵀ G`, `V` gets `G Uᵀ`."""
+    layer = nn.Embedding(5, 4, dtype=torch.float64, **options)
+    nn.init.normal_(layer.weight)  # the padding row too
+    pair, tokens = make_pair(layer, 4), torch.tensor([[0, 1, 1], [2, 4, 2]])
+    for module in (layer, pair):
+        module(tokens).square().sum().backward()
+    u, v, gradient = pair.u.weight, pair.v.weight, layer.weight.grad
+    assert largest_difference(gradient @ u.T, v.grad) <= 10 * ROUNDING
+    assert largest_difference(v.T @ gradient, u.grad) <= 10 * ROUNDING
+
+
 def test_an_embedding_with_a_maximal_norm_is_named():
     model = nn.Sequential(nn.Embedding(20, 6, max_norm=1.0), nn.Linear(6, 6), nn.Linear(6, 6))
     small = full(model, torch.randint(0, 20, (2, 5)))
@@ -194,7 +205,7 @@ def test_an_embedding_with_a_maximal_norm_is_named():
     assert "Embedding has no factor pair" in reasons(small)["0"]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(width=st.integers(1, 5), inputs=st.integers(1, 6), bias=st.booleans(), part=st.floats(0, 1))
 def test_fused_projections_in_three(width, inputs, bias, part):
     layer = nn.Linear(inputs, 3 * width, bias=bias, dtype=torch.float64)
@@ -244,6 +255,10 @@ RAW = {
     "conv2d": ((6, 6, 3, 1), lambda x, w: F.conv2d(x[..., None, None], w, padding=(1, 0)).flatten(1)),
     "weight as a vector's matrix": ((3, 6, 6), lambda x, w: x + (w @ x.sum(0)).sum(0)),
     "cast": ((6, 6), lambda x, w: F.linear(x, w.to(x.dtype).type_as(x))),
+    "to float": ((6, 6), lambda x, w: F.linear(x.float(), w.float()).to(x.dtype)),
+    "to another dtype": ((6, 6), lambda x, w: F.linear(x.float(), w.to(torch.float32)).to(x.dtype)),
+    "over its norm": ((6, 6), lambda x, w: F.linear(x, w / w.norm(dim=1, keepdim=True))),
+    "and its norm": ((6, 6), lambda x, w: F.linear(x, w) + (0 if w.shape[0] else w.norm())),
     "cast to the weight": ((6, 6), lambda x, w: F.linear(x.type_as(w), w)),
 }
 
@@ -254,12 +269,14 @@ def test_raw_parameters(name):
     model, x = Raw(shape, use), randn(4, 6)
     small = full(model, x)
     assert isinstance(small.w, LowRankWeight) or reasons(small)["w"]
-    same(model, small, x)
+    tolerance = 1e-5 if name.startswith("to ") else ROUNDING
+    same(model, small, x, tolerance)
+    assert {p.dtype for p in small.parameters()} == {torch.float64}
     if isinstance(small.w, LowRankWeight):
-        cut = full(model, x, rank={"w": 2})
-        same(cut, fxrank.merge(cut), x)
+        cut = full(model, x, rank={"w": 0.4})
+        same(cut, fxrank.merge(cut), x, tolerance)
         for a, b in ((small, fxrank.merge(small)), (model, fxrank.merge(small)), (model, copy.deepcopy(small))):
-            same(a, b, x)
+            same(a, b, x, tolerance)
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in small.w.parameters())
 
 
@@ -278,7 +295,7 @@ def test_conv1d_of_transformers():
 
 
 @pytest.mark.parametrize("name", ["Conv2dSame", "StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(stride=st.integers(1, 3), kernel=st.integers(1, 4), groups=st.integers(1, 2), size=st.integers(4, 9))
 def test_convolutions_of_timm(name, stride, kernel, groups, size):
     layers = pytest.importorskip("timm.layers")
@@ -290,7 +307,7 @@ def test_convolutions_of_timm(name, stride, kernel, groups, size):
     x = randn(2, 4, size, size)
     small = full(model, x)
     if name == "Conv2dSame" and groups > 1:  # a forward of its own, and groups in it: no pair
-        assert list(pairs(small)) == ["0", "2"] and reasons(small)["1"]
+        assert list(pairs(small)) == ["0", "2"] and reasons(small)["1.weight"]
     else:
         assert len(pairs(small)) == 3
     same(model, small, x, 1e-11)

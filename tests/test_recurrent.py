@@ -108,7 +108,7 @@ def states(model, batch, lead=()):
     return [hidden, randn(depth, *middle, HIDDEN)] if isinstance(rnn, nn.LSTM) else [hidden]
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(model=layers(), batch=st.integers(1, 3), steps=st.integers(1, 4), stateful=st.booleans(), train=st.booleans())
 def test_full_rank_is_the_original(way, model, batch, steps, stateful, train):
     model.train(train)
@@ -118,7 +118,7 @@ def test_full_rank_is_the_original(way, model, batch, steps, stateful, train):
     same(model, small, x, states(model, batch) if stateful else ())
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(model=layers(), data=st.data(), ordered=st.booleans(), stateful=st.booleans())
 def test_packed_sequences(way, model, data, ordered, stateful):
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
@@ -137,7 +137,7 @@ def test_packed_sequences(way, model, data, ordered, stateful):
     assert padded.shape == small(x)[0].shape
 
 
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(model=layers(), stateful=st.booleans())
 def test_single_sequences(way, model, stateful):
     x = randn(3, INPUTS)
@@ -207,7 +207,9 @@ def test_the_step_by_step_way_builds_no_dense_matrix(monkeypatch):
         raise AssertionError("the dense product was built")
 
     x = randn(4, 2, INPUTS)
-    smalls = [full(Around(cell, **o), x) for cell, o in ((nn.LSTM, {"proj_size": 2}), (nn.GRU, {"bidirectional": True}))]
+    smalls = [
+        full(Around(cell, **o), x) for cell, o in ((nn.LSTM, {"proj_size": 2}), (nn.GRU, {"bidirectional": True}))
+    ]
     monkeypatch.setattr(FactoredWeight, "dense", forbidden)
     for small in smalls:
         with pytest.raises(AssertionError, match="the dense product was built"):
@@ -240,7 +242,7 @@ def test_each_gate_has_factors_of_its_own(cell, gates):
 
 
 @given(model=layers(), ratio=st.floats(0.05, 1.0))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_parameters_at_a_ratio(model, ratio):
     x = randn(3, 3, INPUTS)
     small = full(model, x, rank=ratio)
