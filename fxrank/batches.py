@@ -89,7 +89,11 @@ def loss_of(outputs: Any, targets: Any, batch: Any, loss_fn: LossFn | None) -> T
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(own, Tensor):
         return own
-    if isinstance(outputs, Mapping) and outputs and all(isinstance(v, Tensor) and v.ndim == 0 for v in outputs.values()):
+    if (
+        isinstance(outputs, Mapping)
+        and outputs
+        and all(isinstance(v, Tensor) and v.ndim == 0 for v in outputs.values())
+    ):
         return torch.stack([*outputs.values()]).sum()
     outputs = _main(outputs)
     if untargeted or not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):

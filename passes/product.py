@@ -7,6 +7,7 @@ saves is saved there too, without a change of that code. Transposing, slicing an
 needs the numbers themselves gets the dense product, built on the spot; assigning into it is refused.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,6 +40,12 @@ class FactoredWeight(Tensor):
     def __init__(self, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> None:
         """See `__new__`; a tensor is made there."""
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it multiplies as a matrix, or a stack of them; a kernel of a convolution does not."""
+        rows, cols = (self.v.shape[1], self.u.shape[2])[:: -1 if self.flipped else 1]
+        return self.ndim == 2 or (self.ndim == 3 and tuple(self.shape) == (len(self.u), rows, cols))
+
     def dense(self) -> Tensor:
         """The product, a plain tensor; differentiable in the factors."""
         shape = tuple(self.shape)
@@ -59,12 +66,14 @@ class FactoredWeight(Tensor):
                 return func(*args, **kwargs)
         product = _PRODUCTS.get(func)
         if product is not None:
-            result = product(*args, **kwargs)
+            result = _by_position(product, args, kwargs)
             if result is not NotImplemented:
                 return result
         name = getattr(func, "__name__", "")
-        if (name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))) and isinstance(args[0], cls):
-            raise TypeError(
+        assigns = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if (assigns and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
+            raise RuntimeError(
                 f"a factored weight is the product of two parameters, so {name} cannot write into it; "
                 "change the pair's u.weight and v.weight, or merge the pair first."
             )
@@ -79,7 +88,26 @@ class FactoredWeight(Tensor):
         return func(*dense_args, **dense_kwargs)
 
 
-_ASSIGNING = {"__setitem__", "__set__", "__delitem__"}
+_ASSIGNING = {"__setitem__", "__set__", "__delitem__"} | {
+    f"__i{name}__"
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+}
+_NAMES = {"input", "self", "tensor", "other", "mat1", "mat2", "vec", "dims", "weight"}
+"""Names that torch gives to leading arguments, here taken by position."""
+
+
+def _by_position(product: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Call a product of ours, whatever names torch's own function has for its operands."""
+    if kwargs:
+        own = {n for n, p in inspect.signature(product).parameters.items() if p.kind is not p.VAR_POSITIONAL}
+        strange = [name for name in kwargs if name not in own and name in _NAMES]
+        args = (*args, *(kwargs[name] for name in strange))
+        kwargs = {name: value for name, value in kwargs.items() if name not in strange}
+        try:
+            inspect.signature(product).bind(*args, **kwargs)
+        except TypeError:
+            return NotImplemented  # a form of the call that is not known here: the dense product does it
+    return product(*args, **kwargs)
 
 
 def _getter(name: str) -> Any:
@@ -98,6 +126,8 @@ _LOOKS = {
 
 def _times(x: Tensor, w: FactoredWeight) -> Tensor:
     """`x @ W`, factor by factor."""
+    if x.ndim == 1 and w.ndim == 3:
+        return _times(x[None], w).squeeze(-2)
     return _rows(x, w.u, w.v, w.ndim == 2) if not w.flipped else _columns(x, w.u, w.v, w.ndim == 2)
 
 
@@ -131,12 +161,14 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
 
 
 def _matmul(left: Any, right: Any, *, out: Any = None, **named: Any) -> Any:
-    if out is not None or named or any(isinstance(w, FactoredWeight) and w.ndim not in (2, 3) for w in (left, right)):
+    if out is not None or named or any(isinstance(w, FactoredWeight) and not w.is_matrix for w in (left, right)):
         return NotImplemented
     if isinstance(right, FactoredWeight) and not isinstance(left, FactoredWeight):
         return _times(left, right)
     if isinstance(left, FactoredWeight) and not isinstance(right, FactoredWeight):
-        return _times(right, _flip(left)) if right.ndim == 1 else _times(right.mT, _flip(left)).mT
+        if right.ndim == 1:
+            return _times(right, _flip(left))
+        return _times(right.mT, _flip(left)).mT
     return NotImplemented
 
 
@@ -153,9 +185,19 @@ def _addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1, o
 
 def _grouped_mm(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     """`x[group g] @ W[g]` for stacked experts."""
-    if not isinstance(weight, FactoredWeight) or isinstance(x, FactoredWeight) or weight.ndim != 3 or bias is not None:
+    if (
+        not isinstance(weight, FactoredWeight)
+        or isinstance(x, FactoredWeight)
+        or not weight.is_matrix
+        or bias is not None
+    ):
         return NotImplemented
     first, second = (weight.u.mT, weight.v.mT) if weight.flipped else (weight.v, weight.u)
+    rank = weight.u.shape[1]
+    # The kernel wants rows of a multiple of 16 bytes.
+    missing = -rank % (16 // weight.u.element_size())
+    if missing:
+        first, second = F.pad(first, (0, missing)), F.pad(second, (0, 0, 0, missing))
     middle = torch._grouped_mm(x, first, offs=offs)
     return torch._grouped_mm(middle, second, offs=offs, out_dtype=out_dtype)
 
@@ -179,7 +221,13 @@ def _embedding(
 
 def _conv(function: Callable[..., Tensor]) -> Callable[..., Any]:
     def conv(
-        input: Any, weight: Any, bias: Tensor | None = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+        input: Any,
+        weight: Any,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
     ) -> Any:
         if not isinstance(weight, FactoredWeight) or groups != 1 or len(weight.u) != 1 or weight.flipped:
             return NotImplemented
@@ -202,7 +250,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     weight, other = operands[factored[0]], operands[1 - factored[0]]
     letters, rest = terms[factored[0]], terms[1 - factored[0]]
     stacked = weight.ndim == 3
-    if not arrow or weight.ndim not in (2, 3) or (not stacked and len(weight.u) != 1) or len(set(letters)) < weight.ndim:
+    if not arrow or not weight.is_matrix or (not stacked and len(weight.u) != 1) or len(set(letters)) < weight.ndim:
         return NotImplemented
     rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
     batch, row, col = list(letters) if stacked else ["", *letters]
@@ -229,21 +277,23 @@ def _t(w: Any) -> Any:
 
 
 def _mt(w: Any) -> Any:
-    return _flip(w) if w.ndim in (2, 3) else NotImplemented
+    return _flip(w) if w.is_matrix else NotImplemented
 
 
 def _transpose(w: Any, dim0: int, dim1: int) -> Any:
     last = {w.ndim - 2, w.ndim - 1}
-    return _flip(w) if w.ndim in (2, 3) and {dim0 % w.ndim, dim1 % w.ndim} == last else NotImplemented
+    return _flip(w) if w.is_matrix and {dim0 % w.ndim, dim1 % w.ndim} == last else NotImplemented
 
 
 def _permute(w: Any, *dims: Any) -> Any:
     order = [int(d) % w.ndim for d in (dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims)]
-    return _flip(w) if w.ndim in (2, 3) and order == [*range(w.ndim - 2), w.ndim - 1, w.ndim - 2] else NotImplemented
+    return _flip(w) if w.is_matrix and order == [*range(w.ndim - 2), w.ndim - 1, w.ndim - 2] else NotImplemented
 
 
 def _cast(func: Callable[..., Tensor]) -> Callable[..., Any]:
     def cast(w: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(w, FactoredWeight):
+            return NotImplemented
         return FactoredWeight(func(w.u, *args, **kwargs), func(w.v, *args, **kwargs), tuple(w.shape), w.flipped)
 
     return cast
@@ -253,13 +303,14 @@ def _narrow(w: FactoredWeight, dim: int, start: int, length: int) -> Any:
     """A range of rows or columns, or of the stack."""
     shape = list(w.shape)
     dim %= w.ndim
+    if not w.is_matrix or isinstance(start, Tensor):
+        return NotImplemented
+    start += w.shape[dim] if start < 0 else 0
     shape[dim] = length
     stop = start + length
     if w.ndim == 3 and dim == 0:
         return FactoredWeight(w.u[start:stop], w.v[start:stop], tuple(shape), w.flipped)
     rows = (dim == w.ndim - 2) != w.flipped
-    if w.ndim not in (2, 3):
-        return NotImplemented
     if not rows:
         return FactoredWeight(w.u[..., start:stop], w.v, tuple(shape), w.flipped)
     if w.ndim == 3 or len(w.u) == 1:
@@ -274,11 +325,11 @@ def _narrow(w: FactoredWeight, dim: int, start: int, length: int) -> Any:
 def _getitem(w: Any, index: Any) -> Any:
     if not isinstance(w, FactoredWeight):
         return NotImplemented
-    if isinstance(index, slice) and index.step in (None, 1):
+    if isinstance(index, slice) and index.step in (None, 1) and w.is_matrix:
         start, stop, _ = index.indices(w.shape[0])
         return _narrow(w, 0, start, max(0, stop - start))
-    whole = not isinstance(index, (tuple, list, slice)) and index is not None and index is not Ellipsis
-    if w.ndim == 3 and whole:
+    whole = isinstance(index, Tensor) and index.ndim <= 1 and not (index.dtype == torch.bool and index.ndim == 0)
+    if w.ndim == 3 and w.is_matrix and (whole or (isinstance(index, int) and not isinstance(index, bool))):
         u, v = w.u[index], w.v[index]
         if u.ndim == 2:
             return FactoredWeight(u[None], v[None], tuple(w.shape[1:]), w.flipped)
@@ -305,7 +356,9 @@ def _chunk(w: Any, chunks: int, dim: int = 0) -> Any:
 
 
 def _unbind(w: Any, dim: int = 0) -> Any:
-    return tuple(_getitem(w, i) for i in range(len(w.u))) if w.ndim == 3 and dim == 0 else NotImplemented
+    return (
+        tuple(_getitem(w, i) for i in range(len(w.u))) if w.ndim == 3 and w.is_matrix and dim == 0 else NotImplemented
+    )
 
 
 def _detached(w: Any) -> Any:

@@ -1,6 +1,7 @@
 """`FactoredWeight` against the dense product: every function and view, gradients, and what needs the numbers."""
 
 import copy
+import operator
 import re
 from dataclasses import dataclass
 
@@ -34,9 +35,8 @@ class Case:
 
     def __post_init__(self):
         self.rand = torch.Generator().manual_seed(self.rows * 100 + self.cols)
-        lead = self.groups
-        self.u = self.randn(lead, self.rank, self.cols).requires_grad_()
-        self.v = self.randn(lead, self.rows, self.rank).requires_grad_()
+        self.u = self.randn(self.groups, self.rank, self.cols).requires_grad_()
+        self.v = self.randn(self.groups, self.rows, self.rank).requires_grad_()
 
     def randn(self, *shape):
         return torch.randn(*shape, generator=self.rand, dtype=torch.float64)
@@ -103,8 +103,7 @@ def agrees(case, function, factored=True):
 
 MATRIX = {
     "linear": lambda c: lambda w: F.linear(c.randn(2, 3, w.shape[1]), w, c.randn(w.shape[0])),
-    "linear of a vector": lambda c: lambda w: F.linear(c.randn(w.shape[1]), w),
-    "linear by names": lambda c: lambda w: F.linear(input=c.randn(2, w.shape[1]), weight=w, bias=None),
+    "linear by names": lambda c: lambda w: F.linear(input=c.randn(w.shape[1]), weight=w, bias=None),
     "matmul": lambda c: lambda w: (torch.matmul(c.randn(3, w.shape[0]), w), c.randn(2, 3, w.shape[0]).matmul(w)),
     "left matmul": lambda c: lambda w: (torch.matmul(w, c.randn(2, w.shape[1], 3)), w.matmul(c.randn(w.shape[1], 2))),
     "mm": lambda c: lambda w: (torch.mm(c.randn(3, w.shape[0]), w), c.randn(2, w.shape[0]).mm(w)),
@@ -164,8 +163,7 @@ STACK = {
 }
 DENSE = {
     "abs": lambda c: lambda w: w.abs(),
-    "+": lambda c: lambda w: w + 1,
-    "reversed -": lambda c: lambda w: 1 - w,
+    "+ -": lambda c: lambda w: (w + 1, 1 - w),
     "* tensor": lambda c: lambda w: c.randn(*w.shape) * w,
     "sum": lambda c: lambda w: w.sum(),
     "mean of a dimension": lambda c: lambda w: torch.mean(w, -1),
@@ -174,8 +172,7 @@ DENSE = {
     "einsum of three": lambda c: lambda w: torch.einsum("...i,i,i->...i", w, *c.randn(2, w.shape[-1])),
     "cat": lambda c: lambda w: torch.cat([w, w], -1),
     "stack": lambda c: lambda w: torch.stack([w, c.randn(*w.shape)]),
-    "view": lambda c: lambda w: w.reshape(-1),
-    "tuple index": lambda c: lambda w: w[..., 0],
+    "view": lambda c: lambda w: (w.reshape(-1), w.clone(), w[..., 0]),
     "with itself": lambda c: lambda w: w @ w.mT,
     "norm": lambda c: lambda w: torch.linalg.vector_norm(w),
     "scaled addmm": lambda c: (
@@ -183,7 +180,6 @@ DENSE = {
     ),
     "mask of numbers": lambda c: lambda w: w[torch.ones(w.shape[:2], dtype=torch.bool)],
     "where": lambda c: lambda w: torch.where(torch.ones(()).bool(), w, c.randn(1)),
-    "clone": lambda c: lambda w: w.clone(),
 }
 
 
@@ -289,12 +285,6 @@ def test_convolutions(data, dims, groups, bias):
     assert largest_difference(*grads) <= ROUNDING
 
 
-def test_a_stack_of_one_matrix_as_a_kernel():
-    u, v = torch.randn(1, 2, 3, dtype=torch.float64), torch.randn(1, 4, 2, dtype=torch.float64)
-    weight, x = FactoredWeight(u, v, (1, 4, 3)), torch.randn(2, 4, 9, dtype=torch.float64)
-    assert largest_difference(F.conv1d(x, weight.dense()), F.conv1d(x, weight)) <= ROUNDING
-
-
 KERNEL_VIEWS = {
     "one": lambda w: (w[0], *w),
     "some": lambda w: (w[1:3], w.narrow(0, 1, 2), w[torch.tensor([2, 0])], *w.split(2)),
@@ -315,19 +305,6 @@ def test_views_of_a_one_dimensional_kernel(name, groups):
         assert largest_difference(expected, found + 0) <= ROUNDING
 
 
-@settings(max_examples=30)
-@given(case=cases(groups=(1, 1), flipped=False), scale=st.booleans())
-def test_the_gradients_of_an_embedding_follow_its_options(case, scale):
-    """The padding row gets none, whatever its numbers; frequent rows are scaled down."""
-    rows = len(case.v[0])
-    tokens = torch.tensor([[n % rows for n in case.numbers], [0] * 4])
-    agrees(
-        case,
-        lambda w: F.embedding(tokens, w, padding_idx=case.numbers[0] % rows, scale_grad_by_freq=scale),
-        factored=False,
-    )
-
-
 @given(case=st.one_of(cases(), cases("stack")))
 @settings(max_examples=30)
 def test_it_looks_like_the_dense_tensor(case):
@@ -341,13 +318,11 @@ def test_it_looks_like_the_dense_tensor(case):
         assert (w.ndim, w.dim(), w.numel(), w.size(-1)) == (dense.ndim,) * 2 + (dense.numel(), dense.shape[-1])
         assert w.requires_grad and not w.detach().requires_grad and not w.data.requires_grad
         assert w.is_floating_point() and not torch.is_complex(w) and not w.is_cuda
-        assert w.element_size() == 8
         assert f"rank={case.rank}, groups={case.groups}" in repr(w)
         assert hash(w) == id(w)
     assert type(dense) is torch.Tensor
     assert torch.equal(torch.as_tensor(w.detach().numpy()), dense.detach())
     assert torch.equal(copy.deepcopy(w.detach()), dense.detach())
-    assert w.tolist() == dense.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -366,17 +341,9 @@ def test_casts_stay_factored_and_differentiable(dtype):
 def test_other_tensors_are_cast_to_its_type():
     w = FactoredWeight(torch.randn(1, 2, 5).double(), torch.randn(1, 4, 2).double(), (4, 5))
     x = torch.ones(3)
-    for cast in (x.type_as(w), x.to(w), x.to(other=w)):
+    for cast in (x.type_as(w), x.to(w), x.to(tensor=w)):
         assert cast.dtype is torch.float64
         assert torch.equal(cast, x.double())
-
-
-def _set(w, name, value):
-    setattr(w, name, value)
-
-
-def _in_place(w):
-    w += 1
 
 
 WRITES = {
@@ -386,9 +353,9 @@ WRITES = {
     "mul_": lambda w: w.mul_(2),
     "normal_": lambda w: nn.init.normal_(w),
     "requires_grad_": lambda w: w.requires_grad_(False),
-    "__set__": lambda w: _set(w, "data", torch.zeros(4, 5)),
+    "__set__": lambda w: type(w).data.__set__(w, torch.zeros(4, 5)),
     "relu_": lambda w: torch.relu_(w),
-    "__iadd__": _in_place,
+    "add_": lambda w: operator.iadd(w, 1),
     "add": lambda w: torch.add(torch.zeros(4, 5), 1, out=w),
 }
 
@@ -401,7 +368,7 @@ def test_assignments_are_refused(name):
         f"a factored weight is the product of two parameters, so {name} cannot write into it; "
         "change the pair's u.weight and v.weight, or merge the pair first."
     )
-    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+    with pytest.raises(RuntimeError, match=f"^{re.escape(text)}$"):
         WRITES[name](FactoredWeight(u, v, (4, 5)))
     assert torch.equal(u, before[0]) and torch.equal(v, before[1])
 
@@ -427,12 +394,6 @@ def test_every_product_is_tested():
                 if "by names" not in name:  # they go through the same functions
                     test(case)(case.weight())
     elsewhere = {torch.lstm, torch.gru, F.multi_head_attention_forward, *CONVOLUTIONS.values(), torch._grouped_mm}
-    elsewhere |= {
-        getattr(F, "grouped_mm", None),
-        torch.Tensor.__matmul__,
-        torch.Tensor.cuda,
-        torch.Tensor.to,
-        torch.Tensor.type_as,
-    }
-    elsewhere |= {getattr(torch.Tensor, n) for n in ("float", "half", "bfloat16", "double", "cpu")}
+    names = ("__matmul__", "to", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda")
+    elsewhere |= {getattr(torch.Tensor, n) for n in names} | {getattr(F, "grouped_mm", None)}
     assert {f for f in table if f not in seen and f not in elsewhere} == set()

@@ -5,14 +5,18 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxrank
 from benchmarks import zoo
 from benchmarks.model_zoo import study, summary
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.factorize import pairs_in
+from fxrank.passes.factors import FactorPair, LowRankEmbedding
 from fxrank.passes.raw import LowRankWeight
-from fxrank.passes.verify import largest_difference
+from fxrank.passes.verify import largest_difference, output_difference, pair_error
 
 SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
 MISC = [*zoo.zoo_misc.MODELS]
@@ -130,6 +134,88 @@ def _tensors(tree):
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
+# -- layers of other libraries
+
+
+def full(model, example):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # no smaller than the layers, as it must be here
+        return fxrank.factorize(model, example, rank=1.0, include="*")
+
+
+def test_conv1d_of_transformers():
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.Sequential(nn.Linear(6, 8), utils.Conv1D(24, 8), nn.Linear(24, 3)).double()
+    x = torch.randn(2, 5, 6).double()
+    small = full(model, x)
+    assert type(small[1]) is utils.Conv1D and isinstance(small[1].weight, LowRankWeight)
+    assert output_difference(model, small, x) <= 1e-12
+    cut = fxrank.factorize(model, x, rank={"1.weight": 3})
+    sigma = torch.linalg.svdvals(model[1].weight.detach())
+    error = torch.linalg.matrix_norm(model[1].weight.detach() - cut[1].weight.weight.detach(), 2)
+    assert error.item() == pytest.approx(sigma[3].item(), rel=1e-10)
+    assert set(fxrank.merge(small).state_dict()) == set(model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["Conv2dSame", "StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"])
+@settings(max_examples=5)
+@given(stride=st.integers(1, 3), kernel=st.integers(1, 4), groups=st.integers(1, 2), size=st.integers(4, 9))
+def test_convolutions_of_timm(name, stride, kernel, groups, size):
+    layers = pytest.importorskip("timm.layers")
+    options = {"stride": stride, "groups": groups}
+    if name in ("Conv2dSame", "StdConv2d", "ScaledStdConv2d"):
+        options["padding"] = 0 if name == "Conv2dSame" else kernel // 2
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), getattr(layers, name)(4, 6, kernel, **options), nn.Conv2d(6, 2, 1))
+    model = model.double().eval()
+    x = torch.randn(2, 4, size, size).double()
+    small = full(model, x)
+    if name == "Conv2dSame" and groups > 1:  # a forward of its own, and groups in it: no pair
+        assert (
+            list(pairs_in(small)) == ["0", "2"]
+            and {d.name: d for d in fxrank.plan_of(small).layers}["1.weight"].rank is None
+        )
+    else:
+        assert len(pairs_in(small)) == 3
+    assert output_difference(model, small, x) <= 1e-12
+    assert output_difference(model, fxrank.merge(small), x) <= 1e-12
+
+
+# -- weights that two layers share
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.inner, self.out = nn.Embedding(20, 6), nn.Linear(6, 6), nn.Linear(6, 20)
+        self.out.weight = self.embed.weight
+        self.double()
+
+    def forward(self, tokens):
+        return self.out(torch.tanh(self.inner(self.embed(tokens))))
+
+
+def test_a_tied_decoder_shares_the_factors(tmp_path):
+    model, tokens = Tied(), torch.randint(0, 20, (2, 5))
+    default = fxrank.factorize(model, tokens, rank={"inner": 2})
+    assert default.out.weight is default.embed.weight
+    cut = fxrank.factorize(model, tokens, rank={"embed": 3})
+    assert isinstance(cut.embed, LowRankEmbedding)
+    assert cut.out.u.weight is cut.embed.u.weight and cut.out.v.weight is cut.embed.v.weight
+    assert cut.out.bias is not None and cut.embed.bias is None
+    assert sum(p.numel() for p in cut.parameters()) == 3 * 26 + 42 + 20
+    error = pair_error(model.embed, cut.embed)
+    assert error.spectral == pytest.approx(error.bound, rel=1e-9)
+    small = full(model, tokens)
+    assert output_difference(model, small, tokens) <= 1e-12
+    back = fxrank.merge(small)
+    assert back.out.weight is back.embed.weight
+    assert output_difference(model, back, tokens) <= 1e-12
+    fxrank.save(cut, tmp_path)
+    loaded = fxrank.load(Tied(), tmp_path)
+    assert loaded.out.u.weight is loaded.embed.u.weight
+    assert torch.equal(cut(tokens), loaded(tokens))
+
+
 # -- models of transformers stay what they are
 
 
@@ -162,7 +248,7 @@ def test_class_and_config_are_unchanged(transformers, name):
     assert list(fxrank.merge(small).state_dict().keys() ^ model.state_dict().keys()) == []
 
 
-@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5", "mamba"])
+@pytest.mark.parametrize("name", ["gpt2", "mixtral", "t5"])
 def test_generation(transformers, name):
     """With a cache, and equal to the merged model's."""
     model, small, _ = factorized(name, rank=0.5)
@@ -178,7 +264,7 @@ def test_generation(transformers, name):
     assert text.shape[0] == 2 and text.shape[1] > 1
 
 
-@pytest.mark.parametrize("rank", [3, 5, 7])
+@pytest.mark.parametrize("rank", [3, 6])
 def test_experts_of_any_rank(transformers, rank):
     """The grouped kernel wants aligned memory; a rank that is not must work as well."""
     model, example = zoo.hf_model("mixtral"), zoo.HF["mixtral"][3]()
