@@ -67,9 +67,9 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
             assert isinstance(u, nn.Parameter) and isinstance(v, nn.Parameter)
             swapped += [u, v]
             notes += _project_state(optimizer, replacement, u, v)
-            if pair.norm is not None:
+            if pair.extra_norm is not None:
                 target = swapped if plain is None or plain is group else plain["params"]
-                target += list(pair.norm.parameters())
+                target += list(pair.extra_norm.parameters())
         group["params"][:] = swapped
     return notes
 

@@ -20,12 +20,13 @@ from fxrank.passes.layers import Layer
 from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite
-from fxrank.passes.trace import TracedModule, trace
+from fxrank.passes.trace import WHOLE, TracedModule, trace
 from fxrank.passes.weights import is_derived, weight_of
 from fxrank.plan import LayerDecision, Plan
 from fxrank.ranks import ratio_rank
 
 _PLAN = "_fxrank_plan"
+_NESTED = "_fxrank_use_nested_tensor"
 
 Rank = int | float | Mapping[str, int | float] | Plan
 
@@ -102,7 +103,12 @@ def apply_plan(
         replacements.append(Replacement(name, old, pairs[0], derived))
         if gm is not None:
             show(gm, model, paths)
-    norms = [r.pair.norm for r in replacements if r.pair.norm is not None]
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and pairs_in(module):
+            # It asks its first layer only whether the fused path is open, and would hand nested tensors to the others.
+            module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
+            module.use_nested_tensor = False
+    norms = [r.pair.extra_norm for r in replacements if r.pair.extra_norm is not None]
     if norms and example is not None:
         args, kwargs = call_arguments(model, example)
         calibrate(norms, model, lambda: model(*args, **kwargs))
@@ -112,7 +118,7 @@ def apply_plan(
 
 def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:
     """Bring a model's graphs, and those of its regions, up to date with pairs installed at these paths."""
-    if "" not in gm.leaves:
+    if WHOLE not in gm._modules:
         gm._modules.update(model._modules)
         for name in gm._parameters.keys() & model._modules.keys():
             del gm._parameters[name]
@@ -341,6 +347,9 @@ def merge(model: nn.Module) -> nn.Module:
                     remove_weight(dense, pair, layer.weight)
                 else:
                     install(dense, {id(pair): layer})
+    for module in dense.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = module.__dict__.pop(_NESTED, module.use_nested_tensor)
     dense.__dict__.pop(_PLAN, None)
     return dense
 

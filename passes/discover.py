@@ -65,7 +65,7 @@ def _check_owners(model: nn.Module, found: dict[int, Layer]) -> None:
             whole = name == "weight" and dense_type(module) is not None
             dense = module if whole else RawWeight(module, name, layer.form)
             cls = pair_class(dense, layer.form)
-            own = f"{path}.{name}".removesuffix(".weight").lstrip(".")
+            own = _join(path, name).removesuffix(".weight").lstrip(".")
             known = {p.removesuffix(".weight") for p in layer.paths}
             fits = cls is not None and tuple(cls.unroll(dense, weight).shape) == (layer.groups, layer.rows, layer.cols)
             if not fits or (own not in known and not whole):
@@ -117,7 +117,7 @@ class _Search:
                 )
 
     def _used_at(self, gm: TracedModule, node: fx.Node, prefix: str) -> Iterator[tuple[Tensor, Layer]]:
-        path = f"{prefix}.{node.target}".lstrip(".")
+        path = prefix if node.target == WHOLE else f"{prefix}.{node.target}".lstrip(".")
         if node.op == "get_attr":
             yield from self._read(node, path)
         elif node.op == "call_module":
@@ -217,17 +217,18 @@ class _Search:
         """The weights of a module that is one node: attention and recurrent layers read theirs by themselves."""
         shape = _shape(node)
         if isinstance(module, nn.MultiheadAttention):
-            tokens = [a.meta["val"].numel() // a.meta["val"].shape[-1] for a in node.args[:3] if isinstance(a, fx.Node)]
-            tokens += [0] * (3 - len(tokens))
+            given: dict[str, Any] = dict(zip(("query", "key", "value"), node.args, strict=False)) | dict(node.kwargs)
+            inputs = [given[name].meta["val"] for name in ("query", "key", "value")]
+            tokens = [x.numel() // x.shape[-1] for x in inputs]
             for name, parameter in module.named_parameters(recurse=False):
                 if name.endswith("proj_weight"):
                     own = sum(tokens) / 3 if name[0] == "i" else tokens["qkv".index(name[0])]
-                    yield from self._layer(RawWeight(module, name), f"{path}.{name}", node.name, shape, own)
+                    yield from self._layer(RawWeight(module, name), _join(path, name), node.name, shape, own)
                 elif parameter.ndim >= 2:
                     reason = "it is a learned key or value, not the matrix of a layer"
-                    yield parameter, _unsupported(f"{path}.{name}", "parameter", parameter, reason, node.name)
+                    yield parameter, _unsupported(_join(path, name), "parameter", parameter, reason, node.name)
             if isinstance(module.out_proj, nn.Linear):
-                yield from self._layer(module.out_proj, f"{path}.out_proj", node.name, shape, tokens[0])
+                yield from self._layer(module.out_proj, _join(path, "out_proj"), node.name, shape, tokens[0])
             return
         if isinstance(module, nn.RNNBase):
             steps = 1
@@ -237,19 +238,20 @@ class _Search:
                 if parameter.ndim >= 2:
                     dense = RawWeight(module, name)
                     width = (steps, parameter.shape[1])
-                    yield from self._layer(dense, f"{path}.{name}", node.name, width, steps)
+                    yield from self._layer(dense, _join(path, name), node.name, width, steps)
             return
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2 and not isinstance(module.get_submodule(name.rpartition(".")[0]), FactorPair):
-                own = f"{path}.{name}".removesuffix(".weight")
+                own = _join(path, name).removesuffix(".weight")
                 if parametrize.is_parametrized(module):
                     reason = "it is an original of a parametrization that has no factor pair"
                 else:
-                    reason = f"{type(module).__name__} has no factor pair"
+                    options = " with max_norm or scale_grad_by_freq" if isinstance(module, nn.Embedding) else ""
+                    reason = f"{type(module).__name__} has no factor pair{options}"
                 yield parameter, _unsupported(own, type(module).__name__, parameter, reason, node.name)
         for name, child in module.named_modules():
             if isinstance(child, FactorPair):
-                yield child.u.weight, _done(f"{path}.{name}", child, node.name)
+                yield child.u.weight, _done(_join(path, name), child, node.name)
 
 
 def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
@@ -258,6 +260,10 @@ def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
     for name in path.split(".") if path else ():
         module = module.get_submodule(name)
         yield module
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}".strip(".")
 
 
 def _done(name: str, pair: FactorPair, node: str) -> Layer:

@@ -23,6 +23,7 @@ from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
+from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.weights import drop_norm_hooks
 
 
@@ -47,7 +48,7 @@ class Factorize(Pass):
         if gm.get_submodule(target) is not pair:
             gm.set_submodule(target, pair)
         value: fx.Node | None = None
-        children = [name for name in pair.children_in_order if getattr(pair, name) is not None]
+        children = [name for name in pair.children_in_order if pair._modules.get(name) is not None]
         with gm.graph.inserting_before(node):
             for name in children:
                 args, kwargs = ((value,), {}) if value is not None else (node.args, node.kwargs)
@@ -160,6 +161,9 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
 
 def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: FactorPair) -> list[str]:
     """Put a pair in the place, and under the name, of a raw parameter. Returns the paths, one for each of the owner's."""
+    if isinstance(pair, LowRankWeight):
+        siblings = [m.place for m in owner._modules.values() if isinstance(m, LowRankWeight)]
+        pair.place = siblings[0] if siblings else tuple(owner._parameters)
     del owner._parameters[attribute]
     owner._modules[attribute] = pair
     _refresh(owner)
@@ -167,12 +171,15 @@ def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: Fac
     return [f"{path}.{attribute}".lstrip(".") for path in paths]
 
 
-def remove_weight(model: nn.Module, pair: FactorPair, weight: nn.Parameter) -> None:
-    """The way back: a parameter in the place of the pair, wherever that is."""
+def remove_weight(model: nn.Module, pair: LowRankWeight, weight: nn.Parameter) -> None:
+    """The way back: a parameter in the place of the pair, wherever that is, in its old position."""
     for owner in model.modules():
         for attribute in [name for name, child in owner._modules.items() if child is pair]:
             del owner._modules[attribute]
             owner.register_parameter(attribute, weight)
+            known = [n for n in pair.place if n in owner._parameters]
+            for name in [*known, *(n for n in list(owner._parameters) if n not in pair.place)]:
+                owner._parameters[name] = owner._parameters.pop(name)
             _refresh(owner)
 
 

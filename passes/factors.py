@@ -17,6 +17,7 @@ from typing import Any, ClassVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxrank.passes.errors import RankError
 from fxrank.passes.product import FactoredWeight
@@ -151,6 +152,11 @@ class FactorPair(nn.Module):
         bias: Tensor | None = self.v.bias
         return bias
 
+    @property
+    def extra_norm(self) -> Norm | None:
+        """The BatchNorm between the factors, if there is one."""
+        return cast("Norm | None", self._modules.get("norm"))
+
     def extra_repr(self) -> str:
         return f"{self.kind} {self.dense_shape}, rank={self.rank}"
 
@@ -172,6 +178,8 @@ class LowRankLinear(FactorPair):
         return tensor[None]
 
     def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+        # The output projection of torch's attention is a class of its own, which its merged layer must be again.
+        self.dense_class = type(dense) if type(dense) is NonDynamicallyQuantizableLinear else nn.Linear
         first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
         return first, None, nn.utils.skip_init(nn.Linear, self.rank, self.out_features, bias=False, **place)
 
@@ -193,7 +201,7 @@ class LowRankLinear(FactorPair):
     def to_dense(self) -> nn.Module:
         weight = self.fold_dense(self.unfold_v(self.v.weight.detach()) @ self.unfold_u(self.u.weight.detach()))
         dense = nn.utils.skip_init(
-            nn.Linear, self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
+            getattr(self, "dense_class", nn.Linear), self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
         )
         return fill_dense(dense, self, weight, self.bias)
 
@@ -275,7 +283,8 @@ class LowRankEmbedding(FactorPair):
     """`Embedding(n, d)` as `Embedding(n, r)`, the factor `v`, then `r → d`, the factor `u`.
 
     The factors have the shapes of a `Linear(d, n)`'s, so that a tied decoder shares them. Break-even rank `n·d / (n +
-    d)` in parameters; a lookup costs no MACs, the pair's second step `r·d` for each. A maximal norm is not available.
+    d)` in parameters; a lookup costs no MACs, the pair's second step `r·d` for each. A maximal norm and gradients scaled
+    by frequency are not available.
     """
 
     kind = "embedding"
@@ -283,6 +292,7 @@ class LowRankEmbedding(FactorPair):
     children_in_order = ("v", "u")
     num_embeddings: int
     embedding_dim: int
+    padding_idx: int | None
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
@@ -304,6 +314,8 @@ class LowRankEmbedding(FactorPair):
 
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = self.u(self.v(input))
+        if self.padding_idx is not None:  # such places give no gradient, to `u` neither
+            out = torch.where((input == self.padding_idx).unsqueeze(-1), out.detach(), out)
         return out
 
     @property

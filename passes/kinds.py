@@ -58,7 +58,7 @@ def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | No
     if form not in FORMS:
         raise unknown_name("form", form, FORMS)
     kind = dense_type(dense)
-    if kind is None or (kind is nn.Embedding and dense.max_norm is not None):
+    if kind is None or (kind is nn.Embedding and (dense.max_norm is not None or dense.scale_grad_by_freq)):
         return None
     return PAIRS[kind].get(form)
 

@@ -213,10 +213,12 @@ def _embedding(
 ) -> Any:
     if not isinstance(weight, FactoredWeight) or weight.flipped or max_norm is not None or weight.ndim != 2:
         return NotImplemented
-    if len(weight.u) != 1:
+    if len(weight.u) != 1 or scale_grad_by_freq:
         return NotImplemented
-    rows = F.embedding(input, weight.v[0], padding_idx, None, norm_type, scale_grad_by_freq, sparse)
-    return rows @ weight.u[0]
+    out = F.embedding(input, weight.v[0], padding_idx, None, norm_type, False, sparse) @ weight.u[0]
+    if padding_idx is None:
+        return out
+    return torch.where((input == padding_idx % weight.shape[0]).unsqueeze(-1), out.detach(), out)
 
 
 def _conv(function: Callable[..., Tensor]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ multiply through the factors (see `product`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,8 +95,14 @@ class LowRankWeight(FactorPair):
         weight = dense.weight
         assert isinstance(weight, Tensor)
         groups, rows, cols = self.unroll(dense, weight).shape
+        self.place: tuple[str, ...] = ()
         lead = (groups,) if groups > 1 or self.stacked else ()
         return _Factor((*lead, self.rank, cols), place), None, _Factor((*lead, rows, self.rank), place)
+
+    def __init__(self, dense: nn.Module, rank: int, extra_bn: bool = False) -> None:
+        """See `FactorPair`; there is no BatchNorm."""
+        super().__init__(dense, rank)
+        self.__dict__.pop("norm", None)  # `.norm()` is the tensor's
 
     def fold_u(self, u: Tensor) -> Tensor:
         return u.reshape(self.u.weight.shape)
@@ -134,7 +140,7 @@ class LowRankWeight(FactorPair):
         holder.__class__ = RawWeight
         return holder
 
-    # -- standing for the tensor
+    # -- standing for the tensor; `model.to(…)` and its like reach the factors another way, through `_apply`
 
     @classmethod
     def __torch_function__(
@@ -169,16 +175,20 @@ class LowRankWeight(FactorPair):
         product: Tensor = other @ self.weight
         return product
 
-    _ARITHMETIC: ClassVar[tuple[str, ...]] = ("add", "sub", "mul", "truediv", "pow")
 
 
-def _arithmetic(name: str) -> Callable[[LowRankWeight, Any], Any]:
-    def operate(self: LowRankWeight, other: Any) -> Any:
-        return getattr(self.weight, name)(other)
+def _of_the_tensor(name: str) -> Callable[..., Any]:
+    def operate(self: LowRankWeight, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.weight, name)(*args, **kwargs)
 
     return operate
 
 
-for _name in LowRankWeight._ARITHMETIC:
-    for _method in (f"__{_name}__", f"__r{_name}__"):
-        setattr(LowRankWeight, _method, _arithmetic(_method))
+_BINARY = ("add", "sub", "mul", "truediv", "pow")
+_TENSOR_METHODS = (
+    *("to", "float", "half", "double", "bfloat16", "cpu", "cuda", "type"),
+    *("__neg__", "__abs__", "__lt__", "__le__", "__gt__", "__ge__", "__floordiv__"),
+    *(f"__{side}{name}__" for name in _BINARY for side in ("", "r")),
+)
+for _name in _TENSOR_METHODS:
+    setattr(LowRankWeight, _name, _of_the_tensor(_name))

@@ -122,8 +122,10 @@ def _kept(user: fx.Node, value: Tensor, out: Tensor) -> int:
     stack = value.shape[0] if value.ndim == 3 else 1
     if user.target in (F.linear,):
         return stack * int(value.shape[-2])
-    left = user.args[0] if user.op == "call_function" and user.target not in _ADDMM else user.args[1]
-    is_left = isinstance(left, fx.Node) and left.meta["val"] is value
+    operands = [a for a in (*user.args, *user.kwargs.values()) if isinstance(a, fx.Node)]
+    left = operands[1 if user.target in _ADDMM else 0]
+    assert isinstance(left, fx.Node)
+    is_left = left.meta["val"] is value
     return stack * int(value.shape[-2] if is_left else value.shape[-1])
 
 

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.errors import TraceError
 from fxrank.passes.proxies import python_asks_the_values
-from fxrank.passes.tracer import ValueTracer
+from fxrank.passes.tracer import ValueTracer, is_layer
 from fxrank.passes.verify import largest_difference, seeded_outputs
 
 TOLERANCE = 1e-4
@@ -121,6 +122,8 @@ class _Untraceable(TraceError):
 def _trace(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], types: tuple[type[nn.Module], ...], verify: bool
 ) -> TracedModule:
+    if is_layer(model):
+        return _opaque(model, args, kwargs)
     leaves: dict[nn.Module, str] = {}
     notes: list[str] = []
     graphs: dict[bool, fx.Graph] = {}
@@ -151,6 +154,8 @@ def _trace(
                 leaves = {model: problem}
                 traced = _opaque(model, args, kwargs)
     traced.notes = notes
+    # A layer is one node anyhow; here it stands because its values had to be seen in a real run.
+    leaves = {module: reason for module, reason in leaves.items() if not is_layer(module)}
     names = {module: path for path, module in model.named_modules()}
     traced.leaves = {names[module]: reason for module, reason in leaves.items()}
     if leaves:
@@ -247,18 +252,21 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _opaque(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedModule:
-    """The graph of a model that could not be traced: the call of the model itself."""
+    """The graph of a model that could not be traced, or is a layer: the call of the model itself."""
     holder = nn.Module()
     holder.training = model.training
     holder.add_module(WHOLE, model)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
     graph = fx.Graph()
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, (int, float, str, type(None), torch.dtype, torch.device)):
             leaves[i] = graph.placeholder(f"input_{i}")
             leaves[i].meta["val"] = leaf
     call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
-    graph.output(graph.call_module(WHOLE, call_args, call_kwargs))
+    call = graph.call_module(WHOLE, call_args, call_kwargs)
+    if is_layer(model):
+        call.meta["val"] = seeded_outputs(model, args, kwargs)
+    graph.output(call)
     return TracedModule(holder, {True: graph, False: graph})
 
 

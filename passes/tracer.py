@@ -20,6 +20,11 @@ from fxrank.passes.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.raw import LowRankWeight
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether this is a layer itself, not something made of layers: what a trace never looks into."""
+    return dense_type(module) is not None or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+
+
 def _reads_mode(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "training" in code.co_names and all(p.ndim < 2 for p in module.parameters())
