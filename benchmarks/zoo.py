@@ -48,6 +48,11 @@ def _torchvision() -> list[Entry]:
     ]
 
 
+def needs_data(name: str) -> bool:
+    """Whether only a real run shows what the model does: detectors choose boxes by their scores."""
+    return any(part in name for part in _RCNN)
+
+
 def _torchvision_model(name: str) -> nn.Module:
     models = importlib.import_module("torchvision.models")
     options: dict[str, Any] = {"weights": None}

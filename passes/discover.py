@@ -290,6 +290,9 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
     """The shape of the first input."""
     source = node.args[0] if node.args else next(iter(node.kwargs.values()))
     assert isinstance(source, fx.Node)
+    if "val" not in source.meta:  # fx makes the node of a named tuple by itself; its data come first
+        source = source.args[0]
+        assert isinstance(source, fx.Node)
     value = source.meta["val"]
     if isinstance(value, PackedSequence):
         value = value.data

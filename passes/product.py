@@ -294,8 +294,9 @@ def _permute(w: Any, *dims: Any) -> Any:
 
 def _cast(func: Callable[..., Tensor]) -> Callable[..., Any]:
     def cast(w: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(w, FactoredWeight):
-            return NotImplemented
+        if not isinstance(w, FactoredWeight):  # `x.to(W)`: its dtype and device are asked for
+            like = next(a for a in (*args, *kwargs.values()) if isinstance(a, FactoredWeight))
+            return w.to(dtype=like.dtype, device=like.device)
         return FactoredWeight(func(w.u, *args, **kwargs), func(w.v, *args, **kwargs), tuple(w.shape), w.flipped)
 
     return cast

@@ -37,7 +37,7 @@ def uses(read: fx.Node) -> tuple[list[Use], list[str]]:
     while todo:
         node = todo.pop(0)
         for user in node.users:
-            if only_looks(user):
+            if only_looks(user, node):
                 continue
             use = _product(user, node)
             if use is not None:
@@ -51,10 +51,12 @@ def uses(read: fx.Node) -> tuple[list[Use], list[str]]:
     return products, sorted(others)
 
 
-def only_looks(node: fx.Node) -> bool:
+def only_looks(node: fx.Node, weight: fx.Node) -> bool:
     """Whether a reader of a weight takes its dtype, device or shape only, which a pair tells as well: no tensor comes of
     it, and it is no assignment.
     """
+    if node.op == "call_method" and node.target in ("to", "type_as") and node.args[0] is not weight:
+        return True  # `x.to(weight)` asks for its dtype and device
     value = node.meta.get("val")
     return value is not None and not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
 

@@ -94,7 +94,8 @@ def standardizes(layer: nn.Module) -> bool:
     al. 2019, weight standardization; `StdConv2d` and `ScaledStdConv2d` in timm). Found out by calling it once.
     """
     kind = type(layer)
-    if not isinstance(layer, nn.Conv2d) or kind.forward is nn.Conv2d.forward or layer.weight is None:
+    own = layer._parameters.get("weight")  # reading `.weight` would leave a node in a graph being traced
+    if not isinstance(layer, nn.Conv2d) or kind.forward is nn.Conv2d.forward or own is None:
         return False
     if kind not in _STANDARDIZING:
         try:
@@ -102,7 +103,6 @@ def standardizes(layer: nn.Module) -> bool:
         except Exception:
             _STANDARDIZING[kind] = False  # it does something else altogether, and is traced like any module
         else:
-            own = layer.weight
             _STANDARDIZING[kind] = used is not own and used.shape == own.shape
     return _STANDARDIZING[kind]
 
