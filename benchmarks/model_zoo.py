@@ -73,7 +73,9 @@ def study(entry: zoo.Entry, *, meta: bool, max_parameters: int) -> dict[str, Any
     layers = discover(graph, model)
     row |= _reach(graph, layers) | _sizes(model, layers)
     if not large and next(model.parameters()).device.type != "meta":
-        row |= _differences(model, example, graph, double=row["macs"] <= DOUBLE_MACS)
+        # What a detector returns is chosen by comparing scores, and changes with the last digit: its parts are compared.
+        parts = [*_innermost(graph)] if zoo.needs_data(entry.name) else []
+        row |= _differences(model, example, parts, double=row["macs"] <= DOUBLE_MACS)
     row["seconds"] = round(time.perf_counter() - start, 1)
     return row
 
@@ -114,27 +116,31 @@ def _sizes(model: nn.Module, layers: Sequence[Layer]) -> dict[str, Any]:
     }
 
 
-def _differences(model: nn.Module, example: Any, graph: TracedModule, double: bool) -> dict[str, Any]:
-    """Largest relative difference to the full-rank factorization: outputs in float32, outputs and gradients in float64."""
+def _differences(model: nn.Module, example: Any, parts: Sequence[str], double: bool) -> dict[str, Any]:
+    """Largest relative difference to the full-rank factorization: outputs in float32, outputs and gradients in float64;
+    of `parts`, if there are any, in place of the model's own outputs.
+    """
+
+    def difference(small: nn.Module, example: Any) -> float:
+        return part_difference(model, small, example, parts) if parts else output_difference(model, small, example)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # full-rank pairs are larger than the layers, as they must be here
-        small = fxrank.factorize(model, example, rank=1.0, include="*")
-        if not graph.whole:
-            # What a detector returns is chosen by comparing scores, and changes with the last digit: its parts are compared.
-            return {"float32": _region_difference(model.eval(), small.eval(), example, list(_innermost(graph)))}
-        found: dict[str, Any] = {"float32": output_difference(model.eval(), small.eval(), example)}
+        small = fxrank.factorize(model.eval(), example, rank=1.0, include="*")
+        found: dict[str, Any] = {"float32": difference(small, example)}
         del small
         if not double:
             return found
-        to = _to_double(model), pytree.tree_map_only(Tensor, _double, example)
+        model, example = _to_double(model), pytree.tree_map_only(Tensor, _double, example)
         try:
-            small = fxrank.factorize(*to, rank=1.0, include="*")
-            found["float64"] = output_difference(model.eval(), small.eval(), to[1])
+            small = fxrank.factorize(model, example, rank=1.0, include="*")
+            found["float64"] = difference(small, example)
         except Exception as error:  # an operation without double precision (grouped matrix products)
             return found | {"float64": None, "note64": f"{type(error).__name__}: {str(error)[:80]}"}
         try:
-            found["float64_train"] = output_difference(model.train(), small.train(), to[1])
-            found["gradients"] = _gradient_difference(model, small, to[1])
+            model.train(), small.train()
+            found["float64_train"] = difference(small, example)
+            found["gradients"] = _gradient_difference(model, small, example)
         except Exception as error:  # detectors need targets to train
             found["note_train"] = f"{type(error).__name__}: {str(error)[:80]}"
     return found
@@ -146,8 +152,8 @@ def _innermost(graph: TracedModule, prefix: str = "") -> Iterator[str]:
         yield from _innermost(region, here) if region.regions else [here]
 
 
-def _region_difference(model: nn.Module, small: nn.Module, example: Any, paths: Sequence[str]) -> float:
-    """Largest difference over the parts, each on the inputs of its first call in the whole model."""
+def part_difference(model: nn.Module, small: nn.Module, example: Any, paths: Sequence[str]) -> float:
+    """Largest relative difference over modules of two models, each on the inputs of its first call in the first model."""
     calls: dict[str, Any] = {}
     handles = [
         model.get_submodule(path).register_forward_pre_hook(

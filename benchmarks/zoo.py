@@ -98,12 +98,19 @@ tnt_s_legacy_patch16_224 tresnet_m twins_svt_small vgg11 visformer_tiny test_vit
 test_vit_relpos samvit_base_patch16_224 vitamin_small_224 volo_d1_224 ese_vovnet19b_slim_dw legacy_xception
 xception41p xcit_nano_12_p8_224
 """
-"""The registered variant with the fewest parameters of each timm module (1.0.31), and some of other makes."""
+"""The registered variant with the fewest parameters of each timm module (1.0.31)."""
+WELL_KNOWN = """
+resnet50 wide_resnet50_2 convnext_tiny convnextv2_tiny vit_base_patch16_224 vit_base_patch16_clip_224
+vit_small_patch14_dinov2 deit3_small_patch16_224 eva02_tiny_patch14_224 beitv2_base_patch16_224
+maxvit_tiny_tf_224 coatnet_0_rw_224 caformer_s18 efficientnet_b0 tf_efficientnetv2_s mobilenetv3_large_100
+mobilenetv4_conv_small mixer_b16_224 resmlp_12_224
+"""
+"""What most people take from timm, and some makes that the smallest variants lack."""
 
 
 def _timm(every: bool = False) -> list[Entry]:
     timm = importlib.import_module("timm")
-    names = timm.list_models() if every else TIMM.split()
+    names = timm.list_models() if every else (TIMM + WELL_KNOWN).split()
     return [Entry("timm", n, partial(_timm_model, n), partial(_timm_example, n)) for n in names]
 
 

@@ -172,8 +172,8 @@ def _graph(
     leaves: dict[nn.Module, str],
     leaves_may_grow: bool = True,
 ) -> tuple[fx.Graph, dict[str, Tensor], bool]:
-    """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be traced joins `leaves`, with the reason,
-    and the trace begins anew.
+    """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
+    traced joins `leaves`, with the reason, and the trace begins anew.
     """
     first: TraceError | None = None
     while True:
@@ -325,15 +325,20 @@ def _calls_inside(
     notes: list[str],
 ) -> dict[str, tuple[nn.Module, tuple[Any, ...], dict[str, Any]]]:
     """The outermost modules that the untraceable ones call, in the order of the calls, each with the inputs of its first
-    call in a real run.
+    completed call in a real run.
     """
+    begun: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
 
-    def remember(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        seen.setdefault(module, (inputs, named))
+    def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        begun[module] = inputs, named
 
-    inside = [m for leaf in leaves for child in leaf.children() for m in child.modules()]
-    handles = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in dict.fromkeys(inside)]
+    def end(module: nn.Module, *_: Any) -> None:
+        seen.setdefault(module, begun[module])  # a call that raised, and was caught by the forward, does not count
+
+    inside = dict.fromkeys(m for leaf in leaves for child in leaf.children() for m in child.modules())
+    handles = [m.register_forward_pre_hook(begin, with_kwargs=True) for m in inside]
+    handles += [m.register_forward_hook(end) for m in inside]
     try:
         seeded_outputs(model, args, kwargs)
     except Exception as error:

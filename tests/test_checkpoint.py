@@ -242,7 +242,10 @@ def test_missing_files_and_folders(saved, tmp_path):
             {"kind": "conv2d"},
             "layers must match the plan; '2' is Linear with weight (16, 16), the plan has conv2d with (16, 16).",
         ),
-        ({"form": "tucker"}, "form must be one of 'channel'; got 'tucker'."),
+        (
+            {"form": "tucker"},
+            "a plan's forms must be among channel, qkv, stack; '2' has 'tucker'. Install the fxrank that wrote the plan.",
+        ),
         ({"extra_bn": True}, "every tensor of the model must be stored"),
     ],
 )

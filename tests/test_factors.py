@@ -188,29 +188,39 @@ def test_ranks_outside_the_full_rank_are_refused(rank):
 
 
 def test_other_layers_and_forms_are_refused():
+    text = (
+        "only Linear, NonDynamicallyQuantizableLinear, Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, "
+        "ConvTranspose3d, Embedding have a factor pair; got Bilinear. Leave this layer dense."
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(text)}$"):
+        make_pair(nn.Bilinear(2, 2, 2), 1)
     with pytest.raises(
-        TypeError, match=re.escape("only Linear, Conv2d have a factor pair; got Conv1d. Leave this layer")
-    ):
-        make_pair(nn.Conv1d(1, 1, 1), 1)
-    with pytest.raises(
-        ValueError, match=re.escape("form must be one of 'channel'; got 'chanel'. Did you mean 'channel'?")
+        ValueError,
+        match=re.escape("form must be one of 'channel', 'qkv', 'stack'; got 'chanel'. Did you mean 'channel'?"),
     ):
         make_pair(nn.Linear(2, 2), 1, form="chanel")
 
 
 @pytest.mark.parametrize("base", [nn.Linear, nn.Conv2d])
-def test_subclasses_are_not_mistaken_for_their_base(base):
-    derived = type("Standardized", (base,), {})
-    layer = derived(4, 4, *([1] if base is nn.Conv2d else []))
-    assert pair_class(layer) is None
-    with pytest.raises(TypeError, match="got Standardized"):
-        make_pair(layer, 1)
+def test_subclasses_count_as_their_base_if_they_inherit_its_forward(base):
+    class Renamed(base):
+        pass
+
+    class Doubled(base):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    options = [1] if base is nn.Conv2d else []
+    assert pair_class(Renamed(4, 4, *options)) is PAIRS[base]["channel"]
+    assert pair_class(Doubled(4, 4, *options)) is None
+    with pytest.raises(TypeError, match="got Doubled"):
+        make_pair(Doubled(4, 4, *options), 1)
 
 
-def test_the_table_of_pairs_is_consistent():
-    for dense_type, forms in PAIRS.items():
-        for form, cls in forms.items():
-            assert (cls.form, cls.dense_type) == (form, dense_type)
+def test_embeddings_that_change_as_they_are_read_have_no_pair():
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}):
+        with pytest.raises(TypeError, match="got Embedding"):
+            make_pair(nn.Embedding(4, 4, **options), 1)
 
 
 def test_repr_tells_the_rank():

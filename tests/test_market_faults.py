@@ -101,17 +101,39 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", OTHERS)
-def test_other_kinds_are_left_alone_with_their_reason(kind):
+def test_other_kinds_are_rewritten_and_not_passed_over(kind):
     layer, shape = OTHERS[kind]
     width = torch.Size(layer(torch.zeros(shape)).shape).numel() // 2
     model = nn.Sequential(layer, nn.Flatten(), nn.Linear(width, 8), nn.Linear(8, 2))
     x = torch.randn(shape)
-    small = fxrank.factorize(model, x, rank=0.25, include="*")
-    assert type(small[0]) is type(layer)
-    assert torch.equal(small[0].weight, layer.weight)
-    assert fxrank.plan_of(small).layer("0").reason == f"{kind} has no factor pair"
-    with pytest.raises(TypeError, match=f"only Linear, Conv2d have a factor pair; got {kind}"):
-        make_pair(layer, 1)
+    small = fxrank.factorize(model, x, rank={"0": 2})
+    error = pair_error(layer, small[0])
+    assert error.spectral == pytest.approx(error.bound, rel=1e-5)  # float32
+    with pytest.warns(UserWarning, match="break-even"):
+        small = fxrank.factorize(model, x, rank=1.0, include="*")
+    assert len(pairs_in(small)) == 3
+    assert output_difference(model, small, x) <= ROUNDING
+
+
+class Bilinear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.body, self.head = (
+            nn.Linear(4, 4),
+            nn.Bilinear(4, 4, 4),
+            nn.Linear(4, 4),
+            nn.Linear(4, 2),
+        )
+
+    def forward(self, x):
+        return self.head(self.body(self.mix(self.stem(x), x)))
+
+
+def test_a_kind_without_a_pair_is_left_alone_with_its_reason():
+    small = fxrank.factorize(Bilinear(), torch.randn(2, 4), rank=1)
+    assert type(small.mix) is nn.Bilinear
+    assert fxrank.plan_of(small).layer("mix").reason == "Bilinear has no factor pair"
+    assert fxrank.plan_of(small).R == {"body": 1}
 
 
 def test_full_rank_results_equal_the_original():
@@ -143,13 +165,13 @@ def test_a_rank_below_break_even_makes_the_layer_smaller_and_one_at_it_does_not(
 
 
 def test_nothing_replaced_is_an_error_with_every_reason():
-    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Conv1d(4, 4, 1), nn.Flatten(), nn.Linear(20, 2))
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Conv1d(4, 4, 1, groups=4), nn.Flatten(), nn.Linear(20, 2))
     with pytest.raises(fxrank.NothingToFactorizeError) as caught:
         fxrank.factorize(model, torch.randn(2, 3, 5), rank=0.5)
     assert str(caught.value).splitlines() == [
         "at least one layer must be factorizable; 0 of 3 are:",
-        "  0 (Conv1d): Conv1d has no factor pair",
-        "  1 (Conv1d): Conv1d has no factor pair",
+        "  0 (conv1d): first layer of the graph, left dense by default",
+        "  1 (conv1d): a pair of rank 1 would not save anything: break-even is 0.5",
         "  3 (linear): last layer of the graph, left dense by default",
         "Name layers to take in with include=… ('*' takes everything).",
     ]

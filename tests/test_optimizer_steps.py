@@ -330,7 +330,7 @@ def test_a_weight_with_one_number():
     optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, 3.0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of course it is above break-even
-        plan = fxrank.plan_of(fxrank.factorize(model, torch.ones(2, 1).double(), rank=1))
+        plan = fxrank.plan_of(fxrank.factorize(model, torch.ones(2, 1).double(), rank={"1": 1}))
     (r,) = apply_plan(model, plan)
     swap_parameters(optimizer, [r])
     assert optimizer.state[r.pair.u.weight]["momentum_buffer"] == 3.0 * r.pair.v.weight

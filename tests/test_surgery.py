@@ -63,11 +63,14 @@ def test_rank_errors(rank, error, text):
 
 
 def test_naming_a_layer_that_cannot_be_factorized():
-    model = nn.Sequential(nn.Conv1d(1, 1, 1), nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(
-        ValueError, match=re.escape("layer '0' cannot be factorized: Conv1d has no factor pair. Leave it out of rank=.")
-    ):
-        fxrank.factorize(model, torch.randn(2, 1, 4), rank={"0": 1})
+    class Halved(nn.Linear):
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight / self.weight.sum())
+
+    model = nn.Sequential(Halved(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    text = "layer '0.weight' cannot be factorized: no layer multiplies with it; it is read by sum_1, truediv. Leave it out of rank=."
+    with pytest.raises(ValueError, match=re.escape(text)):
+        fxrank.factorize(model, torch.randn(2, 4), rank={"0.weight": 1})
 
 
 def test_one_warning_lists_ranks_above_break_even():
@@ -356,7 +359,8 @@ def test_selection_errors():
     ):
         fxrank.factorize(net(), X, exclude=[2])
     with pytest.raises(
-        ValueError, match=re.escape("form must be one of 'channel'; got 'chanel'. Did you mean 'channel'?")
+        ValueError,
+        match=re.escape("form must be one of 'channel', 'qkv', 'stack'; got 'chanel'. Did you mean 'channel'?"),
     ):
         fxrank.factorize(net(), X, form="chanel")
     with pytest.raises(

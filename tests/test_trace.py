@@ -118,13 +118,19 @@ class Branch(nn.Module):
         return self.linear(x) if x.sum() > 0 else x
 
 
-def test_data_dependent_control_flow_is_refused_with_the_module_and_the_fix():
-    text = "failed in 'inner.1' (Branch) with TypeError: bool() of the tensor"
-    with pytest.raises(fxrank.TraceError, match=re.escape(text)) as caught:
-        trace(DataDependent(), torch.randn(2, 4))
-    assert "leaf_modules" in str(caught.value)
-    gm = trace(DataDependent(), torch.randn(2, 4), leaf_modules=(Branch,))
+def test_a_module_that_branches_on_data_is_one_node_and_what_it_calls_a_region():
+    model, x = DataDependent(), torch.ones(2, 4)
+    model.inner[0].weight.data.fill_(1)  # a positive sum: the branch is taken
+    gm = trace(model, x)
+    assert not gm.whole
+    assert list(gm.leaves) == ["inner.1"]
+    assert gm.leaves["inner.1"].startswith("TypeError: bool() of the tensor 'gt' needs its data")
     assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["inner.0", "inner.1", "head"]
+    assert list(gm.regions) == ["inner.1.linear"]
+    other = trace(model, x, leaf_modules=(Branch,))
+    assert [n.target for n in other.graph.nodes if n.op == "call_module"] == ["inner.0", "inner.1", "head"]
+    small = fxrank.factorize(model, x, rank=1)
+    assert fxrank.plan_of(small).R == {"inner.1.linear": 1}
 
 
 def test_an_example_that_does_not_fit_is_refused():
@@ -550,21 +556,27 @@ class CatchesThenFails(Plain):
 
 
 def test_a_module_whose_error_was_caught_is_not_blamed():
-    with pytest.raises(fxrank.TraceError, match=r"CatchesThenFails failed in its own forward with TypeError: bool\(\)"):
-        trace(CatchesThenFails(), torch.randn(2, 4))
+    gm = trace(CatchesThenFails(), torch.ones(2, 4))
+    (reason,) = gm.leaves.values()
+    assert list(gm.leaves) == [""]
+    assert "CatchesThenFails failed in its own forward with TypeError: bool()" in reason
+    assert list(gm.regions) == ["first"]  # the call of `second` never ended
 
 
 @pytest.mark.parametrize(
     ("question", "name"),
     [(bool, "bool"), (int, "int"), (float, "float"), (operator.index, "index")],
 )
-def test_questions_about_data_are_refused(question, name):
+def test_questions_about_data_make_a_leaf(question, name):
     class Asks(Plain):
         def middle(self, x):
-            return x * question(x.sum())
+            return x * question(x.sum().long())
 
-    with pytest.raises(fxrank.TraceError, match=rf"TypeError: {name}\(\) of the tensor 'sum_1' needs its data"):
-        trace(Asks(), torch.randn(2, 4))
+    model, x = Asks(), torch.randn(2, 4)
+    gm = trace(model, x)
+    assert f"TypeError: {name}() of the tensor 'long' needs its data" in gm.leaves[""]
+    assert list(gm.regions) == ["first", "second"]
+    assert all(torch.equal(a, b) for a, b in zip([gm(x)], [model(x)], strict=True))
 
 
 def test_describe():
