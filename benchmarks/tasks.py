@@ -112,7 +112,7 @@ def noam(optimizer: Optimizer, total: int) -> tuple[Any, str]:
 
 
 def plateau(optimizer: Optimizer, total: int) -> tuple[Any, str]:
-    """A quarter of the rate after each epoch without a better validation loss (Pufferfish's LSTM; spec §2.6)."""
+    """A quarter of the rate after each epoch without a better validation loss (as Pufferfish trains its LSTM)."""
     return ReduceLROnPlateau(optimizer, factor=0.25, patience=0), "epoch"
 
 
@@ -163,7 +163,7 @@ def _sst2(file: Path, count: int | None) -> dict[str, Tensor]:
 
 
 def _transformer_policy(epochs: int) -> fxrank.Policy:
-    """The papers' recipe for vision Transformers: scaled stable ranks, at least half of the full rank (spec §3.4)."""
+    """The papers' recipe for vision Transformers: scaled stable ranks, at least half of the full rank (as the reference code does)."""
     return fxrank.Cuttlefish(min_ratio=0.5)
 
 
@@ -224,7 +224,7 @@ def minilm_sst2(data: Path, scale: float = 1.0, *, train: int = 3072, test: int 
     """The pretrained MiniLM-L6 on SST-2: dicts of `input_ids` and `attention_mask` `(N, ≤ 64)` and `labels` `(N,)`.
 
     Switched after one of three epochs at the latest, with the learning rate raised from 3e-5 to 4e-5, as the
-    reference code does with BERT (spec §4.6). The encoder arrives pretrained, so ξ is that of a random matrix.
+    reference code does with BERT. The encoder arrives pretrained, so ξ is that of a random matrix.
     """
     columns = _sst2(data / "glue/SST-2/train.tsv", max(batch, round(train * scale)))
     tested = _sst2(data / "glue/SST-2/dev.tsv", test)
@@ -284,7 +284,7 @@ def lstm_wikitext2(
     data: Path, scale: float = 1.0, *, length: int = 35, width: int = 320, at_least: int = 3, batch: int = 20
 ) -> Task:
     """Pufferfish's LSTM, trained on WikiText-2's validation split and tested on its test split: words and targets
-    `(N, 35)`. E is a quarter of the epochs, the rate is halved at the switch (spec §2.6: E = 10 of 40).
+    `(N, 35)`. E is a quarter of the epochs, the rate is halved at the switch, as Pufferfish does (E = 10 of 40).
     """
     words = [
         [w for line in file.read_text(encoding="utf-8").splitlines() for w in [*line.split(), "</s>"]]
@@ -320,7 +320,7 @@ def multi30k(
     batch: int = 32,
 ) -> Task:
     """A Transformer from German to English: source and target so far `(N, ≤ 40)`, targets `(N, ≤ 40)` with -100 for
-    padding. The first encoder and decoder layer stay dense and the warm-up is repeated (spec §2.7).
+    padding. The first encoder and decoder layer stay dense and the warm-up is repeated, as Pufferfish does.
     """
     pairs = _pairs(data, "train")
     known = vocabulary((word for pair in pairs for side in pair for word in side), at_least)

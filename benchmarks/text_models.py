@@ -48,7 +48,7 @@ class CharTransformer(nn.Module):
 
 
 class LstmLanguageModel(nn.Module):
-    """Pufferfish's word model, smaller (spec §2.6): a two-layer LSTM whose embedding is its decoder too.
+    """Pufferfish's word model, smaller (Wang et al. 2021, §4.1): a two-layer LSTM whose embedding is its decoder too.
 
     Tokens `(N, T)` to logits `(N, T, vocabulary)`. Every window starts from the zero state: the first words of a
     window have no context, which costs a little perplexity, for all runs alike.
@@ -70,7 +70,7 @@ class LstmLanguageModel(nn.Module):
 
 
 class Translator(nn.Module):
-    """An encoder-decoder Transformer; both embeddings and the projection are one matrix (spec §2.7).
+    """An encoder-decoder Transformer; both embeddings and the projection are one matrix (Vaswani et al. 2017, §3.4).
 
     Source `(N, S)` and the target so far `(N, T)`, padded with 0, `S, T ≤ length`, to logits `(N, T, vocabulary)`.
     """

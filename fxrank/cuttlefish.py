@@ -110,7 +110,7 @@ class Cuttlefish(Policy):
 
     @classmethod
     def reference(cls) -> "Cuttlefish":
-        """The reference code's detector on CIFAR (spec §3.3): window 15, tail 11, relaxed for the last two layers,
+        """The reference code's detector on CIFAR: window 15, tail 11, relaxed for the last two layers,
         a second warm-up after the switch.
         """
         return cls(

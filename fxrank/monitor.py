@@ -62,7 +62,7 @@ class SlopeDetector(Detector):
 
 @dataclass(frozen=True)
 class ReferenceDetector(Detector):
-    """The detector of the reference code (spec §3.3), kept for comparison: rounded-down ranks, an exponential
+    """The detector of the reference code, kept for comparison: rounded-down ranks, an exponential
     moving average, sticky verdicts.
 
     With `w = 2/(window + 1)` the average is `ema = w·x + (1-w)·ema`; a layer settles when the mean of the last
@@ -97,7 +97,7 @@ class ReferenceDetector(Detector):
 
 
 def moving_average(values: Sequence[float] | np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
-    """Exponential moving average with weight `2/(window + 1)`, started at the first value (spec §3.3)."""
+    """Exponential moving average with weight `2/(window + 1)`, started at the first value."""
     weight = 2 / (window + 1)
     out = [float(values[0])]
     for value in values[1:]:

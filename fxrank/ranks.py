@@ -85,7 +85,7 @@ def rank_rule(name: str) -> Callable[[Evidence], float]:
 
 def whole_rank(value: float, full_rank: int) -> int:
     """Round up once, into `1 … full_rank`. The slack of 1e-9 keeps rounding from turning a full rank into `full
-    rank + 1` (spec §3.4).
+    rank + 1`.
     """
     return min(full_rank, max(1, math.ceil(value - 1e-9)))
 

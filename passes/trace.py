@@ -30,6 +30,7 @@ from fxrank.passes.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.errors import TraceError
 from fxrank.passes.proxies import python_asks_the_values
 from fxrank.passes.tracer import ValueTracer, is_layer
+from fxrank.passes.values import Values
 from fxrank.passes.verify import largest_difference, seeded_outputs
 
 TOLERANCE = 1e-4
@@ -128,8 +129,9 @@ def _trace(
     notes: list[str] = []
     graphs: dict[bool, fx.Graph] = {}
     mode = model.training
+    values = Values()
     try:
-        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves)
+        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values)
     except _Untraceable as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
@@ -139,7 +141,7 @@ def _trace(
         else:
             try:
                 with _in_mode(model, not mode):
-                    other, more, _ = _graph(model, args, kwargs, types, dict(leaves), leaves_may_grow=False)
+                    other, more, _ = _graph(model, args, kwargs, types, dict(leaves), values, leaves_may_grow=False)
             except TraceError as error:
                 notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
             else:
@@ -170,6 +172,7 @@ def _graph(
     kwargs: dict[str, Any],
     types: tuple[type[nn.Module], ...],
     leaves: dict[nn.Module, str],
+    values: Values,
     leaves_may_grow: bool = True,
 ) -> tuple[fx.Graph, dict[str, Tensor], bool]:
     """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
@@ -177,7 +180,7 @@ def _graph(
     """
     first: TraceError | None = None
     while True:
-        tracer = ValueTracer(args, kwargs, types, leaves)
+        tracer = ValueTracer(args, kwargs, types, leaves, values)
         try:
             with _restored(model), python_asks_the_values(tracer):
                 graph = tracer.trace(model)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
@@ -18,6 +18,7 @@ from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_type
 from fxrank.passes.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.values import Values
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -31,7 +32,9 @@ def _reads_mode(module: nn.Module) -> bool:
 
 
 class ValueTracer(fx.Tracer):
-    """Traces one call. `leaf_types` are classes, `leaves` modules, to keep as one node."""
+    """Traces one call. `leaf_types` are classes, `leaves` modules, to keep as one node; `values` may be shared by the
+    traces of one model.
+    """
 
     proxy_buffer_attributes = True
 
@@ -39,13 +42,14 @@ class ValueTracer(fx.Tracer):
         self,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        leaf_types: tuple[type[nn.Module], ...] = (),
-        leaves: Container[nn.Module] = (),
+        leaf_types: tuple[type[nn.Module], ...],
+        leaves: Container[nn.Module],
+        values: Values,
     ) -> None:
         super().__init__()
         self._call = (args, kwargs)
         self._leaf_types, self._leaves = leaf_types, leaves
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._values = values
         self.asked_mode = False
         self.isinstance: tuple[Any, Any] | None = None
         """Python's own `isinstance`, and the one that is put in its place while tracing; see `python_asks_the_values`."""
@@ -144,7 +148,7 @@ class ValueTracer(fx.Tracer):
 
     def _placeholder(self, name: str, value: Tensor) -> fx.Proxy:
         proxy = super().create_proxy("placeholder", name, (), {})
-        proxy.node.meta["val"] = self._mode.from_tensor(value, static_shapes=True)
+        proxy.node.meta["val"] = self._values.fake(value)
         return proxy
 
     # -- values
@@ -171,32 +175,28 @@ class ValueTracer(fx.Tracer):
             with torch.no_grad():
                 if kind == "call_module":
                     return self._leaf_value(self.root.get_submodule(target), args, kwargs)
-                with self._mode:
-                    if kind == "get_attr":
-                        return self._fake(operator.attrgetter(target)(self.root))
-                    if kind == "call_function":
-                        return target(*args, **kwargs)
-                    assert kind == "call_method", kind
-                    return getattr(args[0], target)(*args[1:], **kwargs)
+                if kind == "get_attr":
+                    return self._values.fake(operator.attrgetter(target)(self.root))
+                if kind == "call_function":
+                    return self._values.of_function(target, args, kwargs)
+                assert kind == "call_method", kind
+                return self._values.of_method(target, args, kwargs)
         finally:
             self._evaluating = False
             if self.isinstance:
                 builtins.isinstance = self.isinstance[1]
 
     def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
-        # Its state becomes fake first: an in-place update of a buffer (BatchNorm's counter) must not reach the real one.
-        state = {name: self._fake(t) for name, t in [*leaf.named_parameters(), *leaf.named_buffers()]}
         visit = self._visits[leaf]
         self._visits[leaf] += 1
         try:
-            with self._mode:
-                return torch.func.functional_call(leaf, state, args, kwargs)
+            return self._values.of_module(leaf, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             if not self._kept_whole(leaf):
                 raise
         if leaf not in self._returned:
             self._returned[leaf] = self._really_returned(leaf)
-        return self._fake(self._returned[leaf][visit])
+        return self._values.fake(self._returned[leaf][visit])
 
     def _kept_whole(self, module: nn.Module) -> bool:
         return isinstance(module, self._leaf_types) or module in self._leaves
@@ -216,9 +216,6 @@ class ValueTracer(fx.Tracer):
             for buffer, value in buffers:
                 buffer.copy_(value)
         return returned
-
-    def _fake(self, tree: Any) -> Any:
-        return pytree.tree_map_only(Tensor, lambda t: self._mode.from_tensor(t.detach(), static_shapes=True), tree)
 
     def culprit(self, error: Exception) -> nn.Module | None:
         """The innermost module that this error came out of, None for the traced module itself. An earlier one may have
