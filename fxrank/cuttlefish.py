@@ -22,8 +22,9 @@ class Cuttlefish(Policy):
     """E, K and R by themselves (Wang et al., MLSys 2023).
 
     - E: switch when the stable rank of every eligible layer has settled. `epsilon` is in percent of the full rank
-      per 1/300 of the run; see `SlopeDetector`. `latest` is the share of the run at which the switch is made in any
-      case, None for never.
+      per 1/300 of the run; see `SlopeDetector`. With `wait`, settled ranks of which none is below break-even yet do
+      not count: a run that has hardly begun is flat as well. `latest` is the share of the run at which the switch is
+      made in any case, None for never.
     - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is faster than
       `speedup_threshold` times. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
@@ -40,6 +41,7 @@ class Cuttlefish(Policy):
     rank_metric: str = "scaled_stable_rank"
     epsilon: float = 0.1
     window: int = 25
+    wait: bool = True
     latest: float | None = 0.5
     speedup_threshold: float | None = 1.5
     probe_ratio: float = 0.25
@@ -96,6 +98,7 @@ class Cuttlefish(Policy):
             samples="epoch",
             k_rule="prefix",
             round_to=1,
+            wait=False,
             latest=None,
         )
 
@@ -114,7 +117,13 @@ class Cuttlefish(Policy):
         a second warm-up after the switch.
         """
         return cls(
-            test=ReferenceDetector(), samples="epoch", k_rule="prefix", round_to=1, latest=None, rewarmup=5 / 300
+            test=ReferenceDetector(),
+            samples="epoch",
+            k_rule="prefix",
+            round_to=1,
+            wait=False,
+            latest=None,
+            rewarmup=5 / 300,
         )
 
     @property
@@ -156,12 +165,25 @@ class Cuttlefish(Policy):
     def ready(self, clock: Clock, scene: Scene) -> str | None:
         assert scene.monitor is not None
         watched = scene.watched(self.eligible(scene))
-        if watched and watched <= scene.monitor.settled:
+        if watched and watched <= scene.monitor.settled and (not self.wait or self._saves(watched, scene)):
             return f"the ranks of all {len(watched)} eligible layers have settled"
         if self.latest is not None and clock.step >= self.latest * clock.total_steps:
             unsettled = sorted(watched - scene.monitor.settled)
             return f"deadline at {self.latest:g} of the run; {len(unsettled)} of {len(watched)} layers had not settled"
         return None
+
+    def _saves(self, watched: frozenset[str], scene: Scene) -> bool:
+        """Whether a layer's rank is below break-even by now, as far as its stable rank tells."""
+        if self.rank_metric not in ("scaled_stable_rank", "max_scaled_accumulative"):
+            return True
+        assert scene.monitor is not None
+        stable_ranks = scene.monitor.latest()
+        return any(
+            whole_rank(max(self._xi_of(a, scene) * stable_ranks[a.name], self.min_ratio * a.full_rank), a.full_rank)
+            < a.break_even_rank
+            for a in scene.layers
+            if a.name in watched
+        )
 
     def decide(self, scene: Scene) -> list[LayerDecision]:
         slow = self.eligible(scene)

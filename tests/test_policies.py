@@ -308,9 +308,12 @@ def test_a_number_to_round_to_is_obeyed_with_timing_too():
 # -- E
 
 
-def ready(policy, settled, step=0):
+def ready(policy, settled, step=0, fallen=0.2):
     scene = scene_of(SixLayers(), X)
     scene.monitor = RankMonitor(scene.layers, scene.model, SlopeDetector(), 1)
+    scene.monitor.observe(0, exact=True)
+    for curve in scene.monitor.curves.values():
+        curve.append(fallen * curve[0])
     scene.monitor.settled = frozenset(settled)
     return policy.ready(Clock(step, 100, 10), scene)
 
@@ -319,6 +322,20 @@ def test_switches_when_all_eligible_layers_have_settled():
     assert ready(UNTIMED, ["l1", "l2", "l3"], 49) is None
     assert ready(UNTIMED, ["l1", "l2", "l3", "l4"], 49) == "the ranks of all 4 eligible layers have settled"
     assert ready(UNTIMED, ["l0", "l5"], 0) is None
+
+
+@pytest.mark.parametrize("metric", ["scaled_stable_rank", "max_scaled_accumulative"])
+def test_ranks_that_have_settled_where_they_save_nothing_do_not_count(metric):
+    policy = dataclasses.replace(UNTIMED, rank_metric=metric)
+    settled = ["l1", "l2", "l3", "l4"]
+    assert ready(policy, settled, 49, fallen=0.99) is None
+    assert ready(policy, settled, 49, fallen=0.2) is not None
+    assert ready(dataclasses.replace(policy, min_ratio=0.9), settled, 49, fallen=0.2) is None
+    assert ready(policy, settled, 50, fallen=0.99) == "deadline at 0.5 of the run; 0 of 4 layers had not settled"
+    assert ready(dataclasses.replace(policy, wait=False), settled, 49, fallen=0.99) is not None
+    assert ready(dataclasses.replace(policy, rank_metric="energy"), settled, 49, fallen=0.99) is not None
+    assert not fxrank.Cuttlefish.paper().wait
+    assert not fxrank.Cuttlefish.reference().wait
 
 
 def test_deadline():
