@@ -5,6 +5,7 @@ A policy is a frozen dataclass of options. The session asks it three things: whi
 """
 
 import fnmatch
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -156,17 +157,25 @@ def in_best_form(layer: Layer, rank: int, policy: Policy, model: nn.Module) -> t
 
 
 def frozen_names(model: nn.Module, globs: Iterable[str]) -> list[str]:
-    """The names of the parameters that the globs match. Raises `ValueError` for a glob that matches none."""
+    """The names of the parameters that the globs match, a factor by the name of the weight it stands for as well.
+    Raises `ValueError` for a glob that matches none.
+    """
     names = [name for name, _ in model.named_parameters()]
     frozen: set[str] = set()
     for glob in globs:
-        hits = set(fnmatch.filter(names, glob))
+        hits = {name for name in names if fnmatch.filter((name, *_names_before(name)), glob)}
         if not hits:
             raise ValueError(
                 f"each glob in freeze must match a parameter; {glob!r} matches none of {len(names)}. Names look like {names[0]!r}."
             )
         frozen |= hits
     return [name for name in names if name in frozen]
+
+
+def _names_before(name: str) -> tuple[str, ...]:
+    """What a factor's weight was called as a layer's and as a raw parameter."""
+    factor = re.fullmatch(r"(.*)\.[uv]\.(weight|bias)", name)
+    return () if factor is None else (f"{factor[1]}.{factor[2]}", factor[1])
 
 
 def decomposition_of(layer: Layer, model: nn.Module) -> Decomposition:

@@ -28,6 +28,47 @@ def test_inspect_needs_no_weights(capsys):
     assert [r["name"] for r in rows if r["reason"]] == ["head"]
 
 
+def test_inspect_knows_the_usual_input_of_a_model(capsys):
+    assert main(["inspect", "timm:test_vit"]) == 0
+    text = capsys.readouterr().out
+    assert "blocks.0.attn.qkv" in text
+    assert "last layer of the graph, left dense by default" in text
+    pytest.importorskip("transformers")
+    assert main(["inspect", "hf:distilbert"]) == 0
+    text = capsys.readouterr().out
+    assert "transformer.layer.0.attention.q_lin" in text
+    assert "of 66,301,440 weights" in text
+
+
+def test_inspect_a_folder_with_a_configuration(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 50, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 32}
+    config = transformers.DistilBertConfig(**sizes, architectures=["DistilBertForMaskedLM"])
+    config.save_pretrained(tmp_path)
+    assert main(["inspect", f"hf:{tmp_path}", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["vocab_transform"]["weight_shape"] == [16, 16]
+    assert rows["distilbert.transformer.layer.0.ffn.lin1"]["reason"] is None
+
+
+def test_inspect_a_detector_tells_what_is_not_in_one_graph(capsys):
+    assert main(["inspect", "torchvision:ssdlite320_mobilenet_v3_large"]) == 0
+    text = capsys.readouterr().out
+    assert "backbone.features.0.0.0" in text
+    assert "not in one graph: SSD: " in text
+
+
+def test_inspect_by_a_callable_of_the_users_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mymodels.py").write_text(
+        "from torch import nn\ndef make():\n    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["inspect", "mymodels:make", "--input", "1x8"]) == 0
+    assert "1 of 3 layers can be factorized" in capsys.readouterr().out
+    assert main(["inspect", "mymodels:make"]) == 2
+    assert "--input is needed for the model 'mymodels:make', as 32x3x224x224" in capsys.readouterr().err
+
+
 def test_profile(capsys):
     assert main(["profile", "--model", "digits", "--input", "2x1x8x8", "--json", "--threshold", "1000000"]) == 0
     data = json.loads(capsys.readouterr().out)
@@ -105,6 +146,8 @@ def test_train_and_repeat_a_plan(tmp_path, capsys):
         (["inspect", "--model", "nonsense", "--input", "1x1"], "--model must be torchvision:NAME"),
         (["inspect", "--model", "torchvision:resnet19", "--input", "1x1"], "near it 'resnet18'"),
         (["inspect", "--model", "timm:nonsense", "--input", "1x1"], "timm model must be one of"),
+        (["inspect"], "inspect needs a model: torchvision:NAME, timm:NAME, hf:MODEL_TYPE"),
+        (["inspect", "hf:berd"], "hf model type, or folder with a config.json must be one of"),
         (["inspect", "--model", "digits", "--input", "1xa"], "--input must be positive sizes joined by x"),
         (["inspect", "--model", "json:dumps2", "--input", "1"], "module 'json' has none called 'dumps2'"),
         (["inspect", "--model", "builtins:list", "--input", "1"], "builtins:list must return a model; got list"),
