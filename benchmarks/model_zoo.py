@@ -9,8 +9,9 @@ regions, not at all, with reasons), parameters and multiply-adds before and afte
 difference of outputs and gradients between the model and its full-rank factorization.
 
 Factorizable: weights that a layer multiplies with (linear, convolution, attention, recurrent, embedding, expert, raw
-operands of products), depthwise convolutions excepted. `verified_trace_s` is the first trace with its check at another
-batch size, which is two forwards of the model, `trace_s` the second without it, in seconds. Position tables and tokens, which are added, do not count.
+operands of products), depthwise convolutions excepted. Position tables and tokens, which are added, do not count.
+`verified_trace_s` is the first trace with its check at another batch size, which is two forwards of the model,
+`trace_s` the second without it, in seconds.
 """
 
 import argparse
