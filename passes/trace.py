@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from fxrank.passes.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.errors import TraceError
 from fxrank.passes.proxies import python_asks_the_values
+from fxrank.passes.restore import restored
 from fxrank.passes.tracer import ValueTracer, is_layer
 from fxrank.passes.values import Values
 from fxrank.passes.verify import largest_difference, seeded_outputs
@@ -112,7 +113,7 @@ def trace(
     """
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with _restored(model), torch.random.fork_rng(devices=list(devices)):
+    with restored(model), torch.random.fork_rng(devices=list(devices)):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
@@ -182,7 +183,7 @@ def _graph(
     while True:
         tracer = ValueTracer(args, kwargs, types, leaves, values)
         try:
-            with _restored(model), python_asks_the_values(tracer):
+            with restored(model), python_asks_the_values(tracer):
                 graph = tracer.trace(model)
                 reads = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
                 # Tensors that the forward made are attributes of the model until it is put back.
@@ -363,44 +364,3 @@ def _calls_inside(
             elif [*module.parameters()]:
                 covered.add(module)
     return {names[m]: (m, *call) for m, call in seen.items() if m in covered}
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Put back what a forward assigned: attributes, buffers, and caches held in plain dicts, lists and sets, nested or
-    not.
-    """
-    seen: set[int] = set()
-    saved = [(c, c.copy(), _content(c)) for module in model.modules() for c in _state(module, seen)]
-    try:
-        yield
-    finally:
-        for container, copied, content in saved:
-            if _content(container) != content:
-                container.clear()
-                container.extend(copied) if isinstance(container, list) else container.update(copied)
-
-
-def _state(module: nn.Module, seen: set[int]) -> Iterator[Any]:
-    """The containers of a module: its own dict and those in it, but for hooks."""
-    own = vars(module)
-    yield own
-    for name, value in own.items():
-        if "_hooks" not in name:
-            yield from _containers(value, seen)
-
-
-def _containers(value: Any, seen: set[int]) -> Iterator[Any]:
-    """Every dict, list and set in a nest of them and of tuples."""
-    if not isinstance(value, (dict, list, set, tuple)) or id(value) in seen:
-        return
-    seen.add(id(value))
-    if not isinstance(value, tuple):
-        yield value
-    for item in value.values() if isinstance(value, dict) else value:
-        yield from _containers(item, seen)
-
-
-def _content(container: Any) -> list[Any]:
-    """What a container holds, comparable where its items are not."""
-    return [(k, id(v)) for k, v in container.items()] if isinstance(container, dict) else [id(v) for v in container]
