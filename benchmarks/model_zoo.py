@@ -199,7 +199,7 @@ def _gradient_difference(model: nn.Module, small: nn.Module, example: Any) -> fl
             Tensor, lambda t: t.detach().clone().requires_grad_(t.is_floating_point()), example
         )
         args, kwargs = call_arguments(net, inputs)
-        outputs = [o for o in _tensors(net(*args, **kwargs)) if o.is_floating_point() and o.requires_grad]
+        outputs = [o for o in tensors_in(net(*args, **kwargs)) if o.is_floating_point() and o.requires_grad]
         if not outputs:
             return None
         torch.manual_seed(1)
@@ -215,12 +215,13 @@ def _gradient_difference(model: nn.Module, small: nn.Module, example: Any) -> fl
     return worst / largest if largest else worst
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of containers and of objects, caches say."""
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
         elif hasattr(leaf, "__dict__"):
-            yield from _tensors(list(vars(leaf).values()))
+            yield from tensors_in(list(vars(leaf).values()))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

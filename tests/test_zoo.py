@@ -12,7 +12,8 @@ from torch.utils import _pytree as pytree
 
 import fxrank
 from benchmarks import zoo
-from benchmarks.model_zoo import study, summary
+from benchmarks.model_zoo import study, summary, tensors_in
+from fxrank.passes.calls import call_arguments
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
 from fxrank.passes.raw import LowRankWeight
@@ -139,6 +140,41 @@ def test_a_trace_leaves_nothing_behind(source, name, mode):
 
 def _tensors(tree):
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+# -- trained through the switch, and reloaded
+
+
+@pytest.mark.parametrize(("source", "name"), [m for m in SAMPLE if m[0] != "timm"])
+def test_a_session_goes_through_the_switch_and_the_result_reloads(source, name, tmp_path):
+    one = entry(source, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the models' own
+        model, example = one.build().train(), one.example()
+        args, kwargs = call_arguments(model, example)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        policy = fxrank.Pufferfish(E=1, K=0, ratio=0.25)
+        before = sum(p.numel() for p in model.parameters())
+        session = fxrank.LowRankSession.attach(
+            model, optimizer, example_inputs=example, total_steps=3, steps_per_epoch=1, policy=policy
+        )
+        for _ in range(3):
+            optimizer.zero_grad()
+            outputs = [o for o in tensors_in(model(*args, **kwargs)) if o.is_floating_point() and o.requires_grad]
+            sum(o.square().mean() for o in outputs).backward()
+            optimizer.step()
+        plan = session.finish()
+        assert plan.R
+        assert sum(p.numel() for p in model.parameters()) < before
+        factors = {n: p for n, p in model.named_parameters() if n.endswith((".u.weight", ".v.weight"))}
+        assert all(p.grad is not None for p in factors.values())
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert held >= {id(p) for p in factors.values()}
+        fxrank.save(model, tmp_path)
+        loaded = fxrank.load(one.build(), tmp_path)
+        with torch.no_grad():
+            expected, found = model.eval()(*args, **kwargs), loaded.eval()(*args, **kwargs)
+    assert all(torch.equal(a, b) for a, b in zip(tensors_in(expected), tensors_in(found), strict=True))
 
 
 # -- layers of other libraries
