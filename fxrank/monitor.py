@@ -6,7 +6,7 @@ the training.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +121,10 @@ class RankMonitor:
         interval: int,
         *,
         seed: int = 0,
+        agree: Callable[[Callable[[], list[float]]], list[float]] = lambda measure: measure(),
     ) -> None:
+        """`agree` gives all processes of a distributed run what the first one measured."""
+        self._agree = agree
         self._layers = [layer for layer in layers if layer.supported]
         self._model = model
         self._detector = detector
@@ -137,19 +140,21 @@ class RankMonitor:
 
         Raises `NonFiniteWeightError` that names the layer.
         """
-        with torch.no_grad():
-            stacks = [stack_of(layer, self._model) for layer in self._layers]
-            if exact:
-                for layer, stack in zip(self._layers, stacks, strict=True):
-                    check_finite(stack, layer.name)
-                values = [mean_over_groups(stable, singular_values(stack)) for stack in stacks]
-            else:
-                values = self._tracker(stacks, [layer.name for layer in self._layers])
+        values = self._agree(lambda: self._measure(exact))
         self.steps.append(step)
         for layer, value in zip(self._layers, values, strict=True):
             self.curves[layer.name].append(value)
         watched = {n: c for n, c in self.curves.items() if judged is None or n in judged}
         self.settled = self._detector.settled(watched, self.full_ranks, self.settled)
+
+    @torch.no_grad()
+    def _measure(self, exact: bool) -> list[float]:
+        stacks = [stack_of(layer, self._model) for layer in self._layers]
+        if not exact:
+            return self._tracker(stacks, [layer.name for layer in self._layers])
+        for layer, stack in zip(self._layers, stacks, strict=True):
+            check_finite(stack, layer.name)
+        return [mean_over_groups(stable, singular_values(stack)) for stack in stacks]
 
     def due(self, step: int) -> bool:
         """Whether a sample belongs after this step."""

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.distributed import Team, check_optimizer
 from fxrank.monitor import RankMonitor
 from fxrank.optim import FactorRegime, check_holds, swap_parameters
 from fxrank.passes.calls import Example
@@ -59,8 +60,9 @@ class LowRankSession:
         clock: Clock,
         example: Example,
         listener: Listener | None,
+        team: Team,
     ) -> None:
-        self.model, self.optimizer, self.graph_module = model, optimizer, graph_module
+        self.model, self.optimizer, self.graph_module, self.team = model, optimizer, graph_module, team
         self.policy, self.clock, self.scene = policy, clock, scene
         self.phase = FULL
         self.plan: Plan | None = None
@@ -87,6 +89,7 @@ class LowRankSession:
         amp: torch.dtype | None = None,
         seed: int = 0,
         listener: Listener | None = None,
+        keep_comm_hooks: bool = True,
     ) -> "LowRankSession":
         """Watch `model` through `optimizer.step()`.
 
@@ -94,7 +97,9 @@ class LowRankSession:
         inputs, a dict of keyword inputs, or a batch `(inputs, targets)`. `total_steps` counts optimizer steps;
         `steps_per_epoch` (default: all) gives E its unit. `policy` defaults to `Cuttlefish()`; a `Plan` is repeated
         as it stands. `include` and `exclude` select layers by name, glob, regular expression, class or module.
-        `amp` is the autocast dtype for profiling. A policy with E = 0 switches right here.
+        `amp` is the autocast dtype for profiling. `model` may be wrapped in `DistributedDataParallel`: the first process
+        decides, all do the same, and the wrapper goes on with its options and, with `keep_comm_hooks`, its
+        communication hooks. A policy with E = 0 switches right here.
 
         Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
@@ -106,6 +111,9 @@ class LowRankSession:
             raise ValueError(
                 f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
             )
+        team = Team.of(model, keep_comm_hooks)
+        model = team.model
+        check_optimizer(optimizer)
         check_holds(optimizer, model)
         frozen_names(model, chosen.freeze)
         if isinstance(chosen, FixedPlan):
@@ -119,7 +127,7 @@ class LowRankSession:
             require_some(layers)
         scene = Scene(model, layers)
         session = cls(
-            model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener
+            model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
         session._start(amp, seed)
         return session
@@ -129,13 +137,16 @@ class LowRankSession:
         if policy.speedup_needed is not None:
             device = next(self.model.parameters()).device
             scene.profiler = Profiler(self.model, device, amp=amp)
-            for stack in stacks(scene.layers):
-                profile = scene.profiler.stack(stack, policy.probe)
+            profiler = scene.profiler
+            profiles = self.team.agree(lambda: [profiler.stack(s, policy.probe) for s in stacks(scene.layers)])
+            for profile in profiles:
                 scene.profiles.update(dict.fromkeys(profile.names, profile))
             self.seconds["profile"] = scene.profiler.seconds
         detector = policy.detector(self.clock)
         if detector is not None:
-            scene.monitor = RankMonitor(scene.layers, self.model, detector, policy.interval(self.clock), seed=seed)
+            scene.monitor = RankMonitor(
+                scene.layers, self.model, detector, policy.interval(self.clock), seed=seed, agree=self.team.agree
+            )
             self._observe(exact=True)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
@@ -200,7 +211,7 @@ class LowRankSession:
             self._listener("before_switch", self)
         start = time.perf_counter()
         profiled = self.scene.profiler.seconds if self.scene.profiler else 0.0
-        plan = self.policy.plan(self.scene, self.clock, why)
+        plan = self.team.agree(lambda: self.policy.plan(self.scene, self.clock, why))
         self.seconds["profile"] += (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
         measured = (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
         self.install(plan)
@@ -216,7 +227,13 @@ class LowRankSession:
             self.plan = plan
             return
         replacements = apply_plan(
-            self.model, plan, gm=self.graph_module, example=self._example, split=split, factors=self.scene.factors
+            self.model,
+            plan,
+            gm=self.graph_module,
+            example=self._example,
+            split=split and self.team.is_first,
+            factors=self.scene.factors,
+            share=self.team.share if split else None,
         )
         self.plan, self.phase = plan, LOW
         frozen = set(frozen_names(self.model, self.policy.freeze))
@@ -227,6 +244,8 @@ class LowRankSession:
         if frozen:
             self.notes.append(f"frozen after the switch: {len(frozen)} parameters ({', '.join(self.policy.freeze)})")
         self.notes += swap_parameters(self.optimizer, replacements)
+        if (missing := self.team.rewrap()) is not None:
+            self.notes.append(missing)
         self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)
         ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
         scale, first = self.policy.lr_scale, plan.switch_step or 0

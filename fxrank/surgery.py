@@ -2,12 +2,12 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxrank.passes.calibrate import calibrate
 from fxrank.passes.calls import Example, call_arguments
@@ -61,6 +61,7 @@ def apply_plan(
     example: Example = None,
     split: bool = True,
     factors: Factors | None = None,
+    share: Callable[[Iterable[Tensor]], None] | None = None,
 ) -> list[Replacement]:
     """Put the plan's factor pairs into `model`, in place, and into its graph `gm` if given. Returns what was
     replaced.
@@ -68,9 +69,10 @@ def apply_plan(
     Everything is checked before anything is changed: `PlanMismatchError` names the first layer that is missing, of
     another kind or shape; `NonFiniteWeightError` and `RankError` name the layer. `split=False` leaves the factors
     unfilled, for loading a checkpoint. Pairs with an extra BatchNorm are calibrated on `example`, if there is one.
+    `share` gives all processes the first one's numbers.
     """
     dense = check_plan(model, plan)
-    if split:
+    if split or share is not None:
         for name, layer in dense.items():
             check_finite(weight_of(layer).detach(), name)
     decisions = {d.name: d for d in plan.layers}
@@ -108,10 +110,14 @@ def apply_plan(
             # It asks its first layer only whether the fused path is open, and would hand nested tensors to the others.
             module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
             module.use_nested_tensor = False
+    if share is not None:
+        share(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight))
     norms = [r.pair.extra_norm for r in replacements if r.pair.extra_norm is not None]
     if norms and example is not None:
         args, kwargs = call_arguments(model, example)
         calibrate(norms, model, lambda: model(*args, **kwargs))
+        if share is not None:
+            share(t for norm in norms for t in (*norm.parameters(), *norm.buffers()))
     remember_plan(model, plan)
     return replacements
 

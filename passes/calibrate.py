@@ -1,7 +1,7 @@
 """Extra BatchNorm between the factors, set so that the function does not jump.
 
-A fresh BatchNorm after `u` changes what a model computes in training mode (22 % relative on an untrained ResNet-18,
-spec §3.7). Here its scale and shift are set to the standard deviation and mean of its own input on one batch, and
+A fresh BatchNorm after `u` changes what a model computes in training mode (22 % relative on an untrained ResNet-18).
+Here its scale and shift are set to the standard deviation and mean of its own input on one batch, and
 its running statistics to the same: it then starts as the identity, in training mode on that batch and in evaluation
 mode everywhere, and training takes it from there.
 """

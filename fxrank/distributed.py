@@ -1,0 +1,179 @@
+"""Several processes that train one model, on torch's own engine (`DistributedDataParallel`).
+
+What depends on a clock or on one process's rounding is decided once, by the first process, and sent to the others:
+the timings, the rank samples, the plan, the factors. The wrapper stays the user's object: its reducer, which knows
+parameters that are gone, is made anew with the wrapper's own options, and its communication hooks move over.
+"""
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+T = TypeVar("T")
+
+
+class Team:
+    """The processes that train one `model`: one alone, or those of its `wrapper`'s group."""
+
+    def __init__(
+        self, model: nn.Module, wrapper: DistributedDataParallel | None = None, keep_comm_hooks: bool = True
+    ) -> None:
+        """`model` is the one inside the wrapper. Without `keep_comm_hooks`, gradients are averaged as they are after
+        the switch.
+        """
+        self._model, self._wrapper, self._keep = model, wrapper, keep_comm_hooks
+        together = dist.is_available() and dist.is_initialized()
+        self._group = wrapper.process_group if wrapper is not None else dist.group.WORLD if together else None
+        self.size = dist.get_world_size(self._group) if together else 1
+        self.is_first = self.size == 1 or dist.get_rank(self._group) == 0
+
+    @classmethod
+    def of(cls, model: nn.Module, keep_comm_hooks: bool = True) -> "Team":
+        """The team of a model that is given with or without its wrapper.
+
+        Raises `TypeError`, which names the way out, for engines that hold the parameters in pieces of their own, and
+        for a wrapper with options that outlive its parameters.
+        """
+        if type(model).__name__ == "DeepSpeedEngine":
+            raise TypeError(
+                "DeepSpeed keeps flat copies of the parameters that it was started with, so they cannot be replaced under it; got a "
+                "DeepSpeedEngine. Train the full-rank phase with DistributedDataParallel, or start DeepSpeed on a model from fxrank.factorize."
+            )
+        if isinstance(model, nn.DataParallel):
+            model = model.module
+        wrapper = model if isinstance(model, DistributedDataParallel) else None
+        inner = model if wrapper is None else wrapper.module
+        for name, parameter in inner.named_parameters():
+            if {type(parameter).__name__, type(parameter.data).__name__} & {"DTensor", "FlatParameter"}:
+                raise TypeError(
+                    f"a weight must be whole to be factorized; {name!r} is sharded. Train the full-rank phase with "
+                    "DistributedDataParallel, or factorize first (fxrank.factorize, or a plan) and shard the result."
+                )
+        if wrapper is None and dist.is_available() and dist.is_initialized():
+            wrapper = wrapper_around(inner)
+        if wrapper is not None:
+            check_wrapper(wrapper)
+        return cls(inner, wrapper, keep_comm_hooks)
+
+    @property
+    def model(self) -> nn.Module:
+        return self._model
+
+    def agree(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns in the first process, in every process. If it raises there, all raise."""
+        if self.size == 1:
+            return decide()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome = [decide(), None]
+            except Exception as error:  # the others wait for an answer
+                outcome = [None, error]
+        dist.broadcast_object_list(outcome, src=self._first, group=self._group)
+        value, failure = outcome
+        if failure is not None:
+            raise failure
+        return value  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's numbers."""
+        if self.size > 1:
+            for tensor in tensors:
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, src=self._first, group=self._group)
+                tensor.copy_(whole)
+
+    def rewrap(self) -> str | None:
+        """Let the gradients of the parameters that the model has now be averaged. Returns what the user must do where
+        there is no wrapper to tell.
+        """
+        if self.size == 1 and self._wrapper is None:
+            return None
+        wrapper = self._wrapper or wrapper_around(self._model)
+        if wrapper is None:
+            return "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
+        rewrap(wrapper, self._keep)
+        return None
+
+    @property
+    def _first(self) -> int:
+        return 0 if self._group is None else dist.get_global_rank(self._group, 0)
+
+
+def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
+    """The wrapper of a model that was given without it, as frameworks do; None if it has none (yet)."""
+    for thing in gc.get_objects():
+        if (
+            issubclass(type(thing), DistributedDataParallel)
+            and thing.__dict__.get("_modules", {}).get("module") is model
+        ):
+            return thing  # type: ignore[no-any-return]
+    return None
+
+
+def check_wrapper(wrapper: DistributedDataParallel) -> None:
+    """Raise `TypeError` for options that outlive the wrapper's parameters."""
+    for option, value, way_out in (
+        ("delay_all_reduce_named_params", wrapper._delay_all_reduce_params, "Leave it out"),
+        ("mixed_precision", wrapper.mixed_precision, "Use torch.autocast"),
+        ("optimize_ddp='python_reducer'", getattr(wrapper, "_use_python_reducer", False), "Use the default reducer"),
+    ):
+        if value:
+            raise TypeError(
+                f"DistributedDataParallel must be able to take new parameters; with {option} it keeps hooks on the old ones. {way_out}."
+            )
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Raise `TypeError` for an optimizer whose parameters are spread over processes."""
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise TypeError(
+            "ZeroRedundancyOptimizer fixes which process owns which parameter when it is built, so they cannot be swapped; use the "
+            "optimizer it wraps: after the switch its state is smaller by itself."
+        )
+    if type(optimizer).__module__.startswith("deepspeed"):
+        raise TypeError(
+            f"{type(optimizer).__name__} of DeepSpeed keeps flat copies of the parameters; use a torch optimizer with DistributedDataParallel."
+        )
+
+
+def rewrap(wrapper: DistributedDataParallel, keep_hooks: bool = True) -> None:
+    """Let the wrapper average the gradients of the parameters that its module has now.
+
+    Same object, same options; modules' hooks and modes are untouched. `keep_hooks=False` drops the communication
+    hooks: gradients are then averaged as they are. PowerSGD's memory, which has the shapes of the old buckets, is
+    emptied, and it starts again after the two plain iterations that a new reducer needs (Vogels et al. 2019).
+    """
+    wrapper._module_parameters = [
+        p for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore
+    ]
+    parameters, sparse = wrapper._build_params_for_reducer()
+    names = wrapper._build_debug_param_to_name_mapping(parameters)
+    static, wrapper.static_graph = wrapper.static_graph, False
+    wrapper._ddp_init_helper(parameters, sparse, names, static)
+    wrapper._has_rebuilt_buckets = False
+    if static:  # its first iteration is special, and comes again
+        wrapper._set_static_graph()
+    hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
+    for hook, state in hooks if keep_hooks else ():
+        _restart(state)
+        wrapper.register_comm_hook(state, hook)
+
+
+def _restart(state: Any) -> None:
+    if hasattr(state, "start_powerSGD_iter"):
+        for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            memory.clear()
+        state.start_powerSGD_iter = max(state.start_powerSGD_iter, state.iter + 2)
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of one set of gradients: what a step sends to be averaged, before compression."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
