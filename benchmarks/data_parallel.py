@@ -54,7 +54,7 @@ class Contender:
 
     def _average(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
         self.sent += bucket.buffer().nbytes
-        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+        return default_hooks.allreduce_hook(self.wrapper.process_group, bucket)
 
     def step(self, x: Tensor, y: Tensor) -> tuple[float, int]:
         """Seconds of one step, and the bytes that it sent."""
