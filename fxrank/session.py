@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.averages import averaged_in, check_average, switch_average
 from fxrank.distributed import Team, check_optimizer
 from fxrank.monitor import RankMonitor
 from fxrank.optim import FactorRegime, check_holds, swap_parameters
@@ -73,6 +74,7 @@ class LowRankSession:
         self._regime: FactorRegime | None = None
         self._watch = Stopwatch(next(model.parameters()).device)
         self._handles: list[Any] = []
+        self._averages: list[nn.Module] = []
 
     @classmethod
     def attach(
@@ -89,6 +91,7 @@ class LowRankSession:
         amp: torch.dtype | None = None,
         seed: int = 0,
         listener: Listener | None = None,
+        followers: Iterable[nn.Module] = (),
         keep_comm_hooks: bool = True,
     ) -> "LowRankSession":
         """Watch `model` through `optimizer.step()`.
@@ -99,7 +102,7 @@ class LowRankSession:
         as it stands. `include` and `exclude` select layers by name, glob, regular expression, class or module.
         `amp` is the autocast dtype for profiling. `model` may be wrapped in `DistributedDataParallel`: the first process
         decides, all do the same, and the wrapper goes on with its options and, with `keep_comm_hooks`, its
-        communication hooks. A policy with E = 0 switches right here.
+        communication hooks. `followers` are averages of the model (see `follow`). A policy with E = 0 switches right here.
 
         Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
@@ -115,6 +118,7 @@ class LowRankSession:
         model = team.model
         check_optimizer(optimizer)
         check_holds(optimizer, model)
+        averages = [averaged_in(follower, model) for follower in followers]
         frozen_names(model, chosen.freeze)
         if isinstance(chosen, FixedPlan):
             check_plan(model, chosen.given)
@@ -129,6 +133,7 @@ class LowRankSession:
         session = cls(
             model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
+        session._averages = averages
         session._start(amp, seed)
         return session
 
@@ -154,6 +159,15 @@ class LowRankSession:
         ]
         self._consider_switch()
         self._watch.mark()
+
+    def follow(self, average: nn.Module) -> None:
+        """Take an average of the model through the switch: `AveragedModel`, timm's `ModelEmaV3`, or any module, bare or
+        wrapped, that has the model's parameters by name and shape. Its weights are split at the model's ranks and in the
+        basis of its factors, so that it goes on as an average; see `averages`.
+
+        Raises `ValueError` or `TypeError` for anything else, a dense average after the switch among it.
+        """
+        self._averages.append(averaged_in(average, self.model))
 
     # -- inside optimizer.step()
 
@@ -226,6 +240,8 @@ class LowRankSession:
         if not plan.R:
             self.plan = plan
             return
+        for average in self._averages:
+            check_average(average, plan)
         replacements = apply_plan(
             self.model,
             plan,
@@ -235,6 +251,8 @@ class LowRankSession:
             factors=self.scene.factors,
             share=self.team.share if split else None,
         )
+        for average in self._averages:
+            switch_average(average, self.model, plan, split=split)
         self.plan, self.phase = plan, LOW
         frozen = set(frozen_names(self.model, self.policy.freeze))
         for name, parameter in self.model.named_parameters():
