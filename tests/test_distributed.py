@@ -247,6 +247,40 @@ def refused(rank, size, engine):
     return "not refused", False
 
 
+def sharded_result(rank, size):
+    """The way out: a model from `factorize`, sharded afterwards. Its parameters after three steps, put together."""
+    from torch.distributed.fsdp import fully_shard
+
+    (x, y), _ = part_of(rank, size)
+    model = fxrank.factorize(mlp().double(), x.double(), rank=0.25)
+    for module in (model[2], model[4]):
+        fully_shard(module, mesh=dist.init_device_mesh("cpu", (size,)))
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (size,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    return {n: p.full_tensor().tolist() for n, p in model.named_parameters()}
+
+
+def test_a_factorized_model_is_sharded_like_any_other():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = team(sharded_result, 2)
+    assert found[0] == found[1]
+    _, (x, y) = part_of(0, 1)
+    model = fxrank.factorize(mlp().double(), x.double(), rank=0.25)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.double()), y).backward()
+        optimizer.step()
+    for name, value in model.named_parameters():
+        whole = torch.tensor(found[0][name], dtype=torch.float64)
+        torch.testing.assert_close(whole, value.detach(), rtol=0, atol=1e-10)  # float64, sums in another order
+
+
 @pytest.mark.parametrize(
     ("engine", "text"),
     [
