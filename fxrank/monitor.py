@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxrank.passes.errors import CheckpointError
 from fxrank.passes.lanczos import StableRankTracker
 from fxrank.passes.layers import Layer, stack_of
 from fxrank.passes.spectra import check_finite, mean_over_groups, singular_values, stable
@@ -165,19 +166,48 @@ class RankMonitor:
         return {name: curve[-1] for name, curve in self.curves.items() if curve}
 
     def state_dict(self) -> dict[str, Any]:
-        """Histories and verdicts, plain data."""
+        """Histories, verdicts and the tracker's state, plain data and tensors."""
         return {
             "steps": list(self.steps),
             "curves": {n: list(c) for n, c in self.curves.items()},
             "settled": sorted(self.settled),
+            "tracker": self._tracker.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`. Raises `ValueError` for the histories of another model."""
-        if strange := sorted(set(state["curves"]) ^ set(self.curves)):
-            raise ValueError(
-                f"saved rank histories must be of the layers of this model; {strange[0]!r} is only in one of them. Build the model that was saved."
-            )
+        """Inverse of `state_dict`; a state without the tracker's is continued by a fresh one. Raises `CheckpointError`
+        for the histories of another model, and for damaged ones.
+        """
+        self.check_state(state)
         self.steps = list(state["steps"])
         self.curves = {n: list(c) for n, c in state["curves"].items()}
         self.settled = frozenset(state["settled"])
+        if "tracker" in state:
+            self._tracker.load_state_dict(state["tracker"])
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise `CheckpointError` unless `load_state_dict` can take this state."""
+        steps, curves, settled = (state.get(name) for name in ("steps", "curves", "settled"))
+        if isinstance(curves, dict) and (strange := [*(curves.keys() ^ self.curves.keys())]):
+            raise CheckpointError(
+                f"saved rank histories must be of the layers of this model; {min(map(str, strange))!r} is only in one of them. Build the model that was saved."
+            )
+        whole = (
+            isinstance(steps, list)
+            and all(type(step) is int for step in steps)
+            and isinstance(curves, dict)
+            and all(
+                isinstance(curve, list)
+                and len(curve) == len(steps) > 0
+                and all(isinstance(rank, (int, float)) for rank in curve)
+                for curve in curves.values()
+            )
+            and isinstance(settled, list)
+            and all(isinstance(name, str) and name in curves for name in settled)
+        )
+        if not whole:
+            raise CheckpointError(
+                "saved rank histories must have one value per layer and sample; these have not. Load another copy, or start afresh."
+            )
+        if "tracker" in state:
+            self._tracker.check_state(state["tracker"], [layer.full_rank for layer in self._layers])

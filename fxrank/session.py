@@ -26,7 +26,7 @@ from fxrank.monitor import RankMonitor
 from fxrank.optim import FactorRegime, check_holds, swap_parameters
 from fxrank.passes.calls import Example
 from fxrank.passes.discover import discover
-from fxrank.passes.errors import FxrankError, NothingFactorizedWarning
+from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.layers import stack_of
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import Selector, candidates, require_some
@@ -36,6 +36,7 @@ from fxrank.passes.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, frozen_names
+from fxrank.state import restore_session, session_state
 from fxrank.surgery import apply_plan, check_plan, keep
 
 FULL, LOW = "full-rank", "low-rank"
@@ -93,6 +94,7 @@ class LowRankSession:
         listener: Listener | None = None,
         followers: Iterable[nn.Module] = (),
         keep_comm_hooks: bool = True,
+        state: dict[str, Any] | None = None,
     ) -> "LowRankSession":
         """Watch `model` through `optimizer.step()`.
 
@@ -103,6 +105,7 @@ class LowRankSession:
         `amp` is the autocast dtype for profiling. `model` may be wrapped in `DistributedDataParallel`: the first process
         decides, all do the same, and the wrapper goes on with its options and, with `keep_comm_hooks`, its
         communication hooks. `followers` are averages of the model (see `follow`). A policy with E = 0 switches right here.
+        `state` is what another session's `state_dict` returned: this one goes on from there, and measures nothing anew.
 
         Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
@@ -134,16 +137,16 @@ class LowRankSession:
             model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
         session._averages = averages
-        session._start(amp, seed)
+        session._start(amp, seed, state)
         return session
 
-    def _start(self, amp: torch.dtype | None, seed: int) -> None:
+    def _start(self, amp: torch.dtype | None, seed: int, state: dict[str, Any] | None) -> None:
         scene, policy = self.scene, self.policy
         if policy.speedup_needed is not None:
             device = next(self.model.parameters()).device
             scene.profiler = Profiler(self.model, device, amp=amp)
-            profiler = scene.profiler
-            profiles = self.team.agree(lambda: [profiler.stack(s, policy.probe) for s in stacks(scene.layers)])
+            profiler, measured = scene.profiler, stacks(scene.layers) if state is None else []
+            profiles = self.team.agree(lambda: [profiler.stack(s, policy.probe) for s in measured])
             for profile in profiles:
                 scene.profiles.update(dict.fromkeys(profile.names, profile))
             self.seconds["profile"] = scene.profiler.seconds
@@ -152,12 +155,16 @@ class LowRankSession:
             scene.monitor = RankMonitor(
                 scene.layers, self.model, detector, policy.interval(self.clock), seed=seed, agree=self.team.agree
             )
-            self._observe(exact=True)
+            if state is None:
+                self._observe(exact=True)
+        if state is not None:
+            restore_session(self, state)
         self._handles = [
             self.optimizer.register_step_pre_hook(self._before_step),
             self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
-        self._consider_switch()
+        if state is None:
+            self._consider_switch()
         self._watch.mark()
 
     def follow(self, average: nn.Module) -> None:
@@ -336,27 +343,22 @@ class LowRankSession:
     # -- persistence
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data: clock, plan, rank histories. Save it beside the model's and the optimizer's own state."""
-        return {
-            "version": 1,
-            "clock": [self.clock.step, self.clock.total_steps, self.clock.steps_per_epoch],
-            "plan": None if self.plan is None else self.plan.to_json(),
-            "monitor": None if self.scene.monitor is None else self.scene.monitor.state_dict(),
-        }
+        """Plain data and small tensors: clock, plan, rank histories and the tracker's state, timings, notes. Save it
+        beside the model's and the optimizer's own state; `torch.load(…, weights_only=True)` reads it.
+        """
+        self.pause()
+        return session_state(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Bring a freshly attached session to the saved point; load the model's and the optimizer's states after
-        it, they then fit.
+        it, they then fit. For a policy that switches at once, give the state to `attach`.
+
+        Raises `CheckpointError` for a damaged state or one of another run (steps, policy, layers), `PlanMismatchError`
+        for a plan of another model, and changes nothing then.
         """
-        if state.get("version") != 1:
-            raise FxrankError(
-                f"session state must have version 1; got {state.get('version')!r}. Install the fxrank that wrote it."
-            )
-        plan = None if state["plan"] is None or self.plan is not None else Plan.from_json(state["plan"])
-        if plan is not None:
-            check_plan(self.model, plan)
-        if self.scene.monitor is not None and state["monitor"] is not None:
-            self.scene.monitor.load_state_dict(state["monitor"])
-        self.clock = Clock(*state["clock"])
-        if plan is not None:
-            self.install(plan, split=False)
+        restore_session(self, state)
+
+    def pause(self) -> None:
+        """Leave the time since the last step out of the step times, as for the writing of a checkpoint."""
+        self._collect_times()
+        self._watch.mark()

@@ -15,12 +15,13 @@ handful of synchronizations.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxrank.passes.errors import NonFiniteWeightError
+from fxrank.passes.errors import CheckpointError, NonFiniteWeightError
 
 STEPS_PER_ROUND = 4
 KEPT = 2
@@ -136,11 +137,45 @@ class StableRankTracker:
             ranks[index] += rank / len(stacks[index])
         return ranks
 
+    def state_dict(self) -> dict[str, Any]:
+        """The random numbers' state and the Ritz vectors `[index, group, (up to 2, short side)]`: with them the next
+        samples are the same to the last bit.
+        """
+        ritz = [[index, group, vectors.clone()] for (index, group), vectors in self._ritz.items()]
+        return {"generator": self._generator.get_state(), "ritz": ritz}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, of a state that `check_state` has seen."""
+        self._generator.set_state(state["generator"])
+        self._ritz = {(index, group): vectors.clone() for index, group, vectors in state["ritz"]}
+
+    def check_state(self, state: Any, short_sides: list[int]) -> None:
+        """Raise `CheckpointError` unless `load_state_dict` can take this state, of stacks with these short sides."""
+        try:
+            torch.Generator().set_state(state["generator"])
+            fits = all(
+                vectors.dtype == torch.float32
+                and vectors.ndim == 2
+                and 1 <= len(vectors) <= KEPT
+                # the short side of a matrix is its layer's full rank
+                and vectors.shape[1] == short_sides[index]
+                and index >= 0
+                and group >= 0
+                for index, group, vectors in state["ritz"]
+            )
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError):
+            fits = False
+        if not fits:
+            raise CheckpointError(
+                "a rank tracker's state must be what it wrote for these layers; this one is damaged. Load another copy, or start afresh."
+            )
+
     def _start(self, key: tuple[int, int], matrix: Tensor) -> Tensor:
         start = torch.randn(len(matrix), generator=self._generator).to(matrix.device)
         start /= torch.linalg.vector_norm(start)
         ritz = self._ritz.get(key)
         if ritz is not None:
+            ritz = ritz.to(matrix.device)  # a loaded one comes from the CPU
             start = ritz[-1] + RANDOM_SHARE * start
             for other in ritz[:-1]:
                 start += SECOND_SHARE * other

@@ -459,7 +459,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_is_changed():
     with pytest.raises(ValueError, match=re.escape(message)):
         attach(other, optimizer).load_state_dict(strange)
     with pytest.raises(
-        fxrank.FxrankError, match=re.escape("session state must have version 1; got None. Install the fxrank")
+        fxrank.FxrankError, match=re.escape("session state must have version 1 or 2; got None. Install the fxrank")
     ):
         fresh.load_state_dict({})
 
