@@ -9,6 +9,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.kinds import dense_at, holders, pair_class
 from fxrank.passes.weights import is_derived
@@ -25,6 +26,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Each file is written beside its place and moved into it, weights first. Raises `ValueError` for a model without
     a plan.
     """
+    model = uncompiled(model)
     plan = plan_of(model)
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -43,7 +45,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
-    """Turn a freshly built dense `model` into the saved one, in place, and return it.
+    """Turn a freshly built dense `model` into the saved one, in place, and return it. A compiled
+    one stays compiled.
 
     Strict: plan, names, shapes must fit; the first mismatch is named and nothing is changed. Raises
     `CheckpointError` for a missing, damaged or foreign file, `PlanMismatchError` for a plan of another model.
@@ -65,11 +68,12 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
         ) from error
-    check_plan(model, plan)
-    aliases = _check_names(model, plan, stored)
-    apply_plan(model, plan, split=False)
+    inner = uncompiled(model)
+    check_plan(inner, plan)
+    aliases = _check_names(inner, plan, stored)
+    apply_plan(inner, plan, split=False)
     state = safetensors.torch.load_file(str(folder / WEIGHTS))
-    model.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
+    inner.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
     return model
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.calls import Example
+from fxrank.passes.compiled import uncompiled
 from fxrank.passes.discover import discover
 from fxrank.passes.layers import Layer
 from fxrank.passes.profile import Profiler, StackProfile
@@ -104,6 +105,7 @@ def profile(
     FLOPs and bytes are per forward call. Raises `TraceError`, `NothingToFactorizeError`. Source: Cuttlefish Alg. 2,
     per stack.
     """
+    model = uncompiled(model)
     place = next(model.parameters()).device if device is None else torch.device(device)
     here = next(model.parameters()).device
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)

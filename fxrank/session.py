@@ -25,6 +25,7 @@ from fxrank.distributed import Team, check_optimizer
 from fxrank.monitor import RankMonitor
 from fxrank.optim import FactorRegime, check_holds, swap_parameters
 from fxrank.passes.calls import Example
+from fxrank.passes.compiled import uncompiled
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.layers import stack_of
@@ -117,8 +118,8 @@ class LowRankSession:
             raise ValueError(
                 f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
             )
-        team = Team.of(model, keep_comm_hooks)
-        model = team.model
+        team = Team.of(uncompiled(model), keep_comm_hooks)
+        model = uncompiled(team.model)
         check_optimizer(optimizer)
         check_holds(optimizer, model)
         averages = [averaged_in(follower, model) for follower in followers]

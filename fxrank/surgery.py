@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxrank.passes.calibrate import calibrate
 from fxrank.passes.calls import Example, call_arguments
+from fxrank.passes.compiled import eagerly, uncompiled
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import PlanMismatchError, RankError, unknown_name
 from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in, remove_weight
@@ -115,7 +116,8 @@ def apply_plan(
     norms = [r.pair.extra_norm for r in replacements if r.pair.extra_norm is not None]
     if norms and example is not None:
         args, kwargs = call_arguments(model, example)
-        calibrate(norms, model, lambda: model(*args, **kwargs))
+        with eagerly(model):
+            calibrate(norms, model, lambda: model(*args, **kwargs))
         if share is not None:
             share(t for norm in norms for t in (*norm.parameters(), *norm.buffers()))
     remember_plan(model, plan)
@@ -174,12 +176,12 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
 
 def remember_plan(model: nn.Module, plan: Plan) -> None:
     """Keep the plan with the model: it survives deepcopy and pickle and is not in the state dict."""
-    model.__dict__[_PLAN] = plan
+    uncompiled(model).__dict__[_PLAN] = plan
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of a model that fxrank has rewritten or loaded. Raises `ValueError` for any other model."""
-    plan = model.__dict__.get(_PLAN)
+    plan = uncompiled(model).__dict__.get(_PLAN)
     if not isinstance(plan, Plan):
         raise ValueError(
             f"only a model that fxrank has rewritten has a plan; this {type(model).__name__} has none. Rewrite it with fxrank.factorize or fxrank.auto_lowrank."
@@ -197,7 +199,7 @@ def factorize(
     form: str = "channel",
     extra_bn: bool = False,
 ) -> nn.Module:
-    """A factorized copy of `model`, same class; the original is untouched.
+    """A factorized copy of `model`, same class; the original is untouched. Of a compiled model, the copy is not compiled.
 
     `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
     full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
@@ -210,6 +212,7 @@ def factorize(
     """
     if form not in FORMS:
         raise unknown_name("form", form, FORMS)
+    model = uncompiled(model)
     small = copied(model)
     if isinstance(rank, Plan):
         apply_plan(small, rank, example=example_inputs)
@@ -335,13 +338,13 @@ def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDec
 
 def merge(model: nn.Module) -> nn.Module:
     """A dense copy: every factor pair becomes one dense layer of the original class with the product as its weight.
-    The original is untouched.
+    The original is untouched; the copy of a compiled model is not compiled.
 
     Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
     The state dict fits the untouched original class, and layers that shared a weight share it again. A weight that
     was derived from others (weight norm, standardization) is a plain one now.
     """
-    dense = copied(model)
+    dense = copied(uncompiled(model))
     merged: dict[int, nn.Parameter] = {}
     with torch.no_grad():
         for path, pair in list(dense.named_modules(remove_duplicate=False)):

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
+from fxrank.passes.compiled import follow_change
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
 from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.weights import drop_norm_hooks
@@ -152,6 +153,7 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
                 replacement.__dict__[name] = module.__dict__[name]
             drop_norm_hooks(replacement)
             model.set_submodule(path, replacement)
+            follow_change(model.get_submodule(path.rpartition(".")[0]))
             done.append(path)
     for module in model.modules():
         held = vars(module)

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxrank.passes.errors import RankError
-from fxrank.passes.product import FactoredWeight
+from fxrank.passes.product import factored
 from fxrank.passes.spectra import truncated_factors
 from fxrank.passes.weights import weight_of
 
@@ -144,7 +144,7 @@ class FactorPair(nn.Module):
         return self._factored(u, v)
 
     def _factored(self, u: Tensor, v: Tensor) -> Tensor:
-        return FactoredWeight(u, v, self.dense_shape)
+        return cast(Tensor, factored(u, v, self.dense_shape))  # or what stands in for one while a graph is compiled
 
     @property
     def bias(self) -> Tensor | None:

@@ -1,130 +1,31 @@
-"""A matrix that is known by its factors, and multiplies through them.
+"""The products of a factored weight (see `factored`): what is done through the factors instead of with the dense matrix.
 
-Some code reads a layer's weight and multiplies with it itself: `F.linear(x, self.qkv.weight, bias)` in Swin, BEiT and
-EVA, `nn.MultiheadAttention`, expert stacks. There a pair answers with a `FactoredWeight`. It looks like the dense
-tensor (shape, dtype, device, `isinstance`), but a product with it is made factor by factor, so that what the pair
-saves is saved there too, without a change of that code. Transposing, slicing and indexing keep it factored. Whatever
-needs the numbers themselves gets the dense product, built on the spot; assigning into it is refused.
+Operations of torch with one factored operand, and views that stay factored. What is not here, or answers
+`NotImplemented`, is done with the dense product.
 """
 
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-
-class FactoredWeight(Tensor):
-    """`W = V U` as a tensor of `shape`, stacked: `U` `(groups, r, cols)`, `V` `(groups, rows, r)`.
-
-    For a matrix, the groups are blocks of rows, `W = [V₁U₁; V₂U₂; …]`; for three dimensions they are the first one.
-    With more dimensions (a kernel) all but the first are columns. `flipped` means the transpose, of the last two
-    dimensions. Gradients flow to `U` and `V`.
-    """
-
-    u: Tensor
-    v: Tensor
-    flipped: bool
-
-    @staticmethod
-    def __new__(cls, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> "FactoredWeight":
-        self: FactoredWeight = Tensor._make_wrapper_subclass(
-            cls, shape, dtype=u.dtype, device=u.device, requires_grad=u.requires_grad or v.requires_grad
-        )
-        self.u, self.v, self.flipped = u, v, flipped
-        return self
-
-    def __init__(self, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> None:
-        """See `__new__`; a tensor is made there."""
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it multiplies as a matrix, or a stack of them; a kernel of a convolution does not."""
-        rows, cols = (self.v.shape[1], self.u.shape[2])[:: -1 if self.flipped else 1]
-        return self.ndim == 2 or (self.ndim == 3 and tuple(self.shape) == (len(self.u), rows, cols))
-
-    def dense(self) -> Tensor:
-        """The product, a plain tensor; differentiable in the factors."""
-        shape = tuple(self.shape)
-        if self.flipped:
-            return (self.v @ self.u).reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
-        return (self.v @ self.u).reshape(shape)
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"FactoredWeight(shape={tuple(self.shape)}, rank={self.u.shape[1]}, groups={self.u.shape[0]})"
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _LOOKS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        product = _PRODUCTS.get(func)
-        if product is not None:
-            result = _by_position(product, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        name = getattr(func, "__name__", "")
-        assigns = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if (assigns and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
-            raise RuntimeError(
-                f"a factored weight is the product of two parameters, so {name} cannot write into it; "
-                "change the pair's u.weight and v.weight, or merge the pair first."
-            )
-        dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, kwargs))
-        return func(*dense_args, **dense_kwargs)
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, dict(kwargs or {})))
-        return func(*dense_args, **dense_kwargs)
-
-
-_ASSIGNING = {"__setitem__", "__set__", "__delitem__"} | {
-    f"__i{name}__"
-    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
-}
-_NAMES = {"input", "self", "tensor", "other", "mat1", "mat2", "vec", "dims", "weight"}
-"""Names that torch gives to leading arguments, here taken by position."""
-
-
-def _by_position(product: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Call a product of ours, whatever names torch's own function has for its operands."""
-    if kwargs:
-        own = {n for n, p in inspect.signature(product).parameters.items() if p.kind is not p.VAR_POSITIONAL}
-        strange = [name for name in kwargs if name not in own and name in _NAMES]
-        args = (*args, *(kwargs[name] for name in strange))
-        kwargs = {name: value for name, value in kwargs.items() if name not in strange}
-        try:
-            inspect.signature(product).bind(*args, **kwargs)
-        except TypeError:
-            return NotImplemented  # a form of the call that is not known here: the dense product does it
-    return product(*args, **kwargs)
+from fxrank.passes.factored import PRODUCTS, CompiledWeight, Factored, FactoredWeight
 
 
 def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
-_LOOKS = {
-    *map(_getter, ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse")),
-    *map(_getter, ("is_cpu", "is_quantized", "is_nested", "is_leaf", "itemsize", "nbytes")),
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.element_size),
-    *(Tensor.is_floating_point, Tensor.is_complex, Tensor.get_device, Tensor.__len__, Tensor.__hash__),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, Tensor.is_contiguous, Tensor.is_signed),
-}
-"""Questions that need no numbers."""
+def factored(u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> FactoredWeight | CompiledWeight:
+    """`V U`, stacked, as something that multiplies through the factors; see `Factored` for the shapes."""
+    if torch.compiler.is_dynamo_compiling():
+        return CompiledWeight(u, v, shape, flipped)
+    return FactoredWeight(u, v, shape, flipped)
 
 
-def _times(x: Tensor, w: FactoredWeight) -> Tensor:
+def _times(x: Tensor, w: Factored) -> Tensor:
     """`x @ W`, factor by factor."""
     if x.ndim == 1 and w.ndim == 3:
         return _times(x[None], w).squeeze(-2)
@@ -152,7 +53,7 @@ def _columns(x: Tensor, u: Tensor, v: Tensor, blocks: bool) -> Tensor:
 
 
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
-    if not isinstance(weight, FactoredWeight) or isinstance(input, FactoredWeight) or weight.ndim != 2:
+    if not isinstance(weight, Factored) or isinstance(input, Factored) or weight.ndim != 2:
         return NotImplemented
     if not weight.flipped and len(weight.u) == 1:
         return F.linear(F.linear(input, weight.u[0]), weight.v[0], bias)
@@ -161,11 +62,11 @@ def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
 
 
 def _matmul(left: Any, right: Any, *, out: Any = None, **named: Any) -> Any:
-    if out is not None or named or any(isinstance(w, FactoredWeight) and not w.is_matrix for w in (left, right)):
+    if out is not None or named or any(isinstance(w, Factored) and not w.is_matrix for w in (left, right)):
         return NotImplemented
-    if isinstance(right, FactoredWeight) and not isinstance(left, FactoredWeight):
+    if isinstance(right, Factored) and not isinstance(left, Factored):
         return _times(left, right)
-    if isinstance(left, FactoredWeight) and not isinstance(right, FactoredWeight):
+    if isinstance(left, Factored) and not isinstance(right, Factored):
         if right.ndim == 1:
             return _times(right, _flip(left))
         return _times(right.mT, _flip(left)).mT
@@ -177,7 +78,7 @@ def _rmatmul(right: Any, left: Any) -> Any:
 
 
 def _addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Any:
-    if isinstance(bias, FactoredWeight) or beta != 1 or alpha != 1:
+    if isinstance(bias, Factored) or beta != 1 or alpha != 1:
         return NotImplemented
     product = _matmul(left, right, out=out)
     return product if product is NotImplemented else bias + product
@@ -186,8 +87,8 @@ def _addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1, o
 def _grouped_mm(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     """`x[group g] @ W[g]` for stacked experts."""
     if (
-        not isinstance(weight, FactoredWeight)
-        or isinstance(x, FactoredWeight)
+        not isinstance(weight, Factored)
+        or isinstance(x, Factored)
         or not weight.is_matrix
         or bias is not None
     ):
@@ -211,7 +112,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not isinstance(weight, FactoredWeight) or weight.flipped or max_norm is not None or weight.ndim != 2:
+    if not isinstance(weight, Factored) or weight.flipped or max_norm is not None or weight.ndim != 2:
         return NotImplemented
     if len(weight.u) != 1 or scale_grad_by_freq:
         return NotImplemented
@@ -231,7 +132,7 @@ def _conv(function: Callable[..., Tensor]) -> Callable[..., Any]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Any:
-        if not isinstance(weight, FactoredWeight) or groups != 1 or len(weight.u) != 1 or weight.flipped:
+        if not isinstance(weight, Factored) or groups != 1 or len(weight.u) != 1 or weight.flipped:
             return NotImplemented
         kernel = weight.u[0].reshape(-1, *weight.shape[1:])
         middle = function(input, kernel, None, stride, padding, dilation)
@@ -244,7 +145,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     """One factored operand of two: its letters are shared out to the factors, with a new letter for the rank."""
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
-    factored = [i for i, o in enumerate(operands) if isinstance(o, FactoredWeight)]
+    factored = [i for i, o in enumerate(operands) if isinstance(o, Factored)]
     if not isinstance(equation, str) or len(operands) != 2 or len(factored) != 1 or "." in equation:
         return NotImplemented
     inputs, arrow, output = equation.replace(" ", "").partition("->")
@@ -269,9 +170,9 @@ def _einsum(equation: Any, *operands: Any) -> Any:
 # -- views: what stays factored
 
 
-def _flip(w: FactoredWeight) -> FactoredWeight:
+def _flip(w: Factored) -> Any:
     shape = tuple(w.shape)
-    return FactoredWeight(w.u, w.v, (*shape[:-2], shape[-1], shape[-2]), not w.flipped)
+    return factored(w.u, w.v, (*shape[:-2], shape[-1], shape[-2]), not w.flipped)
 
 
 def _t(w: Any) -> Any:
@@ -294,15 +195,15 @@ def _permute(w: Any, *dims: Any) -> Any:
 
 def _cast(func: Callable[..., Tensor]) -> Callable[..., Any]:
     def cast(w: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(w, FactoredWeight):  # `x.to(W)`: its dtype and device are asked for
-            like = next(a for a in (*args, *kwargs.values()) if isinstance(a, FactoredWeight))
+        if not isinstance(w, Factored):  # `x.to(W)`: its dtype and device are asked for
+            like = next(a for a in (*args, *kwargs.values()) if isinstance(a, Factored))
             return w.to(dtype=like.dtype, device=like.device)
-        return FactoredWeight(func(w.u, *args, **kwargs), func(w.v, *args, **kwargs), tuple(w.shape), w.flipped)
+        return factored(func(w.u, *args, **kwargs), func(w.v, *args, **kwargs), tuple(w.shape), w.flipped)
 
     return cast
 
 
-def _narrow(w: FactoredWeight, dim: int, start: int, length: int) -> Any:
+def _narrow(w: Factored, dim: int, start: int, length: int) -> Any:
     """A range of rows or columns, or of the stack."""
     shape = list(w.shape)
     dim %= w.ndim
@@ -312,21 +213,21 @@ def _narrow(w: FactoredWeight, dim: int, start: int, length: int) -> Any:
     shape[dim] = length
     stop = start + length
     if w.ndim == 3 and dim == 0:
-        return FactoredWeight(w.u[start:stop], w.v[start:stop], tuple(shape), w.flipped)
+        return factored(w.u[start:stop], w.v[start:stop], tuple(shape), w.flipped)
     rows = (dim == w.ndim - 2) != w.flipped
     if not rows:
-        return FactoredWeight(w.u[..., start:stop], w.v, tuple(shape), w.flipped)
+        return factored(w.u[..., start:stop], w.v, tuple(shape), w.flipped)
     if w.ndim == 3 or len(w.u) == 1:
-        return FactoredWeight(w.u, w.v[:, start:stop], tuple(shape), w.flipped)
+        return factored(w.u, w.v[:, start:stop], tuple(shape), w.flipped)
     size = w.v.shape[1]  # rows of a block
     if start % size or stop % size or not length:
         return NotImplemented
     blocks = slice(start // size, stop // size)
-    return FactoredWeight(w.u[blocks], w.v[blocks], tuple(shape), w.flipped)
+    return factored(w.u[blocks], w.v[blocks], tuple(shape), w.flipped)
 
 
 def _getitem(w: Any, index: Any) -> Any:
-    if not isinstance(w, FactoredWeight):
+    if not isinstance(w, Factored):
         return NotImplemented
     if isinstance(index, slice) and index.step in (None, 1) and w.is_matrix:
         start, stop, _ = index.indices(w.shape[0])
@@ -335,9 +236,9 @@ def _getitem(w: Any, index: Any) -> Any:
     if w.ndim == 3 and w.is_matrix and (whole or (isinstance(index, int) and not isinstance(index, bool))):
         u, v = w.u[index], w.v[index]
         if u.ndim == 2:
-            return FactoredWeight(u[None], v[None], tuple(w.shape[1:]), w.flipped)
+            return factored(u[None], v[None], tuple(w.shape[1:]), w.flipped)
         if u.ndim == 3:
-            return FactoredWeight(u, v, (len(u), *w.shape[1:]), w.flipped)
+            return factored(u, v, (len(u), *w.shape[1:]), w.flipped)
     return NotImplemented
 
 
@@ -365,7 +266,7 @@ def _unbind(w: Any, dim: int = 0) -> Any:
 
 
 def _detached(w: Any) -> Any:
-    return FactoredWeight(w.u.detach(), w.v.detach(), tuple(w.shape), w.flipped)
+    return factored(w.u.detach(), w.v.detach(), tuple(w.shape), w.flipped)
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
@@ -386,33 +287,34 @@ def _gru(*args: Any) -> Any:
     return gru(*args)
 
 
-_PRODUCTS: dict[Any, Callable[..., Any]] = {
-    F.linear: _linear,
-    torch.lstm: _lstm,
-    torch.gru: _gru,
-    F.multi_head_attention_forward: _attention,
-    **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm), _matmul),
-    **dict.fromkeys((Tensor.mv, Tensor.__matmul__), _matmul),
-    Tensor.__rmatmul__: _rmatmul,
-    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
-    torch.einsum: _einsum,
-    F.embedding: _embedding,
-    **{conv: _conv(conv) for conv in (F.conv1d, F.conv2d, F.conv3d)},
-    **dict.fromkeys((torch.t, Tensor.t, _getter("T")), _t),
-    **dict.fromkeys((_getter("mT"), Tensor.adjoint), _mt),
-    **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.swapaxes), _transpose),
-    **dict.fromkeys((torch.permute, Tensor.permute), _permute),
-    **dict.fromkeys((torch.split, Tensor.split), _split),
-    **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
-    **dict.fromkeys((torch.unbind, Tensor.unbind), _unbind),
-    **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
-    Tensor.__getitem__: _getitem,
-    **dict.fromkeys((torch.detach, Tensor.detach, _getter("data")), _detached),
-    **{f: _cast(f) for f in (Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type_as)},
-    **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
-}
-"""What is done through the factors; a function here may answer `NotImplemented`, then the dense product is used."""
+PRODUCTS.update(
+    {
+        F.linear: _linear,
+        torch.lstm: _lstm,
+        torch.gru: _gru,
+        F.multi_head_attention_forward: _attention,
+        **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, Tensor.matmul, Tensor.mm, Tensor.bmm), _matmul),
+        **dict.fromkeys((Tensor.mv, Tensor.__matmul__), _matmul),
+        Tensor.__rmatmul__: _rmatmul,
+        **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+        torch.einsum: _einsum,
+        F.embedding: _embedding,
+        **{conv: _conv(conv) for conv in (F.conv1d, F.conv2d, F.conv3d)},
+        **dict.fromkeys((torch.t, Tensor.t, _getter("T")), _t),
+        **dict.fromkeys((_getter("mT"), Tensor.adjoint), _mt),
+        **dict.fromkeys((torch.transpose, Tensor.transpose, Tensor.swapaxes), _transpose),
+        **dict.fromkeys((torch.permute, Tensor.permute), _permute),
+        **dict.fromkeys((torch.split, Tensor.split), _split),
+        **dict.fromkeys((torch.chunk, Tensor.chunk), _chunk),
+        **dict.fromkeys((torch.unbind, Tensor.unbind), _unbind),
+        **dict.fromkeys((torch.narrow, Tensor.narrow), _narrow),
+        Tensor.__getitem__: _getitem,
+        **dict.fromkeys((torch.detach, Tensor.detach, _getter("data")), _detached),
+        **{f: _cast(f) for f in (Tensor.to, Tensor.float, Tensor.half, Tensor.bfloat16, Tensor.double, Tensor.type_as)},
+        **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
+    }
+)
 if hasattr(torch, "_grouped_mm"):
-    _PRODUCTS[torch._grouped_mm] = _grouped_mm
+    PRODUCTS[torch._grouped_mm] = _grouped_mm
 if hasattr(F, "grouped_mm"):
-    _PRODUCTS[F.grouped_mm] = lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs)
+    PRODUCTS[F.grouped_mm] = lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs)

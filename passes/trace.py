@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.calls import Example, at_other_batch_size, call_arguments
+from fxrank.passes.compiled import eagerly, uncompiled
 from fxrank.passes.errors import TraceError
 from fxrank.passes.proxies import python_asks_the_values
 from fxrank.passes.restore import restored
@@ -111,9 +112,10 @@ def trace(
     Raises `TraceError`, naming the innermost module at fault, where the model refuses the example, and `TypeError`
     where the example does not fit its signature.
     """
+    model = uncompiled(model)
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with restored(model), torch.random.fork_rng(devices=list(devices)):
+    with restored(model), eagerly(model), torch.random.fork_rng(devices=list(devices)):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 

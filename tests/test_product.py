@@ -376,7 +376,7 @@ def test_assignments_are_refused(name):
 def test_every_product_is_tested():
     """The tables above and the recurrent, attention and cast tests go through each entry."""
     seen = set()
-    table = dict(product._PRODUCTS)
+    table = dict(product.PRODUCTS)
 
     def spy(function):
         def call(*args, **kwargs):
@@ -387,7 +387,7 @@ def test_every_product_is_tested():
 
     with pytest.MonkeyPatch.context() as patch:
         for function in table:
-            patch.setitem(product._PRODUCTS, function, spy(function))
+            patch.setitem(product.PRODUCTS, function, spy(function))
         for kind, groups, tests in (("matrix", 1, MATRIX | WITHOUT_BLOCKS), ("stack", 2, STACK)):
             case = Case(kind, groups, 3, 4, 2, False, (1, 1, 1, 1))
             for name, test in tests.items():
