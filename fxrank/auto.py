@@ -17,6 +17,7 @@ from fxrank.plan import Plan
 from fxrank.policies import as_policy
 from fxrank.policy import Policy
 from fxrank.report import figure
+from fxrank.resume import Keeper
 from fxrank.trainer import Result, Trainer
 
 log = logging.getLogger("fxrank")
@@ -41,6 +42,8 @@ def auto_lowrank(
     seed: int | None = None,
     progress: bool = True,
     output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
 ) -> Result:
     """Train `model` on `loader`, full-rank first; when its ranks have settled, make it low-rank, and train on.
 
@@ -61,11 +64,23 @@ def auto_lowrank(
     `include` and `exclude` as in `factorize`. `seed` fixes torch's random numbers. `output_dir` receives
     `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`.
 
+    With `resume=True` the run may be killed at any moment: the same call goes on from `output_dir/checkpoint.safetensors`,
+    to the same result, or starts if there is none yet. One is written at the start, at the end of each epoch, right
+    after the switch, and every `checkpoint_every` steps. It stays after the run, whose result the same call then
+    returns at once.
+
     Returns a `Result`; its model is `model` itself. If nothing could be factorized the trained full-rank model is
     returned with a `NothingFactorizedWarning`. Raises before touching anything: `ValueError` or `TypeError` for an
-    empty loader or a bad option, `TraceError`, `NothingToFactorizeError`, `NonFiniteWeightError`. Source:
-    Cuttlefish Alg. 1 (Wang et al., MLSys 2023).
+    empty loader or a bad option, `CheckpointError` for a checkpoint that is damaged or of another run, `TraceError`,
+    `NothingToFactorizeError`, `NonFiniteWeightError`. Source: Cuttlefish Alg. 1 (Wang et al., MLSys 2023).
     """
+    keeper = None
+    if resume and output_dir is not None:
+        keeper = Keeper(output_dir, checkpoint_every)
+    elif resume or checkpoint_every is not None:
+        raise ValueError(
+            f"checkpoints take both output_dir= and resume=True; got output_dir={output_dir!r}, resume={resume}, checkpoint_every={checkpoint_every}."
+        )
     trainer = Trainer(
         model,
         loader,
@@ -81,6 +96,7 @@ def auto_lowrank(
         as_policy(policy),
         seed,
         progress,
+        keeper,
     )
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # a path that is refused is refused before the training

@@ -70,14 +70,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ) from error
     inner = uncompiled(model)
     check_plan(inner, plan)
-    aliases = _check_names(inner, plan, stored)
+    aliases = check_names(inner, plan, stored)
     apply_plan(inner, plan, split=False)
     state = safetensors.torch.load_file(str(folder / WEIGHTS))
     inner.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
     return model
 
 
-def _check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
+def check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
     """Compare what the file holds with what the rewritten model will ask for, before the model is touched. Of
     tensors that the model shares, the file holds one: returns its name by the names of the others.
     """

@@ -83,6 +83,8 @@ def _train(options: argparse.Namespace) -> None:
         seed=options.seed,
         progress=not options.quiet,
         output_dir=options.output,
+        resume=options.resume,
+        checkpoint_every=options.checkpoint_every,
     )
     print(result.report)
 
@@ -184,6 +186,10 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--output", default="run/train", help="folder for report, plan, model and figure (default %(default)s)"
     )
+    train.add_argument(
+        "--resume", action="store_true", help="keep a checkpoint in the folder, and go on from the one that is there"
+    )
+    train.add_argument("--checkpoint-every", type=int, default=None, help="steps, besides every epoch")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")

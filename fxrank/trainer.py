@@ -3,15 +3,13 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
 from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
@@ -21,7 +19,9 @@ from fxrank.passes.profile import autocast
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policy import Policy
+from fxrank.progress import Bar, Totals, progress_bar
 from fxrank.report import Report
+from fxrank.resume import Keeper
 from fxrank.session import FULL, LOW, LowRankSession
 from fxrank.surgery import remember_plan
 
@@ -68,6 +68,7 @@ class Trainer:
         policy: Policy,
         seed: int | None,
         progress: bool,
+        keeper: Keeper | None = None,
     ) -> None:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs must be at least 1; got {epochs}.")
@@ -98,11 +99,17 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self.memory: dict[str, int | None] = {FULL: None, LOW: None}
         self.at_switch: dict[str, float | None] = {"before_switch": None, "after_switch": None}
-        self.evaluation_seconds = 0.0
-        self.bar: _Bar | None = None
+        self.evaluation_seconds = self.seconds_before = 0.0
+        self.bar: Bar | None = None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
+        self.keeper = keeper
+        self.epoch = self.taken = 0
+        """Where the run is: batches `taken` of the epoch."""
+        self.totals = Totals(self.device)
 
     def run(self, include: Iterable[Selector] | Selector, exclude: Iterable[Selector] | Selector) -> Result:
-        start = time.perf_counter()
+        self.started = time.perf_counter()
+        saved = None if self.keeper is None else self.keeper.read(self)
         if self.seed is not None:
             torch.manual_seed(self.seed)
         modes = [(module, module.training) for module in self.model.modules()]
@@ -126,18 +133,22 @@ class Trainer:
                 amp=self.amp,
                 seed=self.seed or 0,
                 listener=self._at_switch,
+                state=None if saved is None else saved["session"],
             )
         except Exception:
             for module, mode in modes:
                 module.training = mode
             raise
         with session:  # takes its hooks off the optimizer, whatever happens
+            if self.keeper is not None:
+                self.keeper.start(self, session, saved)
+            del saved  # as large as the model and the optimizer's state
             self._train(session)
         plan = session.plan
         assert plan is not None
         if not plan.R:
             remember_plan(self.model, plan)
-        report = self._report(session, plan, before, time.perf_counter() - start)
+        report = self._report(session, plan, before, self.seconds_before + time.perf_counter() - self.started)
         monitor = session.scene.monitor
         curves: dict[str, list[Any]] = {} if monitor is None else {"steps": monitor.steps, **monitor.curves}
         return Result(self.model, session.graph_module, plan, self.history, report, curves)
@@ -166,48 +177,53 @@ class Trainer:
         loss_of(outputs, targets, batch, None)
 
     def _train(self, session: LowRankSession) -> None:
-        assert self.optimizer is not None
-        scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        with _progress(self.total_steps, self.progress) as bar:
+        with progress_bar(self.total_steps, session.clock.step, self.progress) as bar:
             self.bar = bar
-            for epoch in range(self.epochs):
-                self.model.train()
-                totals = _Totals(self.device)
-                taken = 0
-                for batch in self.loader:
-                    if taken == self.steps_per_epoch:
-                        break
-                    taken += 1
-                    batch = to_device(batch, self.device)
-                    phase = session.phase
-                    steps_in_phase = session.clock.step - (session.plan.switch_step or 0 if session.plan else 0)
-                    if self.memory[phase] is None and steps_in_phase >= 2:
-                        with StepMemory(self.model, self.optimizer) as memory:
-                            self._step(batch, scaler, totals)
-                        # A switch inside this very step would mix the phases.
-                        self.memory[phase] = memory.peak_bytes if session.phase == phase else None
-                    else:
-                        self._step(batch, scaler, totals)
-                    if self.scheduler is not None and self.scheduler_per == "batch":
-                        self.scheduler.step()
-                    bar.advance(epoch, self.epochs, session, totals)
-                if taken == 0:
-                    raise ValueError(
-                        f"the loader must yield batches in every epoch; epoch {epoch} had none. A generator is spent after one pass: pass a DataLoader or list."
-                    )
-                self._end_epoch(epoch, session, totals)
+            while self.epoch < self.epochs:
+                self._train_epoch(session, bar)
+                self._end_epoch(self.epoch, session, self.totals)
+                self.epoch, self.taken, self.totals = self.epoch + 1, 0, Totals(self.device)
+                if self.keeper is not None:
+                    self.keeper.write(self, session)
 
-    def _step(self, batch: Any, scaler: torch.amp.GradScaler, totals: "_Totals") -> None:
+    def _train_epoch(self, session: LowRankSession, bar: Bar) -> None:
+        assert self.optimizer is not None
+        self.model.train()
+        for batch in self.loader if self.keeper is None else self.keeper.batches(self):
+            if self.taken == self.steps_per_epoch:
+                break
+            self.taken += 1
+            batch = to_device(batch, self.device)
+            phase, plan = session.phase, session.plan
+            steps_in_phase = session.clock.step - (plan.switch_step or 0 if plan else 0)
+            if self.memory[phase] is None and steps_in_phase >= 2:
+                with StepMemory(self.model, self.optimizer) as memory:
+                    self._step(batch)
+                # A switch inside this very step would mix the phases.
+                self.memory[phase] = memory.peak_bytes if session.phase == phase else None
+            else:
+                self._step(batch)
+            if self.scheduler is not None and self.scheduler_per == "batch":
+                self.scheduler.step()
+            if self.keeper is not None and self.keeper.due(session.clock.step, switched=session.plan is not plan):
+                self.keeper.write(self, session)
+            bar.advance(self.epoch, self.epochs, session, self.totals)
+        if self.taken == 0:
+            raise ValueError(
+                f"the loader must yield batches in every epoch; epoch {self.epoch} had none. A generator is spent after one pass: pass a DataLoader or list."
+            )
+
+    def _step(self, batch: Any) -> None:
         assert self.optimizer is not None
         with autocast(self.device, self.amp):
             outcome = run_batch(self.model, batch, self.loss_fn)
         self.optimizer.zero_grad(set_to_none=True)
-        scaler.scale(outcome.loss).backward()
-        scaler.step(self.optimizer)
-        scaler.update()
-        totals.add(outcome.loss.detach(), outcome.examples, outcome.correct, outcome.predictions)
+        self.scaler.scale(outcome.loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.totals.add(outcome.loss.detach(), outcome.examples, outcome.correct, outcome.predictions)
 
-    def _end_epoch(self, epoch: int, session: LowRankSession, totals: "_Totals") -> None:
+    def _end_epoch(self, epoch: int, session: LowRankSession, totals: Totals) -> None:
         assert self.optimizer is not None
         loss, accuracy = totals.means()
         if not math.isfinite(loss):
@@ -239,7 +255,7 @@ class Trainer:
         start = time.perf_counter()
         was_training = self.model.training
         self.model.eval()
-        totals = _Totals(self.device)
+        totals = Totals(self.device)
         with torch.no_grad():
             for batch in self.val_loader:
                 with autocast(self.device, self.amp):
@@ -289,54 +305,6 @@ class Trainer:
             seconds={"total": total, "evaluation": self.evaluation_seconds, **session.seconds},
             notes=session.notes,
         )
-
-
-class _Totals:
-    """Running sums on the device: nothing is read back before the epoch's end, so the GPU is never waited for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.loss = torch.zeros((), device=device)
-        self.correct = torch.zeros((), device=device)
-        self.examples = 0
-        self.predictions: int | Tensor = 0
-
-    def add(self, loss: Tensor, examples: int, correct: Tensor | None, predictions: int | Tensor) -> None:
-        self.loss += loss.float() * examples
-        self.examples += examples
-        if correct is not None:
-            self.correct += correct
-            self.predictions += predictions
-
-    def means(self) -> tuple[float, float | None]:
-        accuracy = float(self.correct) / float(self.predictions) if self.predictions else None
-        return float(self.loss) / max(self.examples, 1), accuracy
-
-
-class _Bar:
-    def __init__(self, bar: "tqdm[Any]") -> None:
-        self._bar = bar
-
-    def say(self, phase: str) -> None:
-        """Show a phase at once."""
-        self._bar.set_description(phase)
-
-    def advance(self, epoch: int, epochs: int, session: LowRankSession, totals: _Totals) -> None:
-        self._bar.update()
-        if self._bar.disable or self._bar.n % 10:
-            return
-        loss, accuracy = totals.means()
-        settled, watched = session.settled_count
-        self._bar.set_description(f"epoch {epoch + 1}/{epochs} {session.phase}", refresh=False)
-        shown = {"loss": f"{loss:.3f}"} | ({} if accuracy is None else {"acc": f"{accuracy:.3f}"})
-        if session.phase == FULL and watched:
-            shown["settled"] = f"{settled}/{watched}"
-        self._bar.set_postfix(shown, refresh=False)
-
-
-@contextmanager
-def _progress(total: int, enabled: bool) -> Iterator[_Bar]:
-    with tqdm(total=total, disable=not enabled, unit="step", dynamic_ncols=True) as bar:
-        yield _Bar(bar)
 
 
 def _default_optimizer(model: nn.Module, total_steps: int) -> tuple[Optimizer, Any]:

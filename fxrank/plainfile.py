@@ -1,0 +1,150 @@
+"""Nested plain data and tensors in one file: safetensors for the numbers, JSON for the rest. Nothing in it can run.
+
+A file appears whole or not at all: it is written beside its place, flushed to the disk, and moved into it. A digest
+over everything that is read back tells a damaged file from a good one.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fxrank.passes.errors import CheckpointError
+
+FORMAT, VERSION = "fxrank-checkpoint", 1
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
+    """Write `tree` to `path`: dicts, lists, tuples and Counters of numbers, strings, None, arrays and dense tensors, which
+    are copied to the CPU. Tensors that are one in memory are stored once.
+
+    A process that is killed, or a disk that fills up, leaves the file that was there before. Raises `TypeError` that
+    names the first value of another type, before anything is written; `OSError`.
+    """
+    place = Path(path)
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_packed(tree, tensors, {}, ""))
+    header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(text, tensors), "tree": text}
+    partial = place.with_name(place.name + ".partial")
+    safetensors.torch.save_file(tensors, str(partial), metadata=header)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, place)
+    if os.name == "posix":  # the new name must reach the disk too
+        folder = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_plain(path: str | os.PathLike[str]) -> Any:
+    """What `write_plain` wrote, tensors on the CPU. Raises `CheckpointError` for a file that is damaged, cut off,
+    foreign, or of a newer fxrank.
+    """
+    fix = "Delete it to start afresh, or put a good copy in its place"
+    try:
+        with safe_open(str(path), "pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise CheckpointError(f"a checkpoint must be a file that a resumable run wrote; {path} is not. {fix}.")
+            if header.get("version") != str(VERSION):
+                raise CheckpointError(
+                    f"this fxrank reads checkpoints of version {VERSION}; {path} has version {header.get('version')!r}. Install the fxrank that wrote it."
+                )
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        text = header["tree"]
+        if header["digest"] != _digest(text, tensors):
+            raise CheckpointError(f"a checkpoint must be as it was written; {path} is damaged. {fix}.")
+        return _unpacked(json.loads(text), tensors)
+    except CheckpointError:
+        raise
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        RuntimeError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(f"a checkpoint must be a whole file; {path} is not: {error}. {fix}.") from error
+
+
+def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, _SCALARS):
+        return value
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return {"array": _packed_tensor(torch.from_numpy(value.copy()), tensors, known, where)}
+    if isinstance(value, Tensor):
+        return _packed_tensor(value, tensors, known, where)
+    if isinstance(value, dict):
+        kind = "counter" if isinstance(value, Counter) else "dict"
+        for key in value:
+            if not isinstance(key, _SCALARS):
+                raise _not_plain(where, key)
+        return {kind: [[k, _packed(v, tensors, known, f"{where}[{k!r}]")] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_packed(v, tensors, known, f"{where}[{i}]") for i, v in enumerate(value)]
+        return {"tuple": items} if isinstance(value, tuple) else items
+    raise _not_plain(where, value)
+
+
+def _packed_tensor(value: Tensor, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        raise _not_plain(where, value)
+    value = value.detach()
+    # Dimensions from the longest stride to the shortest: the numbers come back in the same order in memory.
+    strides = value.stride()
+    order = sorted(range(value.ndim), key=lambda d: -strides[d])
+    key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+    name = known.get(key) if value.numel() else None
+    if name is None:
+        name = known[key] = str(len(tensors))
+        tensors[name] = value.permute(order).contiguous().cpu().clone()
+    return {"tensor": name, "order": order}
+
+
+def _unpacked(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]].permute([value["order"].index(d) for d in range(len(value["order"]))])
+    if "array" in value:
+        return _unpacked(value["array"], tensors).numpy()
+    if "tuple" in value:
+        return tuple(_unpacked(v, tensors) for v in value["tuple"])
+    kind = Counter if "counter" in value else dict
+    return kind({k: _unpacked(v, tensors) for k, v in value["counter" if "counter" in value else "dict"]})
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        bytes_of: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+        digest.update(bytes_of)
+    return digest.hexdigest()
+
+
+def _not_plain(where: str, value: Any) -> TypeError:
+    found = f"a {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+    return TypeError(
+        f"a checkpoint holds numbers, strings, lists, dicts and dense tensors; its entry {where or 'itself'} is or has as a key {found}. "
+        "Give what it belongs to a state_dict of plain data, or train without resume=True."
+    )
