@@ -113,7 +113,8 @@ class _Likeness(NamedTuple):
     def tensor(self, mode: FakeTensorMode) -> Tensor:
         elem = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
         if self.offset:
-            span = self.offset + 1 + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+            last = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+            span = self.offset + (0 if 0 in self.shape else 1 + last)
             base = torch.empty(span, dtype=self.dtype, device="meta")
             elem = base.as_strided(self.shape, self.stride, self.offset)
         return FakeTensor(mode, elem, self.device)
