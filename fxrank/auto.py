@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fxrank.batches import LossFn
 from fxrank.checkpoint import save
+from fxrank.loggers import Logger
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies import as_policy
@@ -41,6 +42,7 @@ def auto_lowrank(
     exclude: Iterable[Selector] | Selector = (),
     seed: int | None = None,
     progress: bool = True,
+    logger: Logger | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
     checkpoint_every: int | None = None,
@@ -61,7 +63,8 @@ def auto_lowrank(
 
     `steps_per_epoch` is needed for a loader without a length. A `scheduler` of yours is stepped once an epoch, or a
     batch with `scheduler_per="batch"` (`ReduceLROnPlateau` gets the validation loss, or else the training loss).
-    `include` and `exclude` as in `factorize`. `seed` fixes torch's random numbers. `output_dir` receives
+    `include` and `exclude` as in `factorize`. `seed` fixes torch's random numbers. `logger` receives the rank curves and the
+    switch (see `Logger`). `output_dir` receives
     `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`.
 
     With `resume=True` the run may be killed at any moment: the same call goes on from `output_dir/checkpoint.safetensors`,
@@ -96,6 +99,7 @@ def auto_lowrank(
         as_policy(policy),
         seed,
         progress,
+        logger,
         keeper,
     )
     if output_dir is not None:

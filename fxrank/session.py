@@ -22,8 +22,9 @@ from torch.optim import Optimizer
 
 from fxrank.averages import averaged_in, check_average, switch_average
 from fxrank.distributed import Team, check_optimizer
+from fxrank.loggers import Logger
 from fxrank.monitor import RankMonitor
-from fxrank.optim import FactorRegime, check_holds, swap_parameters
+from fxrank.optim import FactorRegime, check_holds, swap_parameters, unwrapped
 from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.discover import discover
@@ -77,6 +78,7 @@ class LowRankSession:
         self._watch = Stopwatch(next(model.parameters()).device)
         self._handles: list[Any] = []
         self._averages: list[nn.Module] = []
+        self._logger: Logger | None = None
 
     @classmethod
     def attach(
@@ -93,6 +95,7 @@ class LowRankSession:
         amp: torch.dtype | None = None,
         seed: int = 0,
         listener: Listener | None = None,
+        logger: Logger | None = None,
         followers: Iterable[nn.Module] = (),
         keep_comm_hooks: bool = True,
         state: dict[str, Any] | None = None,
@@ -105,7 +108,8 @@ class LowRankSession:
         as it stands. `include` and `exclude` select layers by name, glob, regular expression, class or module.
         `amp` is the autocast dtype for profiling. `model` may be wrapped in `DistributedDataParallel`: the first process
         decides, all do the same, and the wrapper goes on with its options and, with `keep_comm_hooks`, its
-        communication hooks. `followers` are averages of the model (see `follow`). A policy with E = 0 switches right here.
+        communication hooks. `followers` are averages of the model (see `follow`). `logger` receives
+        rank curves and events (see `Logger`). A policy with E = 0 switches right here.
         `state` is what another session's `state_dict` returned: this one goes on from there, and measures nothing anew.
 
         Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
@@ -121,6 +125,7 @@ class LowRankSession:
         team = Team.of(uncompiled(model), keep_comm_hooks)
         model = uncompiled(team.model)
         check_optimizer(optimizer)
+        optimizer = unwrapped(optimizer)
         check_holds(optimizer, model)
         averages = [averaged_in(follower, model) for follower in followers]
         frozen_names(model, chosen.freeze)
@@ -138,6 +143,7 @@ class LowRankSession:
             model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
         session._averages = averages
+        session._logger = logger if team.is_first else None
         session._start(amp, seed, state)
         return session
 
@@ -217,6 +223,9 @@ class LowRankSession:
         start = time.perf_counter()
         judged = self.scene.watched(self.policy.eligible(self.scene))
         self.scene.monitor.observe(self.clock.step, exact=exact, judged=judged)
+        if self._logger is not None:
+            values = {f"stable_rank/{name}": rank for name, rank in self.scene.monitor.latest().items()}
+            self._logger.log(self.clock.step, values)
         self.seconds["monitor"] += time.perf_counter() - start
 
     def _collect_times(self) -> None:
@@ -238,6 +247,9 @@ class LowRankSession:
         measured = (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
         self.install(plan)
         self.seconds["switch"] += time.perf_counter() - start - measured
+        if self._logger is not None:
+            self._logger.log(self.clock.step, {f"rank/{name}": float(rank) for name, rank in plan.R.items()})
+            self._logger.event(self.clock.step, f"{len(plan.R)} of {len(plan.layers)} layers factorized ({plan.note})")
         if self._listener is not None:
             self._listener("after_switch", self)
 

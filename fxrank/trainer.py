@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
+from fxrank.loggers import Logger
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.calls import call_arguments
 from fxrank.passes.errors import unknown_name
@@ -68,6 +69,7 @@ class Trainer:
         policy: Policy,
         seed: int | None,
         progress: bool,
+        logger: Logger | None,
         keeper: Keeper | None = None,
     ) -> None:
         if epochs is not None and epochs < 1:
@@ -88,7 +90,7 @@ class Trainer:
             print(f"fxrank: training for {self.epochs} epochs of {self.steps_per_epoch} steps (epochs= to change)")
         self.total_steps = self.epochs * self.steps_per_epoch
         self.model, self.loader, self.val_loader, self.loss_fn = model, loader, val_loader, loss_fn
-        self.policy, self.seed, self.progress = policy, seed, progress
+        self.policy, self.seed, self.progress, self.logger = policy, seed, progress, logger
         here = next(model.parameters()).device
         self.device = (
             torch.device(device)
@@ -133,6 +135,7 @@ class Trainer:
                 amp=self.amp,
                 seed=self.seed or 0,
                 listener=self._at_switch,
+                logger=self.logger,
                 state=None if saved is None else saved["session"],
             )
         except Exception:

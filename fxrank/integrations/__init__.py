@@ -1,0 +1,3 @@
+"""The frameworks' own habits: a callback for each trainer, and loggers. Nothing here is imported by `import fxrank`:
+import `fxrank.integrations.huggingface`, `fxrank.integrations.lightning`, `fxrank.integrations.loggers`.
+"""
