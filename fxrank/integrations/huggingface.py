@@ -1,0 +1,256 @@
+"""Transformers: low-rank training inside `transformers.Trainer`, and factorized models as folders of the usual form.
+
+    trainer = LowRankTrainer(model, args, train_dataset=data, callbacks=[LowRankCallback()])
+    trainer.train(resume_from_checkpoint=…)       # before the switch or after it
+    save_pretrained(trainer.model, "small"); model = from_pretrained(AutoModelForCausalLM, "small")
+
+The callback alone does everything in a plain `Trainer` but resume after the switch: the trainer loads weights and builds
+its optimizer before it calls any callback, and the model must have its pairs by then. `LowRankTrainer`, or the mix-in
+for a trainer class of your own, sees to that.
+"""
+
+import logging
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, Trainer, TrainerCallback
+
+from fxrank.batches import to_device
+from fxrank.checkpoint import PLAN, load, save
+from fxrank.integrations.examples import example_batch, random_untouched
+from fxrank.loggers import Logger
+from fxrank.passes.calls import Example
+from fxrank.passes.errors import CheckpointError
+from fxrank.passes.factorize import pairs_in
+from fxrank.passes.selection import Selector
+from fxrank.plainfile import read_plain, write_plain
+from fxrank.plan import Plan
+from fxrank.policy import Policy
+from fxrank.session import LOW, LowRankSession
+from fxrank.surgery import plan_of
+
+log = logging.getLogger("fxrank")
+
+SESSION = "lowrank_session.safetensors"
+"""The session's state, beside the trainer's own files in a checkpoint."""
+
+
+class LowRankCallback(TrainerCallback):  # type: ignore[misc]
+    """Makes a `Trainer`'s model low-rank while it trains: `Trainer(…, callbacks=[LowRankCallback()])`.
+
+    Attaches when training begins: the trainer's optimizer, its number of update steps, its mixed precision, and a batch
+    made beside its loader. Optimizer and scheduler go on through the switch. With the switch the search for the best
+    checkpoint begins anew: a full-rank one does not fit the model any more. Every checkpoint gets the session's state,
+    and `plan.json` once there is a plan.
+
+    `session` is there from the beginning of training; `plan` at its end, when a `NothingFactorizedWarning` comes if every
+    layer was left dense. The switch is also an entry of `trainer.state.log_history`. A model that arrives factorized
+    is trained as it is.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Plan | str | None = None,
+        include: Iterable[Selector] | Selector = (),
+        exclude: Iterable[Selector] | Selector = (),
+        *,
+        example_inputs: Example = None,
+        seed: int = 0,
+        logger: Logger | None = None,
+    ) -> None:
+        """Options as of `LowRankSession.attach`. `example_inputs` is needed only if the loader can be iterated just once."""
+        self._options: dict[str, Any] = {
+            "policy": policy,
+            "include": include,
+            "exclude": exclude,
+            "seed": seed,
+            "logger": logger,
+        }
+        self._example = example_inputs
+        self.session: LowRankSession | None = None
+        self.plan: Plan | None = None
+        self._guard: Any = None
+        self._prepared = self._noted = False
+
+    def resume(self, trainer: Any, folder: str | os.PathLike[str]) -> None:
+        """Bring the trainer's dense model and its optimizer to the form they had in the checkpoint, before the trainer
+        loads it. Called by `LowRankTrainerMixin`. Raises `CheckpointError`, `PlanMismatchError`.
+        """
+        state = _saved_session(folder)
+        total_steps, steps_per_epoch = state["clock"][1:]
+        with random_untouched():
+            loader = trainer.get_train_dataloader() if self._example is None else None
+        trainer.create_optimizer()
+        self._attach(trainer.model, trainer.optimizer, trainer.args, loader, total_steps, steps_per_epoch, state)
+        self._prepared = True
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if isinstance(model, nn.Module) and not pairs_in(model):
+            self._guard = model.register_load_state_dict_pre_hook(_refuse_pairs)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: Any = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        self._unguard()
+        if self._prepared:
+            assert self.session is not None
+            self._prepared = False
+            if self.session.clock.total_steps != state.max_steps:
+                raise CheckpointError(
+                    f"a run resumes with as many steps as it was started with; this one has {state.max_steps}, the saved one "
+                    f"{self.session.clock.total_steps}. Set num_train_epochs or max_steps as they were."
+                )
+            return
+        if pairs_in(model):
+            log.warning("the model is factorized already; it is trained as it is")
+            return
+        saved = _saved_session(Path(args.output_dir) / f"checkpoint-{state.global_step}") if state.global_step else None
+        steps = state.max_steps
+        try:
+            batches = len(train_dataloader)
+            steps = -(-batches // args.gradient_accumulation_steps)
+        except TypeError:  # no length: the whole run is one epoch, as the trainer has it
+            pass
+        self._attach(model, optimizer, args, train_dataloader, state.max_steps, steps, saved)
+        self._note(state)
+
+    def _attach(
+        self, model: Any, optimizer: Any, args: Any, loader: Any, total_steps: int, steps_per_epoch: int, state: Any
+    ) -> None:
+        self._unguard()
+        example = self._example
+        if example is None:
+            example = to_device(_plain(example_batch(loader)), next(model.parameters()).device)
+        self.plan, self._noted = None, state is not None and state["plan"] is not None
+        self.session = LowRankSession.attach(
+            model,
+            optimizer,
+            example_inputs=example,
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            amp=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+            state=state,
+            **self._options,
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._note(state)
+
+    def _note(self, state: Any) -> None:
+        if self._noted or self.session is None or self.session.plan is None or self.session.phase != LOW:
+            return
+        self._noted, plan = True, self.session.plan
+        state.log_history.append(
+            {"step": state.global_step, "lowrank_switch_epoch": plan.E, "lowrank_layers": len(plan.R)}
+        )
+        state.best_metric = state.best_model_checkpoint = None
+        state.best_global_step = 0
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.session is None or not state.is_world_process_zero:
+            return
+        if not folder.is_dir():
+            log.warning("the session's state was not saved: there is no checkpoint %s", folder)
+            return
+        write_plain(folder / SESSION, self.session.state_dict())
+        if self.session.plan is not None and self.session.plan.R:
+            self.session.plan.save(folder / PLAN)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.session is not None:
+            self.plan = self.session.finish()
+
+    def _unguard(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+            self._guard = None
+
+
+class LowRankTrainerMixin:
+    """For a trainer class of your own, `class MyTrainer(LowRankTrainerMixin, Trainer)`: `resume_from_checkpoint` also
+    works after the switch, and from checkpoints anywhere. Needs a `LowRankCallback` among the callbacks.
+
+    A checkpoint that cannot be resumed raises `CheckpointError` or `PlanMismatchError` before weights are loaded.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, LowRankCallback):
+                callback.resume(self, resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+
+class LowRankTrainer(LowRankTrainerMixin, Trainer):  # type: ignore[misc]
+    """`transformers.Trainer` that resumes before and after the switch; see `LowRankTrainerMixin`."""
+
+
+def save_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
+    """`model.save_pretrained` for a factorized model: configuration, weights and `plan.json` in one folder.
+
+    Read it with `from_pretrained` of this module: Transformers' own would build the dense model, find no weights for its
+    layers, and leave them random. Raises `ValueError` for a model without a plan.
+    """
+    plan_of(model)
+    model.save_pretrained(path, state_dict={})  # configurations; the weights come from `save`, shared ones once
+    save(model, path)
+
+
+def from_pretrained(cls: Any, path: str | os.PathLike[str]) -> nn.Module:
+    """The factorized model in a folder that `save_pretrained`, or a `Trainer` with `LowRankCallback`, wrote; in
+    evaluation mode.
+
+    `cls` is a model class or an auto class (`AutoModelForSequenceClassification`). Strict: raises `CheckpointError` for a
+    missing or damaged file, `PlanMismatchError` for a plan or weights of another model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    build = getattr(cls, "from_config", None) or cls._from_config
+    with random_untouched():
+        model: nn.Module = build(config)
+    return load(model, path).eval()
+
+
+def _saved_session(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    path = Path(folder) / SESSION
+    if not path.is_file():
+        raise CheckpointError(
+            f"a low-rank run resumes from a checkpoint that a LowRankCallback wrote; {path} is missing. "
+            "Resume with LowRankTrainer, which looks in the very checkpoint, or start afresh."
+        )
+    state = read_plain(path)
+    if not isinstance(state, dict) or not isinstance(state.get("clock"), list) or len(state["clock"]) != 3:
+        raise CheckpointError(f"{path} must hold a session's state; it does not. Resume from another checkpoint.")
+    return state
+
+
+def _refuse_pairs(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """Transformers loads what fits and logs the rest: factors would be left out in silence."""
+    own = model.state_dict(keep_vars=True).keys()
+    lost = [
+        n
+        for n in state
+        if n.endswith(".u.weight") and n not in own and f"{n.removesuffix('.u.weight')}.v.weight" in state
+    ]
+    if lost:
+        raise CheckpointError(
+            f"weights saved after the switch need their factor pairs in the model; {lost[0]!r} has no place in {type(model).__name__}. "
+            "Resume with LowRankTrainer, or read the folder with fxrank.integrations.huggingface.from_pretrained."
+        )
+
+
+def _plain(batch: Any) -> Any:
+    return dict(batch) if hasattr(batch, "keys") else batch
+
+
+__all__ = ["LowRankCallback", "LowRankTrainer", "LowRankTrainerMixin", "from_pretrained", "save_pretrained"]
