@@ -1,0 +1,156 @@
+"""Lightning: low-rank training inside `lightning.Trainer`.
+
+    trainer = lightning.Trainer(max_epochs=30, callbacks=[LowRankCallback()])
+    trainer.fit(module, loader, ckpt_path=…)      # a checkpoint from before the switch or after it
+
+Lightning loads a model before it tells any callback, and builds the optimizers later still. So the callback looks into
+the checkpoint when the module is told (`on_load_checkpoint`), keeps weights from after the switch aside, and gives them
+to the module when it has its optimizer and its pairs, just before the optimizer's own state comes.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    from pytorch_lightning.callbacks import Callback
+
+from fxrank.batches import model_inputs, to_device
+from fxrank.integrations.examples import example_batch, random_untouched
+from fxrank.loggers import Logger
+from fxrank.passes.calls import Example
+from fxrank.passes.errors import CheckpointError
+from fxrank.passes.factorize import pairs_in
+from fxrank.passes.selection import Selector
+from fxrank.plan import Plan
+from fxrank.policy import Policy
+from fxrank.session import LowRankSession
+from fxrank.surgery import apply_plan
+
+AMP = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class LowRankCallback(Callback):  # type: ignore[misc]
+    """Makes a `LightningModule` low-rank while it trains: `Trainer(…, callbacks=[LowRankCallback()])`.
+
+    Attaches when fitting begins: the module's optimizer, the trainer's number of optimizer steps (gradient accumulation
+    counted), its mixed precision, and a batch made beside its loader. Optimizer and scheduler go on through the switch.
+    The session's state is in every checkpoint, and `fit`, `validate`, `test` and `predict` take one from before or after
+    the switch as `ckpt_path` with a freshly built module.
+
+    `session` is there from the beginning of training; `plan` at its end, when a `NothingFactorizedWarning` comes if every
+    layer was left dense. A module that arrives factorized is trained as it is.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | Plan | str | None = None,
+        include: Iterable[Selector] | Selector = (),
+        exclude: Iterable[Selector] | Selector = (),
+        *,
+        module: str = "",
+        optimizer: int = 0,
+        example_inputs: Example = None,
+        seed: int = 0,
+        logger: Logger | None = None,
+    ) -> None:
+        """Options as of `LowRankSession.attach`. `module` names the submodule to watch where `forward` of the whole does
+        not take a batch; `optimizer` is its optimizer's place in `trainer.optimizers`. `example_inputs` is needed for loaders
+        that can be iterated just once, and for several at a time.
+        """
+        self._options: dict[str, Any] = {
+            "policy": policy,
+            "include": include,
+            "exclude": exclude,
+            "seed": seed,
+            "logger": logger,
+        }
+        self._module, self._optimizer, self._example = module, optimizer, example_inputs
+        self.session: LowRankSession | None = None
+        self.plan: Plan | None = None
+        self._saved: dict[str, Any] | None = None
+        self._weights: dict[str, Any] | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        own = pl_module.on_load_checkpoint
+        self._saved = self._weights = None
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            own(checkpoint)
+            self._look_into(checkpoint, pl_module, stage)
+
+        pl_module.on_load_checkpoint = on_load_checkpoint
+
+    def _look_into(self, checkpoint: dict[str, Any], pl_module: Any, stage: str) -> None:
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        model = self._watched(pl_module)
+        self._saved = state.get("session")
+        if self._saved is None or self._saved["plan"] is None or pairs_in(model):
+            return
+        plan = Plan.from_json(self._saved["plan"])
+        if not plan.R:
+            return
+        if stage == "fit":
+            self._weights = checkpoint["state_dict"]
+            checkpoint["state_dict"] = pl_module.state_dict()  # what it has: nothing is loaded yet
+        else:
+            apply_plan(model, plan, split=False)
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+        model, saved, weights = self._watched(pl_module), self._saved, self._weights
+        self._saved = self._weights = self.session = self.plan = None
+        if pairs_in(model):
+            return
+        if trainer.ckpt_path is not None and saved is None:
+            raise CheckpointError(
+                f"a low-rank run resumes from a checkpoint that a LowRankCallback has its state in; {trainer.ckpt_path} holds none. Start afresh."
+            )
+        total = (
+            trainer.estimated_stepping_batches
+        )  # sets the loader up, with the random numbers that takes, as fitting would
+        if not 0 < total < float("inf"):
+            raise ValueError(
+                f"a low-rank run must know its length; the trainer's is {total} steps. Set max_epochs or max_steps of the Trainer."
+            )
+        batches = trainer.num_training_batches
+        per_epoch = total if batches == float("inf") else -(-batches // trainer.accumulate_grad_batches)
+        example = self._example
+        if example is None:
+            batch = example_batch(trainer.train_dataloader)
+            with random_untouched():
+                batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+            example = model_inputs(model, batch)
+        self.session = LowRankSession.attach(
+            model,
+            trainer.optimizers[self._optimizer],
+            example_inputs=to_device(example, next(model.parameters()).device),
+            total_steps=int(total),
+            steps_per_epoch=int(per_epoch),
+            amp=AMP.get(str(trainer.precision)),
+            state=saved,
+            **self._options,
+        )
+        if weights is not None:
+            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.session is not None:
+            self.plan = self.session.finish()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.session is None else {"session": self.session.state_dict()}
+
+    def _watched(self, pl_module: Any) -> nn.Module:
+        model: nn.Module = pl_module.get_submodule(self._module)
+        return model
+
+
+__all__ = ["LowRankCallback"]

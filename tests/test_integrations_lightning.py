@@ -1,0 +1,172 @@
+"""`lightning.Trainer`: the switch inside it, and its checkpoints before and after."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import mlp, vectors
+from torch.utils.data import DataLoader, TensorDataset
+
+import fxrank
+
+L = pytest.importorskip("lightning")
+
+from fxrank.integrations.lightning import LowRankCallback  # noqa: E402 (needs lightning)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*is smaller than the logging interval:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
+]
+
+SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
+"""Switches half-way, at a quarter of the full rank."""
+
+
+class Classifier(L.LightningModule):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.net = mlp(seed)
+        self.losses = []
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, index):
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        weights = [p for p in self.parameters() if p.ndim > 1]
+        biases = [p for p in self.parameters() if p.ndim == 1]
+        optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0}, {"params": weights}], lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
+
+
+def loader(shuffle=True):
+    x, y = vectors()  # eight rows
+    return DataLoader(TensorDataset(x.repeat(3, 1), y.repeat(3)), batch_size=4, shuffle=shuffle)
+
+
+def trainer_of(folder, callback=None, **options):
+    """12 optimizer steps: 4 epochs of 3, each of two batches of 4."""
+    saver = L.pytorch.callbacks.ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    callback = LowRankCallback(SOON) if callback is None else callback
+    settings = {"max_epochs": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+    return L.Trainer(
+        callbacks=[saver, callback],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **(settings | options),
+    ), callback
+
+
+def test_the_switch_happens_inside_the_trainer(tmp_path):
+    trainer, callback = trainer_of(tmp_path)
+    module = Classifier()
+    trainer.fit(module, loader())
+    assert callback.plan is fxrank.plan_of(module)
+    assert (callback.plan.switch_step, callback.plan.E) == (6, 2.0)  # an epoch is 3 steps of 2 batches
+    assert callback.plan.R == {"net.2": 4, "net.4": 4}
+    assert callback.session.clock.step == trainer.global_step == 12
+    assert callback.session.optimizer is trainer.optimizers[0]
+    held = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
+    assert held == {id(p) for p in module.parameters()}
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 0  # the schedule ran to its end
+    assert "on_load_checkpoint" not in vars(module)
+
+
+def test_until_the_switch_the_run_is_the_run_without_the_callback(tmp_path):
+    losses = []
+    for callback in (LowRankCallback(SOON), L.Callback()):
+        module = Classifier()
+        torch.manual_seed(5)
+        trainer_of(tmp_path, callback)[0].fit(module, loader())
+        losses.append(module.losses)
+    watched, plain = losses
+    assert watched[:12] == plain[:12]  # no batch and no random number of the trainer's was used up
+    assert watched[12:] != plain[12:]
+
+
+@pytest.mark.parametrize("stop", [3, 6, 9], ids=["before", "at", "after"])
+def test_a_checkpoint_goes_on_to_the_same_end(tmp_path, stop):
+    ordered = loader(shuffle=False)
+    trainer, callback = trainer_of(tmp_path / "run")
+    module = Classifier()
+    trainer.fit(module, ordered)
+    again, resumed = trainer_of(tmp_path / "other")
+    other = Classifier(seed=1)
+    again.fit(other, ordered, ckpt_path=tmp_path / "run" / f"step={stop}.ckpt")
+    assert resumed.plan == callback.plan
+    assert resumed.session.clock == callback.session.clock
+    state = other.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("stop", [3, 9], ids=["before", "after"])
+def test_a_fresh_module_is_validated_from_a_checkpoint(tmp_path, stop):
+    trainer, _ = trainer_of(tmp_path)
+    trainer.fit(Classifier(), loader())
+    path = tmp_path / f"step={stop}.ckpt"
+    fresh = Classifier(seed=1)
+    again, _ = trainer_of(tmp_path)
+    [[*losses]] = [r.values() for r in again.validate(fresh, loader(shuffle=False), ckpt_path=path, verbose=False)]
+    saved = torch.load(path, weights_only=True)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in fresh.state_dict().items())
+    assert isinstance(fresh.net[2], fxrank.LowRankLinear) is (stop == 9)
+    assert len(losses) == 1
+
+
+def test_nothing_factorized_is_said_at_the_end(tmp_path):
+    trainer, _ = trainer_of(
+        tmp_path, LowRankCallback(fxrank.Cuttlefish(speedup_threshold=None, latest=None, epsilon=1e-9))
+    )
+    with pytest.warns(fxrank.NothingFactorizedWarning, match="did not switch within 12 of 12 steps"):
+        trainer.fit(Classifier(), loader())
+
+
+def test_a_submodule_is_watched(tmp_path):
+    class Bare(Classifier):
+        def forward(self):
+            raise AssertionError("not a model of one batch")
+
+        def training_step(self, batch, index):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    trainer, callback = trainer_of(tmp_path, LowRankCallback(SOON, module="net"))
+    trainer.fit(Bare(), loader())
+    assert callback.plan.R == {"2": 4, "4": 4}
+    again, resumed = trainer_of(tmp_path, LowRankCallback(SOON, module="net"))
+    again.fit(Bare(seed=1), loader(), ckpt_path=tmp_path / "step=9.ckpt")
+    assert resumed.plan == callback.plan
+
+
+def test_mixed_precision(tmp_path):
+    trainer, callback = trainer_of(tmp_path, precision="bf16-mixed")
+    trainer.fit(Classifier(), loader())
+    assert callback.plan.switch_step == 6
+
+
+def test_a_checkpoint_without_a_session_is_refused(tmp_path):
+    trainer_of(tmp_path, L.Callback())[0].fit(Classifier(), loader())
+    again, _ = trainer_of(tmp_path)
+    with pytest.raises(fxrank.CheckpointError, match=re.escape("step=3.ckpt holds none. Start afresh.")):
+        again.fit(Classifier(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_a_run_without_an_end_is_refused(tmp_path):
+    trainer, _ = trainer_of(tmp_path, max_epochs=-1)
+    with pytest.raises(ValueError, match="a low-rank run must know its length; the trainer's is inf steps"):
+        trainer.fit(Classifier(), loader())
