@@ -15,6 +15,7 @@ pytest.importorskip("accelerate")
 from fxrank.integrations.huggingface import (  # noqa: E402 (needs transformers)
     LowRankCallback,
     LowRankTrainer,
+    LowRankTrainerMixin,
     from_pretrained,
     save_pretrained,
 )
@@ -194,6 +195,43 @@ def test_curves_and_the_switch_reach_a_logger(tmp_path):
     assert kept.events == [
         (6, f"{len(callback.plan.R)} of {len(callback.plan.layers)} layers factorized ({callback.plan.note})")
     ]
+
+
+class Broken(transformers.TrainerCallback):
+    """Breaks a run off after two steps, once."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_broken_off_leaves_no_hooks_behind(tmp_path):
+    trainer, callback = trainer_of(tmp_path)
+    trainer.add_callback(Broken)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    first = callback.session
+    trainer.remove_callback(Broken)
+    trainer.train()
+    assert first.clock.step == 2
+    assert callback.session.clock.step == 12
+    plan = callback.plan
+    trainer.train()  # the model is low-rank by now, and stays it
+    assert callback.plan is plan is fxrank.plan_of(trainer.model)
+
+
+def test_the_mix_in_and_the_last_checkpoint(tmp_path):
+    class MyTrainer(LowRankTrainerMixin, transformers.Trainer):
+        pass
+
+    trainer, _ = trainer_of(tmp_path, cls=MyTrainer, save_strategy="steps", save_steps=5, max_steps=11)
+    trainer.train()
+    assert trainer.state.global_step == 11
+    again, callback = trainer_of(tmp_path, cls=MyTrainer, model=bert(seed=1), max_steps=11)
+    again.train(resume_from_checkpoint=True)  # checkpoint-11: nothing is left to do but to load
+    state = again.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in trainer.model.state_dict().items())
+    assert callback.plan == fxrank.plan_of(trainer.model)
 
 
 @pytest.mark.parametrize("auto", [True, False])

@@ -153,6 +153,39 @@ def test_a_submodule_is_watched(tmp_path):
     assert resumed.plan == callback.plan
 
 
+def test_the_other_package_name(tmp_path):
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Same(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+            self.losses = []
+
+        forward, training_step = Classifier.forward, Classifier.training_step
+        configure_optimizers = Classifier.configure_optimizers
+
+    callback = LowRankCallback(SOON)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    pl.Trainer(max_epochs=2, callbacks=[callback], default_root_dir=tmp_path, **options).fit(Same(), loader())
+    assert callback.plan.R == {"net.2": 4, "net.4": 4}
+
+
+def test_a_fit_that_breaks_off_leaves_no_hooks_behind(tmp_path):
+    class Broken(Classifier):
+        def training_step(self, batch, index):
+            if len(self.losses) == 4:
+                raise RuntimeError("out of data")
+            return super().training_step(batch, index)
+
+    trainer, callback = trainer_of(tmp_path)
+    with pytest.raises(RuntimeError, match="out of data"):
+        trainer.fit(Broken(), loader())
+    assert callback.session.clock.step == 2
+    hooks = callback.session.optimizer._optimizer_step_post_hooks
+    assert not hooks
+
+
 def test_mixed_precision(tmp_path):
     trainer, callback = trainer_of(tmp_path, precision="bf16-mixed")
     trainer.fit(Classifier(), loader())

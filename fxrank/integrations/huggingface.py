@@ -112,6 +112,9 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
                     f"{self.session.clock.total_steps}. Set num_train_epochs or max_steps as they were."
                 )
             return
+        if self.session is not None:  # of a run that was broken off, or over
+            self.session._detach()
+            self.session = None
         if pairs_in(model):
             log.warning("the model is factorized already; it is trained as it is")
             return

@@ -103,7 +103,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         pl_module.__dict__.pop("on_load_checkpoint", None)
         model, saved, weights = self._watched(pl_module), self._saved, self._weights
-        self._saved = self._weights = self.session = self.plan = None
+        self._saved = self._weights = self.session = None
         if pairs_in(model):
             return
         if trainer.ckpt_path is not None and saved is None:
@@ -125,6 +125,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
             with random_untouched():
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             example = model_inputs(model, batch)
+        self.plan = None
         self.session = LowRankSession.attach(
             model,
             trainer.optimizers[self._optimizer],
@@ -141,6 +142,10 @@ class LowRankCallback(Callback):  # type: ignore[misc]
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.session is not None:
             self.plan = self.session.finish()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        if self.session is not None:
+            self.session._detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         pl_module.__dict__.pop("on_load_checkpoint", None)
