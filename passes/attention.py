@@ -61,13 +61,13 @@ def multi_head_attention(
     mask = _additive(attn_mask, q.dtype)
     padding = _additive(key_padding_mask, q.dtype)
     if is_causal and mask is None and need_weights is False and padding is None:
-        mask = torch.full((length, len(k)), -math.inf, dtype=q.dtype, device=q.device).triu(1)
+        mask = torch.full((length, k.shape[0]), -math.inf, dtype=q.dtype, device=q.device).triu(1)
     if mask is not None and mask.ndim == 3:
         mask = mask.unflatten(0, (batch, num_heads))
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
         mask, padding = _one_more(mask), _one_more(padding)
-    q, k, v = (x.reshape(len(x), batch, num_heads, head).permute(1, 2, 0, 3) for x in (q, k, v))
+    q, k, v = (x.reshape(x.shape[0], batch, num_heads, head).permute(1, 2, 0, 3) for x in (q, k, v))
     if add_zero_attn:
         zero = k.new_zeros(batch, num_heads, 1, head)
         k, v = torch.cat([k, zero], 2), torch.cat([v, zero], 2)

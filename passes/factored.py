@@ -6,8 +6,9 @@ tensor (shape, dtype, device, `isinstance`), but a product with it is made facto
 saves is saved there too, without a change of that code. Transposing, slicing and indexing keep it factored. Whatever
 needs the numbers themselves gets the dense product, built on the spot; assigning into it is refused.
 
-`torch.compile` cannot make a tensor of a class of ours in a graph. While it reads the code, a `CompiledWeight` stands in:
-the same factors and the same products, without being a tensor; nothing of it is left in the graph.
+`torch.compile` and `torch.jit.trace` cannot make a tensor of a class of ours in a graph. While they read the code, a
+`CompiledWeight` stands in: the same factors and the same products, without being a tensor; nothing of it is left in the
+graph.
 """
 
 import inspect
@@ -22,6 +23,11 @@ PRODUCTS: dict[Any, Callable[..., Any]] = {}
 """What is done through the factors, by torch's own function; filled by `product`. A function here may answer
 `NotImplemented`, then the dense product is used.
 """
+
+
+def in_torchscript_trace() -> bool:
+    """Whether `torch.jit.trace` is at work."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 _ASSIGNING = {"__setitem__", "__set__", "__delitem__"} | {
@@ -140,7 +146,7 @@ class FactoredWeight(Factored, Tensor):  # type: ignore[misc]
 
 
 class CompiledWeight(Factored):
-    """What `torch.compile` sees in the place of the tensor; see the module."""
+    """What `torch.compile` and `torch.jit.trace` see in the place of the tensor; see the module."""
 
     def __init__(self, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> None:
         """See `Factored`."""
@@ -167,7 +173,7 @@ class CompiledWeight(Factored):
         return int(self.shape[0])
 
     @property
-    def T(self) -> Any:  # noqa: N802 (torch's name)
+    def T(self) -> Any:
         """The transpose."""
         return self.t()
 

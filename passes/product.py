@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrank.passes.factored import PRODUCTS, CompiledWeight, Factored, FactoredWeight
+from fxrank.passes.factored import PRODUCTS, CompiledWeight, Factored, FactoredWeight, in_torchscript_trace
 
 
 def _getter(name: str) -> Any:
@@ -20,7 +20,7 @@ def _getter(name: str) -> Any:
 
 def factored(u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> FactoredWeight | CompiledWeight:
     """`V U`, stacked, as something that multiplies through the factors; see `Factored` for the shapes."""
-    if torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling() or in_torchscript_trace():
         return CompiledWeight(u, v, shape, flipped)
     return FactoredWeight(u, v, shape, flipped)
 
