@@ -199,6 +199,29 @@ def test_a_checkpoint_without_a_session_is_refused(tmp_path):
         again.fit(Classifier(), loader(), ckpt_path=tmp_path / "step=3.ckpt")
 
 
+def test_a_resume_that_failed_can_be_tried_again(tmp_path):
+    class Unready(Classifier):
+        ready = False
+
+        def configure_optimizers(self):
+            if not self.ready:
+                raise RuntimeError("not ready")
+            return super().configure_optimizers()
+
+    ordered, module = loader(shuffle=False), Classifier()
+    trainer_of(tmp_path)[0].fit(module, ordered)
+    other = Unready(seed=1)
+    again, callback = trainer_of(tmp_path)
+    with pytest.raises(RuntimeError, match="not ready"):
+        again.fit(other, ordered, ckpt_path=tmp_path / "step=9.ckpt")
+    assert "on_load_checkpoint" not in vars(other)
+    other.ready = True
+    again.fit(other, ordered, ckpt_path=tmp_path / "step=9.ckpt")
+    assert callback.session.clock.step == 12
+    state = other.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+
+
 def test_a_run_without_an_end_is_refused(tmp_path):
     trainer, _ = trainer_of(tmp_path, max_epochs=-1)
     with pytest.raises(ValueError, match="a low-rank run must know its length; the trainer's is inf steps"):

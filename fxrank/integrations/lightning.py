@@ -144,6 +144,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
             self.plan = self.session.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        pl_module.__dict__.pop("on_load_checkpoint", None)
         if self.session is not None:
             self.session._detach()
 
