@@ -35,7 +35,12 @@ def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
     text = json.dumps(_packed(tree, tensors, {}, ""))
     header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(text, tensors), "tree": text}
     partial = place.with_name(place.name + ".partial")
-    safetensors.torch.save_file(tensors, str(partial), metadata=header)
+    try:
+        safetensors.torch.save_file(tensors, str(partial), metadata=header)
+    except SafetensorError as error:  # a full disk among others
+        raise OSError(
+            f"a checkpoint must be writable; {partial} is not: {error}. Make room or pass another folder."
+        ) from error
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
     os.replace(partial, place)
@@ -87,7 +92,8 @@ def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where
     if isinstance(value, _SCALARS):
         return value
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
-        return {"array": _packed_tensor(torch.from_numpy(value.copy()), tensors, known, where)}
+        # Not among the known: the copy is gone after this, and the next one may lie where it lay.
+        return {"array": _packed_tensor(torch.from_numpy(value.copy()), tensors, {}, where)}
     if isinstance(value, Tensor):
         return _packed_tensor(value, tensors, known, where)
     if isinstance(value, dict):

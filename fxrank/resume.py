@@ -10,7 +10,7 @@ Python's, and generators that the loader, its samplers or its data set hold.
 import os
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "run": dict,
     "epoch": int,
     "taken": int,
+    "first_random": dict,
     "random": dict,
     "epoch_random": dict,
     "session": dict,
@@ -68,8 +69,13 @@ class Keeper:
         self.path = Path(folder) / CHECKPOINT
         self._every = every
         self._run: dict[str, Any] = {}
+        self._first_random: dict[str, Any] = {}
         self._epoch_random: dict[str, Any] = {}
         self._now: dict[str, Any] | None = None
+
+    def before_first(self, loaders: Iterable[Any]) -> None:
+        """Note the random numbers from which the example batch is dealt."""
+        self._first_random = random_state(loaders)
 
     def read(self, trainer: "Trainer") -> dict[str, Any] | None:
         """The checkpoint, checked against the run that is to go on from it; None if there is none yet.
@@ -83,7 +89,7 @@ class Keeper:
         saved: dict[str, Any] = read_plain(self.path)
         fix = "Pass the same, or start afresh: with another output_dir, or without this file"
         for name, kind in _PARTS.items():
-            if not isinstance(saved, dict) or not isinstance(saved.get(name), kind):
+            if not isinstance(saved, dict) or name not in saved or not isinstance(saved[name], kind):
                 raise CheckpointError(f"a checkpoint must hold the whole run; {self.path} has no good {name!r}. {fix}.")
         for name, value in self._run.items():
             if saved["run"].get(name) != value:
@@ -99,7 +105,13 @@ class Keeper:
             if isinstance(value, Tensor):
                 stored.setdefault(value.data_ptr() if value.numel() else name, (name, tuple(value.shape)))
         check_names(model, plan or Plan("", ()), dict(stored.values()))
+        self._first_random = saved["first_random"]
         return saved
+
+    def deal_again(self, trainer: "Trainer", deal: Callable[[Iterable[Any]], Any]) -> Any:
+        """The example batch that the run was started with."""
+        restore_random(self._first_random, _loaders(trainer))
+        return deal(trainer.loader)
 
     def start(self, trainer: "Trainer", session: LowRankSession, saved: dict[str, Any] | None) -> None:
         """Bring run, model, optimizer and all random numbers to the saved point; without one, write the first."""
@@ -156,6 +168,7 @@ class Keeper:
             "run": self._run,
             "epoch": trainer.epoch,
             "taken": trainer.taken,
+            "first_random": self._first_random,
             "random": now,
             "epoch_random": self._epoch_random if trainer.taken else now,
             "session": session.state_dict(),

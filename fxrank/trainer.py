@@ -84,7 +84,10 @@ class Trainer:
             raise ValueError(f"the model must have parameters to train; {type(model).__name__} has none.")
         self.amp = _amp_type(amp)
         self.steps_per_epoch = _length(loader) if steps_per_epoch is None else steps_per_epoch
-        self.first = _first(loader)
+        self.keeper = keeper
+        if keeper is not None:
+            keeper.before_first([loader, val_loader])
+        self.first = first_batch(loader)
         self.epochs = DEFAULT_EPOCHS if epochs is None else epochs
         if epochs is None and progress:
             print(f"fxrank: training for {self.epochs} epochs of {self.steps_per_epoch} steps (epochs= to change)")
@@ -104,7 +107,6 @@ class Trainer:
         self.evaluation_seconds = self.seconds_before = 0.0
         self.bar: Bar | None = None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp is torch.float16)
-        self.keeper = keeper
         self.epoch = self.taken = 0
         """Where the run is: batches `taken` of the epoch."""
         self.totals = Totals(self.device)
@@ -112,6 +114,8 @@ class Trainer:
     def run(self, include: Iterable[Selector] | Selector, exclude: Iterable[Selector] | Selector) -> Result:
         self.started = time.perf_counter()
         saved = None if self.keeper is None else self.keeper.read(self)
+        if self.keeper is not None and saved is not None:
+            self.first = self.keeper.deal_again(self, first_batch)
         if self.seed is not None:
             torch.manual_seed(self.seed)
         modes = [(module, module.training) for module in self.model.modules()]
@@ -344,7 +348,10 @@ def _length(loader: Iterable[Any]) -> int:
     return length
 
 
-def _first(loader: Iterable[Any]) -> Any:
+def first_batch(loader: Iterable[Any]) -> Any:
+    """The first batch of a loader that can be iterated again. Raises `TypeError` or `ValueError` for one that cannot or is
+    empty.
+    """
     iterator = iter(loader)
     if iterator is loader:
         raise TypeError(

@@ -1,11 +1,14 @@
 """Checkpoints: what comes back, and what is refused before the model is touched."""
 
 import json
+import pickle
 import re
 
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from nets import ConvNet, Tied, images, mlp, snapshot, train, vectors
 from torch import nn
 
@@ -257,6 +260,69 @@ def test_a_plan_that_was_changed_by_hand(change, message, saved):
         fxrank.load(mlp(1), saved)
         return
     refused(mlp(1), saved, ValueError, message)
+
+
+@given(data=st.data())
+def test_files_damaged_anywhere(saved, data):
+    """Refused whole, or, where the damage is in the numbers or words themselves, loaded whole."""
+    name = data.draw(st.sampled_from(["model.safetensors", "plan.json"]))
+    whole = (saved / name).read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    damage = data.draw(st.sampled_from(["flip", "cut", "drop", "zeros"]))
+    damaged = {
+        "flip": whole[:place] + bytes([whole[place] ^ (1 << data.draw(st.integers(0, 7)))]) + whole[place + 1 :],
+        "cut": whole[:place],
+        "drop": whole[:place] + whole[place + 1 :],
+        "zeros": whole[:place] + bytes(len(whole) - place),
+    }[damage]
+    (saved / name).write_bytes(damaged)
+    model = mlp(1)
+    before = snapshot(model)
+    try:
+        fxrank.load(model, saved)
+    except fxrank.FxrankError:
+        assert snapshot(model) == before
+    else:
+        assert model(X).shape == (8, 4)
+        assert {type(model[i]).__name__ for i in (2, 4)} == {"LowRankLinear"}
+    (saved / name).write_bytes(whole)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@given(data=st.data())
+def test_a_plan_with_any_entry_replaced(saved, data):
+    text = (saved / "plan.json").read_text()
+    plan = json.loads(text)
+    inside = data.draw(st.sampled_from([plan, *plan["layers"]]))
+    inside[data.draw(st.sampled_from(sorted(inside)))] = data.draw(JSON)
+    (saved / "plan.json").write_text(json.dumps(plan))
+    model = mlp(1)
+    before = snapshot(model)
+    try:
+        fxrank.load(model, saved)
+    except fxrank.FxrankError:
+        assert snapshot(model) == before
+    else:
+        assert model(X).shape == (8, 4)
+    (saved / "plan.json").write_text(text)
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise KeyboardInterrupt('it ran')",)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "plan.json"])
+def test_nothing_in_a_file_is_run(name, saved):
+    for write in (torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))):
+        write(Bomb(), saved / name)
+        refused(mlp(1), saved, fxrank.FxrankError, " must be ")
 
 
 def test_weights_are_stored_as_they_are(saved):
