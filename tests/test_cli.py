@@ -93,11 +93,15 @@ def test_train_and_repeat_a_plan(tmp_path, capsys):
                     "--output",
                     str(tmp_path),
                     "--quiet",
+                    "--resume",
+                    "--checkpoint-every",
+                    "5",
                 ]
             )
             == 0
         )
     assert "NOTHING WAS FACTORIZED" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.safetensors").exists()
     assert (tmp_path / "plan.json").exists()
     assert (
         main(
