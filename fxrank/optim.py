@@ -60,6 +60,9 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
     """
     by_weight = {id(r.weight): r for r in replacements}
     gone = {id(p) for r in replacements for p in r.parameters[1:]}
+    for parameter in (p for r in replacements for p in r.parameters):
+        # A list of the user's that holds it still, for clipping say, would count its gradient in every step.
+        parameter.grad = None
     notes: list[str] = []
     plain = next((g for g in optimizer.param_groups if not g.get("weight_decay")), None)
     for group in list(optimizer.param_groups):

@@ -222,3 +222,23 @@ def test_extra_norm_parameters_join_a_group_without_decay():
     assert session.phase == "low-rank"
     assert {id(p) for p in pair.norm.parameters()} <= {id(p) for p in optimizer.param_groups[1]["params"]}
     assert {id(pair.u.weight), id(pair.v.weight)} <= {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
+def test_weights_that_are_gone_leave_no_gradient_to_clip():
+    """A list of parameters made before the switch holds the old weights; their last gradients do not count for ever."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 10), nn.Linear(10, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mine, x = list(model.parameters()), torch.randn(5, 6)
+    policy = fxrank.Pufferfish(E=1, K=1, ratio=0.25)
+    session = fxrank.LowRankSession.attach(
+        model, optimizer, example_inputs=x, total_steps=4, steps_per_epoch=1, policy=policy
+    )
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        norm = nn.utils.clip_grad_norm_(mine, 1e9)
+        kept = [p.grad for p in model.parameters() if any(p is m for m in mine)]
+        torch.testing.assert_close(norm, nn.utils.get_total_norm(kept))
+        optimizer.step()
+    assert session.finish().R == {"1": 2}
