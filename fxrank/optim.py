@@ -25,16 +25,6 @@ SQUARED_STATE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 _DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers that hand `step` on to it and show its `param_groups` as theirs (Accelerate's,
-    Lightning's): the one whose step hooks are called.
-    """
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, Optimizer) and inner is not optimizer and inner.param_groups is optimizer.param_groups:
-        return unwrapped(inner)
-    return optimizer
-
-
 def check_holds(optimizer: Optimizer, model: nn.Module) -> None:
     """Raise `ValueError` unless the optimizer holds at least one trainable parameter of the model; `TypeError` for
     an optimizer with closures.

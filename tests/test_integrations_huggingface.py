@@ -10,7 +10,7 @@ from nets import UNTIMED
 import fxrank
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 from fxrank.integrations.huggingface import (  # noqa: E402 (needs transformers)
     LowRankCallback,
@@ -195,6 +195,19 @@ def test_curves_and_the_switch_reach_a_logger(tmp_path):
     assert kept.events == [
         (6, f"{len(callback.plan.R)} of {len(callback.plan.layers)} layers factorized ({callback.plan.note})")
     ]
+
+
+@pytest.mark.parametrize("options", [{"bf16": True}, {"max_steps": 8}], ids=["bf16", "iterable"])
+def test_mixed_precision_and_a_stream(tmp_path, options):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(DATA)
+
+    trainer, callback = trainer_of(tmp_path, **options)
+    trainer.train_dataset = trainer.train_dataset if "bf16" in options else Stream()
+    trainer.train()
+    assert callback.plan.switch_step == trainer.state.max_steps // 2
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # its precision is the process's
 
 
 class Broken(transformers.TrainerCallback):

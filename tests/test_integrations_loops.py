@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from nets import ConvNet, images, mlp, train, vectors
+from torch import nn
 
 import fxrank
 from fxrank.integrations.examples import example_batch
 from fxrank.integrations.loggers import Logger, TensorBoardLogger, WandbLogger
-from fxrank.optim import unwrapped
+from fxrank.wrappers import unwrapped
 
 SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 """Switches half-way, at a quarter of the full rank."""
@@ -62,6 +63,26 @@ def test_an_accelerated_loop_with_accumulation_and_clipping():
     assert session.plan == plain_session.plan
     assert session.plan.switch_step == 5
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_mixed_precision_of_accelerate():
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+        net = nn.Sequential(mlp(), nn.ReLU())  # its parts are called under the whole's autocast
+        model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+        x, y = vectors()
+        forward = model.forward
+        session = attach(accelerator.unwrap_model(model), optimizer, x, amp=torch.bfloat16)
+        assert model.forward is forward
+        for _ in range(10):
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert session.finish().R == {"0.2": 4, "0.4": 4}
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_only_wrappers_are_unwrapped():
