@@ -105,7 +105,7 @@ def auto_lowrank(
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # a path that is refused is refused before the training
     result = trainer.run(include, exclude)
-    if output_dir is not None:
+    if output_dir is not None and trainer.team.is_first:
         write_run(result, output_dir, trainer.steps_per_epoch)
     return result
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.calls import call_arguments, describe
+from fxrank.passes.compiled import uncompiled
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
@@ -47,7 +48,7 @@ def model_inputs(model: nn.Module, batch: Any) -> Any:
 def takes_targets(model: nn.Module, targets: Any) -> bool:
     """See `model_inputs`."""
     listed = isinstance(targets, (list, tuple)) and bool(targets) and all(isinstance(t, Mapping) for t in targets)
-    return listed and {"images", "targets"} <= inspect.signature(model.forward).parameters.keys()
+    return listed and {"images", "targets"} <= inspect.signature(uncompiled(model).forward).parameters.keys()
 
 
 @dataclass(frozen=True)

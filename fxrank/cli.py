@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
+from fxrank.distributed import Team, in_shares, launched
 from fxrank.models import MODEL_HELP, build_model, called, example_for
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import FxrankError
@@ -70,23 +72,29 @@ def _demo(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     model = build_model(options.model, options.classes)
     train, val = build_loaders(options.data, options.batch_size, options.image_size, options.seed)
-    result = auto_lowrank(
-        model,
-        train,
-        epochs=options.epochs,
-        val_loader=val,
-        device=options.device,
-        amp=options.amp,
-        policy=Plan.load(options.policy) if options.policy.endswith(".json") else as_policy(options.policy),
-        include=options.include,
-        exclude=options.exclude,
-        seed=options.seed,
-        progress=not options.quiet,
-        output_dir=options.output,
-        resume=options.resume,
-        checkpoint_every=options.checkpoint_every,
-    )
-    print(result.report)
+    with launched() as place:
+        if place is not None:
+            model = DistributedDataParallel(model.to(place), device_ids=None if place.index is None else [place.index])
+            train, val = in_shares(train), in_shares(val)
+        team = Team.of(model)
+        result = auto_lowrank(
+            model,
+            train,
+            epochs=options.epochs,
+            val_loader=val,
+            device=place or options.device,
+            amp=options.amp,
+            policy=Plan.load(options.policy) if options.policy.endswith(".json") else as_policy(options.policy),
+            include=options.include,
+            exclude=options.exclude,
+            seed=options.seed,
+            progress=not options.quiet,
+            output_dir=options.output,
+            resume=options.resume,
+            checkpoint_every=options.checkpoint_every,
+        )
+        if team.is_first:
+            print(result.report)
 
 
 def _profile(options: argparse.Namespace) -> None:

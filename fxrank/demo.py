@@ -55,8 +55,13 @@ class Batches:
     """Shuffled batches with random one-pixel shifts, from tensors in memory; a new order every pass, the same orders for the same seed."""
 
     def __init__(self, images: Tensor, labels: Tensor, batch: int, seed: int | None) -> None:
-        self._images, self._labels, self._batch = images, labels, batch
+        self._images, self._labels, self._batch, self._seed = images, labels, batch, seed
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def share(self, part: int, parts: int) -> "Batches":
+        """One of `parts` equal shares of the data."""
+        even = len(self._images) - len(self._images) % parts
+        return Batches(self._images[part:even:parts], self._labels[part:even:parts], self._batch, self._seed)
 
     def __len__(self) -> int:
         return len(self._images) // self._batch if self._generator is not None else -(-len(self._images) // self._batch)

@@ -6,7 +6,9 @@ parameters that are gone, is made anew with the wrapper's own options, and its c
 """
 
 import gc
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from fxrank.passes.compiled import uncompiled
 
 T = TypeVar("T")
 
@@ -31,7 +36,8 @@ class Team:
         together = dist.is_available() and dist.is_initialized()
         self._group = wrapper.process_group if wrapper is not None else dist.group.WORLD if together else None
         self.size = dist.get_world_size(self._group) if together else 1
-        self.is_first = self.size == 1 or dist.get_rank(self._group) == 0
+        self.rank = dist.get_rank(self._group) if together else 0
+        self.is_first = self.rank == 0
 
     @classmethod
     def of(cls, model: nn.Module, keep_comm_hooks: bool = True) -> "Team":
@@ -45,10 +51,8 @@ class Team:
                 "DeepSpeed keeps flat copies of the parameters that it was started with, so they cannot be replaced under it; got a "
                 "DeepSpeedEngine. Train the full-rank phase with DistributedDataParallel, or start DeepSpeed on a model from fxrank.factorize."
             )
-        if isinstance(model, nn.DataParallel):
-            model = model.module
-        wrapper = model if isinstance(model, DistributedDataParallel) else None
-        inner = model if wrapper is None else wrapper.module
+        inner = uncompiled(model)
+        wrapper = next((m for m in _layers_of_wrapping(model) if isinstance(m, DistributedDataParallel)), None)
         for name, parameter in inner.named_parameters():
             if {type(parameter).__name__, type(parameter.data).__name__} & {"DTensor", "FlatParameter"}:
                 raise TypeError(
@@ -90,6 +94,12 @@ class Team:
                 dist.broadcast(whole, src=self._first, group=self._group)
                 tensor.copy_(whole)
 
+    def total(self, numbers: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(numbers, group=self._group)
+        return numbers
+
     def rewrap(self) -> str | None:
         """Let the gradients of the parameters that the model has now be averaged. Returns what the user must do where
         there is no wrapper to tell.
@@ -105,6 +115,14 @@ class Team:
     @property
     def _first(self) -> int:
         return 0 if self._group is None else dist.get_global_rank(self._group, 0)
+
+
+def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
+    """The model as given, and each module down to the user's own."""
+    inner = uncompiled(model)
+    while model is not inner:
+        yield model
+        model = model._modules.get("_orig_mod") or model._modules["module"]  # type: ignore[assignment]
 
 
 def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
@@ -172,6 +190,53 @@ def _restart(state: Any) -> None:
         for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
             memory.clear()
         state.start_powerSGD_iter = max(state.start_powerSGD_iter, state.iter + 2)
+
+
+@contextmanager
+def launched() -> Iterator[torch.device | None]:
+    """Join the group of processes that `torchrun` started this one in, for the time of the block, and give its device:
+    NCCL and one GPU each where there are GPUs, else gloo. None for a process on its own.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        yield None
+        return
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def in_shares(loader: Any) -> Any:
+    """The loader over this process's share of the data; itself for a process on its own.
+
+    Raises `TypeError` for anything but a `DataLoader` with a batch size of its own, or a loader with
+    `share(part, parts)`: other data cannot be divided from here.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return loader
+    if hasattr(loader, "share"):
+        return loader.share(dist.get_rank(), dist.get_world_size())
+    if not isinstance(loader, DataLoader) or loader.batch_size is None:
+        raise TypeError(
+            f"several processes divide the data of a torch DataLoader with a batch_size; got {type(loader).__name__}. Return a DataLoader, "
+            "or a loader with share(part, parts)."
+        )
+    shuffled = isinstance(loader.sampler, RandomSampler)
+    sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, shuffle=shuffled, drop_last=loader.drop_last)
+    return DataLoader(
+        loader.dataset,
+        loader.batch_size,
+        sampler=sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=loader.drop_last,
+    )
 
 
 def gradient_bytes(model: nn.Module) -> int:

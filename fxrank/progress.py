@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fxrank.distributed import Team
 from fxrank.session import FULL, LowRankSession
 
 
@@ -36,9 +37,15 @@ class Totals:
         device = self.loss.device
         vars(self).update({n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()})
 
-    def means(self) -> tuple[float, float | None]:
-        accuracy = float(self.correct) / float(self.predictions) if self.predictions else None
-        return float(self.loss) / max(self.examples, 1), accuracy
+    def means(self, team: Team | None = None) -> tuple[float, float | None]:
+        """Mean loss, and share of correct predictions (None without any), of this process or of a whole team."""
+        if team is None or team.size == 1:
+            accuracy = float(self.correct) / float(self.predictions) if self.predictions else None
+            return float(self.loss) / max(self.examples, 1), accuracy
+        numbers = [self.loss, self.correct, torch.tensor(self.examples), torch.as_tensor(self.predictions)]
+        sums = torch.stack([n.to(self.loss.device, torch.float64) for n in numbers])
+        loss, correct, examples, predictions = team.total(sums).tolist()
+        return loss / max(examples, 1), correct / predictions if predictions else None
 
 
 class Bar:

@@ -16,7 +16,8 @@ class Report:
     """Numbers of one run, measured unless the name says otherwise; None where nothing was measured.
 
     `step_ms` are medians of the real training step, data loading included, by phase. `memory_bytes` is the peak
-    training memory by phase (see `StepMemory`). `macs` are per forward call at the training batch size.
+    training memory by phase (see `StepMemory`), `gradient_bytes` one set of gradients, which several processes average in
+    each step. `macs` are per forward call at the training batch size.
     `accuracy_*_switch` come from `val_loader`, just before and just after the weights were split. `seconds` holds
     wall-clock time by purpose.
     """
@@ -30,6 +31,7 @@ class Report:
     settings: dict[str, Any]
     step_ms: dict[str, float | None] = field(default_factory=dict)
     memory_bytes: dict[str, int | None] = field(default_factory=dict)
+    gradient_bytes: dict[str, int | None] = field(default_factory=dict)
     predicted_speedup: float | None = None
     loss: float | None = None
     accuracy: float | None = None
@@ -85,6 +87,7 @@ class Report:
         if not count and plan.policy != "FullRank":
             lines.append("NOTHING WAS FACTORIZED: the model is full-rank; the table says why, layer by layer.")
         full_memory, low_memory = self.memory_bytes.get("full-rank"), self.memory_bytes.get("low-rank")
+        gradients = self.gradient_bytes
         rows = [
             (
                 "parameters",
@@ -108,6 +111,9 @@ class Report:
             ("training memory", _mib(full_memory), _mib(low_memory), _ratio(full_memory, low_memory)),
             ("accuracy at the switch", _percent(self.accuracy_before_switch), _percent(self.accuracy_after_switch), ""),
         ]
+        if gradients:
+            full, low = gradients.get("full-rank"), gradients.get("low-rank")
+            rows.insert(-1, ("gradients", _mib(full), _mib(low), _ratio(full, low)))
         lines.append(
             tabulate(
                 rows,

@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from fxrank.plan import Plan
 from fxrank.policy import Clock
 from fxrank.session import LowRankSession
 from fxrank.state import check_state, described
-
-if TYPE_CHECKING:
-    from fxrank.trainer import Trainer
 
 CHECKPOINT = "checkpoint.safetensors"
 _PARTS: dict[str, type | tuple[type, ...]] = {
@@ -77,7 +74,7 @@ class Keeper:
         """Note the random numbers from which the example batch is dealt."""
         self._first_random = random_state(loaders)
 
-    def read(self, trainer: "Trainer") -> dict[str, Any] | None:
+    def read(self, trainer: Any) -> dict[str, Any] | None:
         """The checkpoint, checked against the run that is to go on from it; None if there is none yet.
 
         Changes nothing. Raises `CheckpointError` for a damaged file or one of another run, `PlanMismatchError` for a
@@ -108,12 +105,12 @@ class Keeper:
         self._first_random = saved["first_random"]
         return saved
 
-    def deal_again(self, trainer: "Trainer", deal: Callable[[Iterable[Any]], Any]) -> Any:
+    def deal_again(self, trainer: Any, deal: Callable[[Iterable[Any]], Any]) -> Any:
         """The example batch that the run was started with."""
         restore_random(self._first_random, _loaders(trainer))
         return deal(trainer.loader)
 
-    def start(self, trainer: "Trainer", session: LowRankSession, saved: dict[str, Any] | None) -> None:
+    def start(self, trainer: Any, session: LowRankSession, saved: dict[str, Any] | None) -> None:
         """Bring run, model, optimizer and all random numbers to the saved point; without one, write the first."""
         if saved is None:
             self.write(trainer, session)
@@ -133,7 +130,7 @@ class Keeper:
         self._epoch_random, self._now = saved["epoch_random"], saved["random"]
         restore_random(self._now, _loaders(trainer))
 
-    def batches(self, trainer: "Trainer") -> Iterator[Any]:
+    def batches(self, trainer: Any) -> Iterator[Any]:
         """The batches of the epoch, from the first that was not taken yet."""
         skipped = trainer.taken
         if skipped:
@@ -157,7 +154,7 @@ class Keeper:
         """Whether a checkpoint belongs after this step."""
         return switched or (self._every is not None and step % self._every == 0)
 
-    def write(self, trainer: "Trainer", session: LowRankSession) -> None:
+    def write(self, trainer: Any, session: LowRankSession) -> None:
         """Write the checkpoint; the last one stays until the new one is whole. Raises `TypeError` for a state that is
         not plain data, `OSError`.
         """
@@ -235,11 +232,11 @@ def _state_of(generator: torch.Generator | np.random.Generator | random.Random) 
     return generator.getstate() if isinstance(generator, random.Random) else dict(generator.bit_generator.state)
 
 
-def _loaders(trainer: "Trainer") -> list[Any]:
+def _loaders(trainer: Any) -> list[Any]:
     return [trainer.loader, trainer.val_loader]
 
 
-def _run_of(trainer: "Trainer") -> dict[str, Any]:
+def _run_of(trainer: Any) -> dict[str, Any]:
     """What must be the same when the run goes on, of a model before the switch."""
     optimizer, scheduler = trainer.optimizer, trainer.scheduler
     sizes = [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]

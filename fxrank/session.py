@@ -21,12 +21,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.averages import averaged_in, check_average, switch_average
-from fxrank.distributed import Team, check_optimizer
+from fxrank.distributed import Team, check_optimizer, gradient_bytes
 from fxrank.loggers import Logger
 from fxrank.monitor import RankMonitor
 from fxrank.optim import FactorRegime, check_holds, swap_parameters
 from fxrank.passes.calls import Example
-from fxrank.passes.compiled import uncompiled
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.layers import stack_of
@@ -74,6 +73,7 @@ class LowRankSession:
         self.notes: list[str] = []
         self.seconds = {"monitor": 0.0, "profile": 0.0, "switch": 0.0}
         self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}
+        self.gradient_bytes: dict[str, int | None] = {FULL: gradient_bytes(model), LOW: None}
         self._example, self._listener = example, listener
         self._regime: FactorRegime | None = None
         self._watch = Stopwatch(next(model.parameters()).device)
@@ -123,8 +123,8 @@ class LowRankSession:
             raise ValueError(
                 f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
             )
-        team = Team.of(uncompiled(model), keep_comm_hooks)
-        model = uncompiled(team.model)
+        team = Team.of(model, keep_comm_hooks)
+        model = team.model
         check_optimizer(optimizer)
         optimizer = unwrapped(optimizer)
         check_holds(optimizer, model)
@@ -284,6 +284,7 @@ class LowRankSession:
         if frozen:
             self.notes.append(f"frozen after the switch: {len(frozen)} parameters ({', '.join(self.policy.freeze)})")
         self.notes += swap_parameters(self.optimizer, replacements)
+        self.gradient_bytes[LOW] = gradient_bytes(self.model)
         if (missing := self.team.rewrap()) is not None:
             self.notes.append(missing)
         self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)

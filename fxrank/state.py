@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -19,14 +19,11 @@ from fxrank.plan import Plan
 from fxrank.policy import Clock, Policy
 from fxrank.surgery import check_plan
 
-if TYPE_CHECKING:
-    from fxrank.session import LowRankSession
-
 STATE_VERSION = 2
 
 
-def session_state(session: "LowRankSession") -> dict[str, Any]:
-    """See `LowRankSession.state_dict`."""
+def session_state(session: Any) -> dict[str, Any]:
+    """See `LowRankSession.state_dict`. (The session imports this file, so its class has no name here.)"""
     clock, monitor = session.clock, session.scene.monitor
     profiles = {id(profile): profile for profile in session.scene.profiles.values()}
     return {
@@ -42,7 +39,7 @@ def session_state(session: "LowRankSession") -> dict[str, Any]:
     }
 
 
-def restore_session(session: "LowRankSession", state: dict[str, Any]) -> None:
+def restore_session(session: Any, state: dict[str, Any]) -> None:
     """See `LowRankSession.load_state_dict`."""
     dense = session.model if session.plan is None else None
     plan, profiles = check_state(state, session.policy, session.clock, session.scene.monitor, dense)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.optim import Optimizer
+from torch.utils.data import DistributedSampler
 
 from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
+from fxrank.distributed import Team
 from fxrank.loggers import Logger
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.calls import call_arguments
@@ -92,13 +94,15 @@ class Trainer:
         if epochs is None and progress:
             print(f"fxrank: training for {self.epochs} epochs of {self.steps_per_epoch} steps (epochs= to change)")
         self.total_steps = self.epochs * self.steps_per_epoch
+        self.team = Team.of(model)
+        progress = progress and self.team.is_first
         self.model, self.loader, self.val_loader, self.loss_fn = model, loader, val_loader, loss_fn
         self.policy, self.seed, self.progress, self.logger = policy, seed, progress, logger
         here = next(model.parameters()).device
         self.device = (
             torch.device(device)
             if device is not None
-            else (torch.device("cuda") if torch.cuda.is_available() else here)
+            else (torch.device("cuda") if torch.cuda.is_available() and self.team.size == 1 else here)
         )
         self.optimizer, self.scheduler, self.scheduler_per = optimizer, scheduler, scheduler_per
         self.history: list[dict[str, Any]] = []
@@ -117,7 +121,7 @@ class Trainer:
         if self.keeper is not None and saved is not None:
             self.first = self.keeper.deal_again(self, first_batch)
         if self.seed is not None:
-            torch.manual_seed(self.seed)
+            torch.manual_seed(self.seed + self.team.rank)  # processes drop out, and augment, each in its own way
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.to(self.device)
         self.model.train()
@@ -196,6 +200,9 @@ class Trainer:
     def _train_epoch(self, session: LowRankSession, bar: Bar) -> None:
         assert self.optimizer is not None
         self.model.train()
+        sampler = getattr(self.loader, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(self.epoch)  # or every epoch has the same order
         for batch in self.loader if self.keeper is None else self.keeper.batches(self):
             if self.taken == self.steps_per_epoch:
                 break
@@ -232,7 +239,7 @@ class Trainer:
 
     def _end_epoch(self, epoch: int, session: LowRankSession, totals: Totals) -> None:
         assert self.optimizer is not None
-        loss, accuracy = totals.means()
+        loss, accuracy = totals.means(self.team)
         if not math.isfinite(loss):
             log.warning("the training loss of epoch %d is %s", epoch, loss)
         val_loss, val_accuracy = self.evaluate()
@@ -270,7 +277,7 @@ class Trainer:
                 totals.add(outcome.loss, outcome.examples, outcome.correct, outcome.predictions)
         self.model.train(was_training)
         self.evaluation_seconds += time.perf_counter() - start
-        return totals.means()
+        return totals.means(self.team)
 
     def _at_switch(self, event: str, session: LowRankSession) -> None:
         if event == "before_switch" and self.bar is not None:
@@ -302,6 +309,7 @@ class Trainer:
             },
             step_ms=step_ms,
             memory_bytes=self.memory,
+            gradient_bytes=session.gradient_bytes,
             predicted_speedup=None if full is None else predicted_speedup(plan, dense_ms, full),
             loss=last["loss"],
             accuracy=last["accuracy"],

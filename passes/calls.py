@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxrank.passes.compiled import uncompiled
+
 Example = Any
 """One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values
 may nest.
@@ -22,7 +24,7 @@ def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...],
     batch `(inputs, targets)`) stands for that element. Raises `TypeError` if nothing fits.
     """
     try:
-        signature = inspect.signature(model.forward)
+        signature = inspect.signature(uncompiled(model).forward)
     except (TypeError, ValueError):  # a C++ forward: nothing to check against
         signature = None
 

@@ -12,10 +12,14 @@ from torch import nn
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(model)`; any other module is itself."""
-    while _is_wrapper(model):
-        model = model._modules["_orig_mod"]  # type: ignore[assignment]
-    return model
+    """The module inside `torch.compile(model)`, `DistributedDataParallel` and `DataParallel`; any other is itself."""
+    while True:
+        if _is_wrapper(model):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import hashlib
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -15,6 +17,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
+from fxrank.demo import DigitsNet
 from fxrank.distributed import Team, gradient_bytes, wrapper_around
 
 PUFFERFISH = fxrank.Pufferfish(E=4, K=0, ratio=0.25)
@@ -179,6 +182,63 @@ def test_options_outlive_the_switch(name):
     assert found[0]["hooks"] == ([hook] if hook and options.get("keep", True) else [])
     assert found[0]["compressed"] == (options.get("hook") == "powersgd")
     assert found[0]["notes"] == []
+
+
+def called_once(rank, size, folder):
+    """`auto_lowrank` on a wrapped model, each process with its share of the data."""
+    torch.manual_seed(0)
+    (x, y), _ = part_of(rank, size, 64)
+    wrapper = DistributedDataParallel(mlp())
+    result = fxrank.auto_lowrank(
+        wrapper,
+        [(x[:16], y[:16]), (x[16:], y[16:])],
+        epochs=3,
+        val_loader=[(x, y)],
+        policy=fxrank.Pufferfish(E=1, K=0, ratio=0.25),
+        seed=0,
+        progress=True,
+        output_dir=folder,
+    )
+    assert result.model is wrapper
+    last = result.history[-1]
+    return {
+        "digest": digest(wrapper.module, torch.optim.SGD(wrapper.parameters())),
+        "R": fxrank.plan_of(wrapper).R,
+        "means": [last[k] for k in ("loss", "accuracy", "val_loss", "val_accuracy")],
+        "gradients": result.report.gradient_bytes,
+    }
+
+
+def test_the_one_call_takes_a_wrapped_model(tmp_path):
+    first, second = team(called_once, 2, str(tmp_path))
+    assert first == second
+    assert first["R"] == {"2": 4, "4": 4}
+    assert first["gradients"] == {"full-rank": 4 * 820, "low-rank": 4 * 564}
+    loaded = fxrank.load(mlp(), tmp_path)
+    assert digest(loaded, torch.optim.SGD(loaded.parameters())) == first["digest"]
+
+
+def resumes(rank, size, folder):
+    x, y = vectors()
+    with pytest.raises(ValueError, match="resume=True keeps one process's random numbers; this run has 2 processes"):
+        fxrank.auto_lowrank(DistributedDataParallel(mlp()), [(x, y)], epochs=1, output_dir=folder, resume=True)
+    return True
+
+
+def test_resume_in_several_processes_is_refused(tmp_path):
+    assert team(resumes, 2, str(tmp_path)) == [True, True]
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_torchrun(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fxrank", "train"]
+    arguments = ["--model", "digits", "--data", "digits", "--epochs", "1", "--policy", "spectral-init", "--quiet"]
+    done = subprocess.run(
+        [*command, *arguments, "--output", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("policy SpectralInit: E = 0 of 1 epochs") == 1  # the first process speaks
+    assert fxrank.plan_of(fxrank.load(DigitsNet(), tmp_path)).R
 
 
 def fails_in_the_first(rank, size):
