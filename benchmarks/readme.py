@@ -89,7 +89,7 @@ def zoo_table() -> str:
     rows = []
     for source, what in (
         ("torchvision", "torchvision, all of `list_models()`"),
-        ("timm", "timm, one of each module"),
+        ("timm", "timm, one of each module and 19 well-known"),
         ("hf", "transformers, tiny configurations"),
         ("misc", "users' own kinds"),
     ):
