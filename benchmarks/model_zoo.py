@@ -276,7 +276,8 @@ def main() -> None:
     if not options.name or options.output:
         if options.name:  # some models again: their rows take the places of the old ones
             rows, found = _updated(name, rows, options.output)
-        content = {"configuration": vars(options) | {"names": options.name}, "summary": found, "results": rows}
+        asked = {k: v for k, v in vars(options).items() if k != "output"}
+        content = {"configuration": asked, "summary": found, "results": rows}
         path = record.write(name, content, device=torch.device("cpu"), folder=options.output)
         print(f"written: {path}")
 
