@@ -9,6 +9,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q
 
+test-all: .venv/installed
+	$(BIN)/python -m pytest -q -m "not zoo"
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -20,4 +23,4 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
