@@ -154,12 +154,25 @@ def runs_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def parallel_table() -> str:
+    """What several processes send and how long a step takes them."""
+    rows = [
+        (f"{size} processes, {name}", f"{r['bytes_per_step'] / 1e6:.2f} MB", f"{r['of_full_rank']:.2f}")
+        for size, found in load("data_parallel")["results"].items()
+        for name, r in found.items()
+    ]
+    headers = ("ResNet-18, gradients averaged by", "sent per step", "step time")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
 def tables() -> str:
     """All of them, as they stand in the README."""
     return (
         f"{accuracy_table()}\n\nReal jobs, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
         "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
         f"between a model and its full-rank factorization, in evaluation, and in float64 in training mode too:\n\n{zoo_table()}\n\n"
+        "Several processes of one machine, pairs at a quarter of full rank, step time relative to full-rank and plain:\n\n"
+        f"{parallel_table()}\n\n"
         f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}"
     )
 
