@@ -1,34 +1,52 @@
-"""The same optimizer after the switch: parameters swapped in place, its state projected, Frobenius decay and
-learning-rate ramp in its own step.
-
-With `W = V U` the gradients are `∂U = Vᵀ G`, `∂V = G Uᵀ` (`G` the gradient of `W`), linear in `G`. So a momentum
-buffer `M`, a weighted sum of past gradients, becomes `Vᵀ M` and `M Uᵀ` exactly. A running mean of squares `S`
-becomes `(V∘V)ᵀ S` and `S (U∘U)ᵀ`: exact if the entries of `G` were uncorrelated, an approximation otherwise. Where
-the mean is kept beside it (centered RMSprop), that holds for the variance, so that the square stays above it.
+"""The same optimizer after the switch: parameters swapped in place, Frobenius decay and learning-rate ramp in its own
+step. (Its state: `moments`.)
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.distributed import check_optimizer
+from fxrank.moments import NoProjectionError, projected
 from fxrank.passes.factors import FactorPair
+from fxrank.passes.kinds import dense_at, pair_class
+from fxrank.passes.layers import Layer
 from fxrank.surgery import Replacement
+from fxrank.wrappers import unwrapped
 
-LINEAR_STATE = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}
-"""State that is a linear function of past gradients."""
-SQUARED_STATE = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
-"""State that is a linear function of past squared gradients."""
 _DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
 
 
-def check_holds(optimizer: Optimizer, model: nn.Module) -> None:
-    """Raise `ValueError` unless the optimizer holds at least one trainable parameter of the model; `TypeError` for
-    an optimizer with closures.
+def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
+    """The optimizers that a user gives, one or several, without what frameworks wrap around them.
+
+    Raises `TypeError` for anything else, for LBFGS and for engines with flat or scattered parameters, `ValueError` if there is
+    none, if one comes twice, or if one holds no parameter of the model.
     """
+    listed: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    for optimizer in listed:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer must be a torch optimizer, or a list of some in the order in which they step; got {type(optimizer).__name__}."
+            )
+        check_optimizer(optimizer)
+    optimizers = tuple(map(unwrapped, listed))
+    if len(set(map(id, optimizers))) < max(1, len(optimizers)):
+        found = "none" if not optimizers else "the same one twice"
+        raise ValueError(
+            f"a session needs one optimizer, or several different ones; got {found}. Pass those that step the model."
+        )
+    for optimizer in optimizers:
+        _check_holds(optimizer, model)
+    return optimizers
+
+
+def _check_holds(optimizer: Optimizer, model: nn.Module) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
             "LBFGS evaluates the model several times inside one step, so its parameters cannot be swapped; use a first-order optimizer."
@@ -39,6 +57,37 @@ def check_holds(optimizer: Optimizer, model: nn.Module) -> None:
             f"the optimizer must hold the model's parameters; {type(optimizer).__name__} holds {len(held)}, none of them of {type(model).__name__}. "
             "Build it from model.parameters() of this very object, after any model.to(...) that replaces parameters."
         )
+
+
+def refused_by(
+    optimizers: Iterable[Optimizer], layers: Iterable[Layer], model: nn.Module, planned: Container[str] = ()
+) -> list[Layer]:
+    """The layers, with a reason for those whose factors the optimizer that holds their weight does not take. Raises
+    `TypeError` if one of these is `planned`.
+    """
+    holder = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    answer = []
+    for layer in layers:
+        reason = None if layer.reason else _refusal(dense_at(model, layer.name, layer.form), layer, holder)
+        if reason is not None and layer.name in planned:
+            raise TypeError(
+                f"an optimizer must take the factors that a plan asks for; of {layer.name!r}, {reason}. Give this weight to another one."
+            )
+        answer.append(layer if reason is None else replace(layer, reason=reason))
+    return answer
+
+
+def _refusal(dense: nn.Module, layer: Layer, holder: Mapping[int, Optimizer]) -> str | None:
+    optimizer, pair = holder.get(id(getattr(dense, "weight", None))), pair_class(dense, layer.form)
+    if (
+        isinstance(optimizer, getattr(torch.optim, "Muon", ()))
+        and pair is not None
+        and pair(dense, 1).u.weight.ndim > 2
+    ):
+        return "its factors are stacks of matrices, which Muon does not take"
+    if isinstance(optimizer, torch.optim.SparseAdam):
+        return "one of its factors has a dense gradient, which SparseAdam does not take"
+    return None
 
 
 def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -> list[str]:
@@ -69,7 +118,7 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
             u, v = pair.u.weight, pair.v.weight
             assert isinstance(u, nn.Parameter) and isinstance(v, nn.Parameter)
             swapped += [u, v]
-            notes += _project_state(optimizer, replacement, u, v)
+            notes += _project_state(optimizer, replacement)
             if pair.extra_norm is not None:
                 target = swapped if plain is None or plain is group else plain["params"]
                 target += list(pair.extra_norm.parameters())
@@ -77,46 +126,21 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
     return notes
 
 
-def _project_state(optimizer: Optimizer, replacement: Replacement, u: nn.Parameter, v: nn.Parameter) -> list[str]:
+def _project_state(optimizer: Optimizer, replacement: Replacement) -> list[str]:
     state = optimizer.state.pop(replacement.weight, None)
     if not state:
         return []
     if replacement.derived:
         return [f"{replacement.name}: its weight was derived from other parameters; its factors start fresh"]
-    pair, shape = replacement.pair, replacement.weight.shape
-    u_matrix, v_matrix = pair.unfold_u(u.detach()), pair.unfold_v(v.detach())
-    new_u: dict[str, Any] = {}
-    new_v: dict[str, Any] = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
-            new_u[key] = value.clone() if isinstance(value, Tensor) else value
-            new_v[key] = value.clone() if isinstance(value, Tensor) else value
-        elif value.shape == shape and key in LINEAR_STATE | SQUARED_STATE:
-            square = key in SQUARED_STATE
-            left, right = (v_matrix.square(), u_matrix.square()) if square else (v_matrix, u_matrix)
-            if (
-                key == "square_avg" and "grad_avg" in state
-            ):  # centered RMSprop: the variance; the mean's square comes below
-                moment = (value - state["grad_avg"].square()).clamp_(min=0)
-            else:
-                moment = value
-            moment = pair.unroll(pair, moment).to(left.dtype)
-            new_u[key] = _like(pair.fold_u(left.transpose(1, 2) @ moment), u, value)
-            new_v[key] = _like(pair.fold_v(moment @ right.transpose(1, 2)), v, value)
-        else:
-            return [
-                f"{replacement.name}: optimizer state {key!r} of {type(optimizer).__name__} has no known projection; its factors start fresh"
-            ]
-    for new in (new_u, new_v):
-        if "square_avg" in new and "grad_avg" in new:
-            new["square_avg"] += new["grad_avg"].square()
-    optimizer.state[u], optimizer.state[v] = new_u, new_v
+    pair = replacement.pair
+    try:
+        new_u, new_v = projected(state, replacement.weight.shape, pair)
+    except NoProjectionError as key:
+        return [
+            f"{replacement.name}: optimizer state {str(key)!r} of {type(optimizer).__name__} has no known projection; its factors start fresh"
+        ]
+    optimizer.state[pair.u.weight], optimizer.state[pair.v.weight] = new_u, new_v
     return []
-
-
-def _like(value: Tensor, parameter: Tensor, old: Tensor) -> Tensor:
-    """`value` with the strides of its parameter and the dtype of the old state."""
-    return torch.empty_like(parameter, dtype=old.dtype).copy_(value)
 
 
 @dataclass(frozen=True)
@@ -135,7 +159,7 @@ class FactorRegime:
     `strength`: a number, or `"auto"` for the group's own weight decay.
     """
 
-    def __init__(self, optimizer: Optimizer, replacements: Iterable[Replacement], strength: float | str | None) -> None:
+    def __init__(self, optimizer: Optimizer, replacements: Sequence[Replacement], strength: float | str | None) -> None:
         self._optimizer = optimizer
         self._sites: list[_Site] = []
         group_of = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
@@ -143,6 +167,7 @@ class FactorRegime:
             group = group_of.get(id(r.pair.u.weight))
             if strength is not None and strength is not False and group is not None:
                 self._sites.append(_Site(r.pair, group, None if strength == "auto" else float(strength)))
+        self._first = [r.pair for r in replacements if id(r.pair.u.weight) in group_of]
         self._lr_factor: Callable[[], float] = lambda: 1.0
         self._scheduled: list[Any] = []
 
@@ -180,7 +205,15 @@ class FactorRegime:
 
     @torch.no_grad()
     def decay(self) -> None:
-        """Add the Frobenius decay of this step."""
+        """Add the Frobenius decay of this step. Warns if this is the first, and no factor has a gradient."""
+        if self._first and all(p.u.weight.grad is None and p.v.weight.grad is None for p in self._first):
+            warnings.warn(
+                "the factors must have gradients in the step after the switch; none of them has any. Does the loop run something that was made "
+                "from the model before, a CUDA graph or a copy? Make it anew after the switch.",
+                UserWarning,
+                stacklevel=2,
+            )
+        self._first = []
         # Both are set by GradScaler when a fused step unscales, and leaves out overflown gradients, by itself.
         grad_scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         for site in self._sites:
@@ -194,6 +227,9 @@ class FactorRegime:
             assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
             if first.grad is None or second.grad is None:
                 continue
+            for w in (first, second):
+                if w.grad is not None and w.grad.is_sparse:  # of a table whose every entry decays
+                    w.grad = w.grad.to_dense()
             u, v = pair.unfold_u(first), pair.unfold_v(second)
             ut, vt = u.transpose(1, 2), v.transpose(1, 2)
             pull_u, pull_v = pair.fold_u((vt @ v) @ u), pair.fold_v(v @ (u @ ut))

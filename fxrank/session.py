@@ -13,7 +13,7 @@ installed in the model and in the graph, the optimizer's parameters and state fo
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.averages import averaged_in, check_average, switch_average
-from fxrank.distributed import Team, check_optimizer, gradient_bytes
+from fxrank.distributed import Team, gradient_bytes
 from fxrank.loggers import Logger
 from fxrank.monitor import RankMonitor
-from fxrank.optim import FactorRegime, check_holds, swap_parameters
+from fxrank.optim import FactorRegime, optimizers_of, refused_by, swap_parameters
 from fxrank.passes.calls import Example
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import NothingFactorizedWarning
@@ -39,7 +39,7 @@ from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, frozen_names
 from fxrank.state import restore_session, session_state
 from fxrank.surgery import apply_plan, check_plan, keep
-from fxrank.wrappers import own_forward, unwrapped
+from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
 Listener = Callable[[str, "LowRankSession"], None]
@@ -47,7 +47,7 @@ Listener = Callable[[str, "LowRankSession"], None]
 
 
 class LowRankSession:
-    """One model, one optimizer, one policy, from attach to the end of training. Made by `attach`.
+    """One model, its optimizer or optimizers, one policy, from attach to the end of training. Made by `attach`.
 
     Public state: `phase` (`"full-rank"` or `"low-rank"`), `plan` (None before the switch), `monitor` (rank
     histories), `clock`, `graph_module`, `seconds` (time spent in monitor, profile and switch), `step_ms` (recent
@@ -57,7 +57,7 @@ class LowRankSession:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         graph_module: TracedModule,
         scene: Scene,
         policy: Policy,
@@ -66,7 +66,7 @@ class LowRankSession:
         listener: Listener | None,
         team: Team,
     ) -> None:
-        self.model, self.optimizer, self.graph_module, self.team = model, optimizer, graph_module, team
+        self.model, self.optimizers, self.graph_module, self.team = model, tuple(optimizers), graph_module, team
         self.policy, self.clock, self.scene = policy, clock, scene
         self.phase = FULL
         self.plan: Plan | None = None
@@ -75,7 +75,7 @@ class LowRankSession:
         self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}
         self.gradient_bytes: dict[str, int | None] = {FULL: gradient_bytes(model), LOW: None}
         self._example, self._listener = example, listener
-        self._regime: FactorRegime | None = None
+        self._regimes: dict[Optimizer, FactorRegime] = {}
         self._watch = Stopwatch(next(model.parameters()).device)
         self._handles: list[Any] = []
         self._averages: list[nn.Module] = []
@@ -85,7 +85,7 @@ class LowRankSession:
     def attach(
         cls,
         model: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         example_inputs: Example,
         total_steps: int,
@@ -103,6 +103,9 @@ class LowRankSession:
     ) -> "LowRankSession":
         """Watch `model` through `optimizer.step()`.
 
+        Of several optimizers (Muon for the matrices and AdamW for the rest, say) each keeps its part; give them in the order
+        in which they step: the last one's step counts, and the switch is made after it. Weights that none of them holds
+        are factorized as well, and stay untrained.
         `example_inputs` is one batch of the job's size on the model's device: a tensor, a tuple of positional
         inputs, a dict of keyword inputs, or a batch `(inputs, targets)`. `total_steps` counts optimizer steps;
         `steps_per_epoch` (default: all) gives E its unit. `policy` defaults to `Cuttlefish()`; a `Plan` is repeated
@@ -125,9 +128,8 @@ class LowRankSession:
             )
         team = Team.of(model, keep_comm_hooks)
         model = team.model
-        check_optimizer(optimizer)
-        optimizer = unwrapped(optimizer)
-        check_holds(optimizer, model)
+        check_not_graphed(model)
+        optimizers = optimizers_of(optimizer, model)
         averages = [averaged_in(follower, model) for follower in followers]
         frozen_names(model, chosen.freeze)
         if isinstance(chosen, FixedPlan):
@@ -135,6 +137,7 @@ class LowRankSession:
         with own_forward(model):
             gm = trace(model, example_inputs)
         layers = candidates(discover(gm, model), model, include=include, exclude=exclude)
+        layers = refused_by(optimizers, layers, model, chosen.given.R if isinstance(chosen, FixedPlan) else ())
         for layer in layers:
             if layer.reason is None:
                 check_finite(stack_of(layer, model), layer.name)
@@ -142,7 +145,7 @@ class LowRankSession:
             require_some(layers)
         scene = Scene(model, layers)
         session = cls(
-            model, optimizer, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
+            model, optimizers, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
         session._averages = averages
         session._logger = logger if team.is_first else None
@@ -168,10 +171,8 @@ class LowRankSession:
                 self._observe(exact=True)
         if state is not None:
             restore_session(self, state)
-        self._handles = [
-            self.optimizer.register_step_pre_hook(self._before_step),
-            self.optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        ]
+        self._handles = [o.register_step_pre_hook(self._before_step) for o in self.optimizers]
+        self._handles += [o.register_step_post_hook(self._after_step) for o in self.optimizers]
         if state is None:
             self._consider_switch()
         self._watch.mark()
@@ -187,20 +188,25 @@ class LowRankSession:
 
     # -- inside optimizer.step()
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._regime is None:
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        check_not_captured()
+        check_outside_backward()
+        regime = self._regimes.get(optimizer)
+        if regime is None:
             return None
         if len(args) > 1 and callable(args[1]):
-            return (args[0], self._regime.before_step(args[1]), *args[2:]), kwargs
+            return (args[0], regime.before_step(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
-            return args, kwargs | {"closure": self._regime.before_step(kwargs["closure"])}
-        self._regime.before_step()
+            return args, kwargs | {"closure": regime.before_step(kwargs["closure"])}
+        regime.before_step()
         return None
 
-    def _after_step(self) -> None:
+    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if (regime := self._regimes.get(optimizer)) is not None:
+            regime.after_step()
+        if optimizer is not self.optimizers[-1]:
+            return
         self._watch.mark()
-        if self._regime is not None:
-            self._regime.after_step()
         self.clock = Clock(self.clock.step + 1, self.clock.total_steps, self.clock.steps_per_epoch)
         monitor = self.scene.monitor
         if self.phase == FULL and (monitor is None or monitor.due(self.clock.step)):
@@ -240,6 +246,7 @@ class LowRankSession:
             self._switch(why)
 
     def _switch(self, why: str) -> None:
+        check_not_graphed(self.model)
         if self._listener is not None:
             self._listener("before_switch", self)
         start = time.perf_counter()
@@ -283,15 +290,24 @@ class LowRankSession:
                 parameter.grad = None
         if frozen:
             self.notes.append(f"frozen after the switch: {len(frozen)} parameters ({', '.join(self.policy.freeze)})")
-        self.notes += swap_parameters(self.optimizer, replacements)
+        for r in filter(lambda r: r.hooked, replacements):
+            now = (
+                "are gone with the parameters that it was derived from"
+                if r.derived
+                else "get the gradients of its factors now"
+            )
+            self.notes.append(f"{r.name}: the hooks on its weight {now}")
+        self.notes += [note for o in self.optimizers for note in swap_parameters(o, replacements)]
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
         if (missing := self.team.rewrap()) is not None:
             self.notes.append(missing)
-        self._regime = FactorRegime(self.optimizer, replacements, self.policy.frobenius_decay)
         ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
         scale, first = self.policy.lr_scale, plan.switch_step or 0
-        if ramp or scale != 1.0:
-            self._regime.scale_lr(lambda: scale * (min(1.0, (self.clock.step - first + 1) / ramp) if ramp else 1.0))
+        for optimizer in self.optimizers:
+            regime = FactorRegime(optimizer, replacements, self.policy.frobenius_decay)
+            if ramp or scale != 1.0:
+                regime.scale_lr(lambda: scale * (min(1.0, (self.clock.step - first + 1) / ramp) if ramp else 1.0))
+            self._regimes[optimizer] = regime
 
     # -- the end
 
@@ -316,8 +332,8 @@ class LowRankSession:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        if self._regime is not None:
-            self._regime.after_step()
+        for regime in self._regimes.values():
+            regime.after_step()
 
     def _never_switched(self) -> Plan:
         if isinstance(self.policy, FullRank):

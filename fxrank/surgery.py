@@ -28,6 +28,7 @@ from fxrank.ranks import ratio_rank
 
 _PLAN = "_fxrank_plan"
 _NESTED = "_fxrank_use_nested_tensor"
+_WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 Rank = int | float | Mapping[str, int | float] | Plan
 
@@ -48,6 +49,11 @@ class Replacement:
     def weight(self) -> nn.Parameter:
         """The dense parameter, the first of several."""
         return self.parameters[0]
+
+    @property
+    def hooked(self) -> bool:
+        """Whether the user has hooks on what is gone. Those of one dense weight are on both factors now."""
+        return any(getattr(parameter, name, None) for parameter in self.parameters for name in _WEIGHT_HOOKS)
 
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -102,6 +108,8 @@ def apply_plan(
             elif split:
                 pair.split(weight_of(layer))
             pairs.append(pair)
+            for factor in () if derived or len(pairs) > 1 else (pair.u.weight, pair.v.weight):
+                _take_hooks(factor, old[0])
             paths += install_weight(model, owner, attribute, pair) if attribute else install(model, {id(owner): pair})
         replacements.append(Replacement(name, old, pairs[0], derived))
         if gm is not None:
@@ -122,6 +130,13 @@ def apply_plan(
             share(t for norm in norms for t in (*norm.parameters(), *norm.buffers()))
     remember_plan(model, plan)
     return replacements
+
+
+def _take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
+    """The very dicts: handles that the user holds remove a hook from both."""
+    for name in _WEIGHT_HOOKS:
+        if getattr(weight, name, None):
+            setattr(factor, name, getattr(weight, name))
 
 
 def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:

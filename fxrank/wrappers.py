@@ -1,8 +1,11 @@
-"""What frameworks wrap around a model's forward and around an optimizer, and what is inside."""
+"""What frameworks wrap around a model's forward and around an optimizer, and what is inside; and the one wrapping that
+cannot be looked through, a CUDA graph, which goes on with the memory of the weights that it was captured with.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -31,3 +34,33 @@ def own_forward(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.forward = wrapped
+
+
+def check_not_graphed(model: nn.Module) -> None:
+    """Raise `TypeError` if a forward in the model is what `torch.cuda.make_graphed_callables` put there."""
+    for name, module in model.named_modules():
+        forward = vars(module).get("forward")
+        if getattr(forward, "__qualname__", "").startswith("make_graphed_callables."):
+            where = f"{name!r}" if name else f"the whole {type(module).__name__}"
+            raise TypeError(
+                f"a CUDA graph goes on with the weights that it was captured with, so they cannot be replaced; {where} is a graphed callable. "
+                "Train eagerly, or with torch.compile(mode='reduce-overhead'), and graph the model after the switch."
+            )
+
+
+def check_not_captured() -> None:
+    """Raise `RuntimeError` while a CUDA graph is being captured."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph of an optimizer step would repeat it without the session, which counts steps and makes the switch; this step is being "
+            "captured. Step eagerly, or with torch.compile(mode='reduce-overhead'), and capture after session.finish()."
+        )
+
+
+def check_outside_backward() -> None:
+    """Raise `RuntimeError` in the middle of a backward pass."""
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "a switch replaces parameters, which must not happen while gradients are on their way to them; this optimizer steps inside backward(), "
+            "from a hook. Step after it."
+        )

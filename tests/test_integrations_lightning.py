@@ -81,7 +81,7 @@ def test_the_switch_happens_inside_the_trainer(tmp_path):
     assert (callback.plan.switch_step, callback.plan.E) == (6, 2.0)  # an epoch is 3 steps of 2 batches
     assert callback.plan.R == {"net.2": 4, "net.4": 4}
     assert callback.session.clock.step == trainer.global_step == 12
-    assert callback.session.optimizer is trainer.optimizers[0]
+    assert callback.session.optimizers == tuple(trainer.optimizers)
     held = {id(p) for g in trainer.optimizers[0].param_groups for p in g["params"]}
     assert held == {id(p) for p in module.parameters()}
     assert trainer.optimizers[0].param_groups[0]["lr"] == 0  # the schedule ran to its end
@@ -182,7 +182,7 @@ def test_a_fit_that_breaks_off_leaves_no_hooks_behind(tmp_path):
     with pytest.raises(RuntimeError, match="out of data"):
         trainer.fit(Broken(), loader())
     assert callback.session.clock.step == 2
-    hooks = callback.session.optimizer._optimizer_step_post_hooks
+    hooks = callback.session.optimizers[0]._optimizer_step_post_hooks
     assert not hooks
 
 
@@ -226,3 +226,40 @@ def test_a_run_without_an_end_is_refused(tmp_path):
     trainer, _ = trainer_of(tmp_path, max_epochs=-1)
     with pytest.raises(ValueError, match="a low-rank run must know its length; the trainer's is inf steps"):
         trainer.fit(Classifier(), loader())
+
+
+class ByHand(Classifier):
+    """Two optimizers that the module steps itself, one of them for something that is not watched."""
+
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch, index):
+        loss = F.cross_entropy(self(batch[0]) * self.scale, batch[1])
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def configure_optimizers(self):
+        parts = [
+            [p for p in self.net.parameters() if p.ndim > 1],
+            [p for p in self.net.parameters() if p.ndim == 1],
+            [self.scale],
+        ]
+        return [torch.optim.SGD(part, lr=0.05) for part in parts]
+
+
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
+def test_several_optimizers_by_hand(tmp_path):
+    module = ByHand()
+    trainer, callback = trainer_of(
+        tmp_path, LowRankCallback(SOON, module="net"), accumulate_grad_batches=1, gradient_clip_val=None
+    )
+    trainer.fit(module, loader())
+    assert callback.session.optimizers == tuple(trainer.optimizers[:2])
+    assert callback.session.clock.step == 24 and callback.plan.switch_step == 12 and callback.plan.R

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import fxrank
-from fxrank.optim import FactorRegime, check_holds, swap_parameters
+from fxrank.optim import FactorRegime, optimizers_of, swap_parameters
 from fxrank.surgery import apply_plan
 
 
@@ -143,7 +143,8 @@ def test_no_frobenius_decay_leaves_the_gradient():
 
 
 def test_learning_rate_factor_is_invisible_to_schedulers():
-    _model, optimizer, _x, _, replaced, _ = switched(torch.optim.SGD, lr=0.5)
+    model, optimizer, x, _, replaced, _ = switched(torch.optim.SGD, lr=0.5)
+    model(x).sum().backward()
     regime = FactorRegime(optimizer, replaced, None)
     regime.scale_lr(lambda: 0.1)
     regime.before_step()
@@ -200,9 +201,9 @@ def test_optimizer_errors():
         ValueError,
         match=re.escape("the optimizer must hold the model's parameters; SGD holds 2, none of them of Linear."),
     ):
-        check_holds(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model)
+        optimizers_of(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), model)
     with pytest.raises(TypeError, match="LBFGS evaluates the model several times inside one step"):
-        check_holds(torch.optim.LBFGS(model.parameters()), model)
+        optimizers_of(torch.optim.LBFGS(model.parameters()), model)
 
 
 def test_extra_norm_parameters_join_a_group_without_decay():

@@ -53,14 +53,14 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         exclude: Iterable[Selector] | Selector = (),
         *,
         module: str = "",
-        optimizer: int = 0,
+        optimizer: int | None = None,
         example_inputs: Example = None,
         seed: int = 0,
         logger: Logger | None = None,
     ) -> None:
         """Options as of `LowRankSession.attach`. `module` names the submodule to watch where `forward` of the whole does
-        not take a batch; `optimizer` is its optimizer's place in `trainer.optimizers`. `example_inputs` is needed for loaders
-        that can be iterated just once, and for several at a time.
+        not take a batch; `optimizer` is its optimizer's place in `trainer.optimizers`, None for all of those that hold a
+        parameter of it. `example_inputs` is needed for loaders that can be iterated just once, and for several at a time.
         """
         self._options: dict[str, Any] = {
             "policy": policy,
@@ -128,7 +128,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         self.plan = None
         self.session = LowRankSession.attach(
             model,
-            trainer.optimizers[self._optimizer],
+            self._optimizers(trainer.optimizers, model),
             example_inputs=to_device(example, next(model.parameters()).device),
             total_steps=int(total),
             steps_per_epoch=int(per_epoch),
@@ -153,6 +153,12 @@ class LowRankCallback(Callback):  # type: ignore[misc]
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.session is None else {"session": self.session.state_dict()}
+
+    def _optimizers(self, listed: list[Any], model: nn.Module) -> list[Any]:
+        if self._optimizer is not None:
+            return [listed[self._optimizer]]
+        own = set(model.parameters())
+        return [o for o in listed if any(p in own for group in o.param_groups for p in group["params"])] or listed
 
     def _watched(self, pl_module: Any) -> nn.Module:
         model: nn.Module = pl_module.get_submodule(self._module)

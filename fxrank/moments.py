@@ -1,0 +1,107 @@
+"""What an optimizer remembers of a weight, as the same memory of its factors.
+
+With `W = V U` the gradients are `∂U = Vᵀ G`, `∂V = G Uᵀ` (`G` the gradient of `W`), linear in `G`. So what is a weighted
+sum of past gradients, `M`, becomes `Vᵀ M` and `M Uᵀ` exactly. A running mean of squares `S` becomes `(V∘V)ᵀ S` and `S
+(U∘U)ᵀ`: exact if the entries of `G` were uncorrelated, an approximation otherwise. Every other memory that has a
+projection is brought to one of the two first:
+
+- a mean kept beside the squares (centered RMSprop): it is the variance that is projected, so that the square stays above it;
+- the squares of past updates (Adadelta): a step of one size for all entries would change the factors by `Vᵀ ΔW` and `ΔW Uᵀ`;
+- a running maximum of magnitudes (Adamax): the root of its square's projection;
+- squares kept as the means of rows and columns (Adafactor; Shazeer & Stern 2018): their rank-one product is projected and its
+  means taken;
+- an average of the weight itself (ASGD): fitted from the factors, as other averages are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxrank.averages import fitted
+from fxrank.passes.factors import FactorPair
+
+State = dict[str, Any]
+_LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}
+_SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"}
+_MAGNITUDE = {"exp_inf"}
+_AVERAGED = {"ax"}
+_MEANS = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", False))
+"""Names of the means of squares over rows and over columns, and whether their dimension is kept: torch's, transformers'."""
+
+
+class NoProjectionError(Exception):
+    """An entry of the state has no known projection; the text is its name."""
+
+
+@torch.no_grad()
+def projected(state: State, shape: torch.Size, pair: FactorPair) -> tuple[State, State]:
+    """The states of `u.weight` and `v.weight` of a pair from that of the dense weight of this `shape`.
+
+    Moments have the shape of their parameter; numbers and one-element tensors (step counts) are copied. Raises
+    `NoProjectionError`.
+    """
+    left = dict(state)
+    for row, column, kept in _MEANS:
+        if isinstance(state.get(row), Tensor) and isinstance(state.get(column), Tensor):
+            left[row] = _from_means(left.pop(row), left.pop(column), kept)
+    new_u: State = {}
+    new_v: State = {}
+    for key, value in left.items():
+        if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
+            new_u[key] = value.clone() if isinstance(value, Tensor) else value
+            new_v[key] = value.clone() if isinstance(value, Tensor) else value
+            continue
+        if value.shape != shape or key not in _PROJECTIONS:
+            raise NoProjectionError(key)
+        moment = value
+        if key == "square_avg" and "grad_avg" in state:
+            moment = (value - state["grad_avg"].square()).clamp_(min=0)
+        for new, factor, part in zip(
+            (new_u, new_v), (pair.u.weight, pair.v.weight), _PROJECTIONS[key](moment, pair), strict=True
+        ):
+            # the strides of its parameter, the dtype of the old state
+            new[key] = torch.empty_like(factor, dtype=value.dtype, requires_grad=False).copy_(part)
+    for new in (new_u, new_v):
+        if "square_avg" in new and "grad_avg" in new:
+            new["square_avg"] += new["grad_avg"].square()
+        for row, column, kept in _MEANS:
+            if row in new and column in state:
+                squares = new[row]
+                new[row], new[column] = squares.mean(-1, keepdim=kept), squares.mean(-2, keepdim=kept)
+    return new_u, new_v
+
+
+def _from_means(row: Tensor, column: Tensor, kept: bool) -> Tensor:
+    if not kept:
+        row, column = row.unsqueeze(-1), column.unsqueeze(-2)
+    return row @ column / row.mean(-2, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)
+
+
+def _linear(moment: Tensor, pair: FactorPair, power: int = 1) -> tuple[Tensor, Tensor]:
+    u, v = pair.unfold_u(pair.u.weight.detach()), pair.unfold_v(pair.v.weight.detach())
+    moment = pair.unroll(pair, moment).to(u.dtype)
+    return pair.fold_u((v**power).mT @ moment), pair.fold_v(moment @ (u**power).mT)
+
+
+def _squared(moment: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
+    return _linear(moment, pair, 2)
+
+
+def _magnitude(moment: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
+    u, v = _squared(moment.square(), pair)
+    return u.sqrt_(), v.sqrt_()
+
+
+def _averaged(average: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
+    u, v = fitted(pair.unroll(pair, average), pair)
+    return pair.fold_u(u), pair.fold_v(v)
+
+
+_PROJECTIONS: dict[str, Callable[[Tensor, FactorPair], tuple[Tensor, Tensor]]] = {
+    **dict.fromkeys(_LINEAR, _linear),
+    **dict.fromkeys({*_SQUARED, *(row for row, _, _ in _MEANS)}, _squared),
+    **dict.fromkeys(_MAGNITUDE, _magnitude),
+    **dict.fromkeys(_AVERAGED, _averaged),
+}
