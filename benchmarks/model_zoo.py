@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 import fxrank
 from benchmarks import record, zoo
+from fxrank.models import on_meta_where_possible
 from fxrank.passes.calls import call_arguments
 from fxrank.passes.discover import discover
 from fxrank.passes.layers import Layer
@@ -53,13 +54,12 @@ def factorizable(layer: Layer) -> bool:
 def study(entry: zoo.Entry, *, meta: bool, max_parameters: int) -> dict[str, Any]:
     """Everything about one model, plain data. A model over `max_parameters` is studied on the meta device."""
     start = time.perf_counter()
-    device = "meta" if meta and not zoo.needs_data(entry.name) else "cpu"
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            model, example = entry.build(), entry.example()
-    except (RuntimeError, NotImplementedError):  # a model that computes while it is built
-        model, example = entry.build(), entry.example()
+
+    def build() -> tuple[nn.Module, Any]:
+        return entry.build(), entry.example()
+
+    torch.manual_seed(0)
+    model, example = on_meta_where_possible(build) if meta and not zoo.needs_data(entry.name) else build()
     total = sum(p.numel() for p in model.parameters())
     large = total > max_parameters
     if large and not zoo.needs_data(entry.name):

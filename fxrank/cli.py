@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
 from fxrank.distributed import Team, in_shares, launched
-from fxrank.models import MODEL_HELP, build_model, called, example_for
+from fxrank.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import FxrankError
 from fxrank.passes.selection import candidates
@@ -117,17 +118,16 @@ def _inspect(options: argparse.Namespace) -> None:
     spec = options.model or options.spec
     if spec is None:
         raise ValueError(f"inspect needs a model: {MODEL_HELP}.")
-    try:
-        with torch.device("meta"):
-            model = build_model(spec, options.classes)
-            example = example_for(spec, model, options.input)
-    except (RuntimeError, NotImplementedError):  # a model that computes while it is built
+
+    def build() -> tuple[nn.Module, Any]:
         model = build_model(spec, options.classes)
-        example = example_for(spec, model, options.input)
+        return model, example_for(spec, model, options.input)
+
+    model, example = on_meta_where_possible(build)
     graph = trace(model.eval(), example)
     if graph.leaves and not graph.regions:  # only a real run shows what those modules call
-        model = build_model(spec, options.classes)
-        graph = trace(model.eval(), example_for(spec, model, options.input))
+        model, example = build()
+        graph = trace(model.eval(), example)
     layers = candidates(discover(graph, model), model, include=options.include, exclude=options.exclude)
     if options.json:
         names = ("name", "kind", "weight_shape", "full_rank", "break_even_rank", "parameters", "macs", "reason")

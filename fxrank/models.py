@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def build_model(spec: str, classes: int | None = None) -> nn.Module:
         found: nn.Module = called(spec, nn.Module, "a model")
         return found
     raise ValueError(f"--model must be {MODEL_HELP}; got {spec!r}.")
+
+
+def on_meta_where_possible(build: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
+    """What `build` makes, a model and an example for it, on the meta device, where they take no memory; for real if that
+    fails, as it does for a model that computes while it is built.
+    """
+    try:
+        with torch.device("meta"):
+            return build()
+    except RuntimeError:  # an operation without a meta kernel is a NotImplementedError, one of these too
+        return build()
 
 
 def _hugging_face(name: str, classes: int | None) -> nn.Module:

@@ -2,10 +2,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
 import fxrank
 from fxrank.cli import main
+from fxrank.models import on_meta_where_possible
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"]])
@@ -67,6 +70,20 @@ def test_inspect_by_a_callable_of_the_users_own(tmp_path, monkeypatch, capsys):
     assert "1 of 3 layers can be factorized" in capsys.readouterr().out
     assert main(["inspect", "mymodels:make"]) == 2
     assert "--input is needed for the model 'mymodels:make', as 32x3x224x224" in capsys.readouterr().err
+
+
+def test_only_a_model_that_computes_while_it_is_built_is_built_for_real():
+    def layer_and_input():
+        return nn.Linear(2, 2), torch.ones(1, 2)
+
+    def of_norm_one():
+        layer, x = layer_and_input()
+        layer.weight.data /= float(layer.weight.norm())
+        return layer, x
+
+    for build, device in ((layer_and_input, "meta"), (of_norm_one, "cpu")):
+        layer, x = on_meta_where_possible(build)
+        assert layer.weight.device.type == x.device.type == device
 
 
 def test_profile(capsys):
