@@ -1,4 +1,6 @@
-"""One batch to trace a model with, taken beside the loader that the training will use."""
+"""What the callbacks of all trainers share: the session's options, and one batch to trace a model with, taken beside the
+loader that the training will use.
+"""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -7,7 +9,22 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from fxrank.loggers import Logger
+from fxrank.passes.selection import Selector
+from fxrank.plan import Plan
+from fxrank.policy import Policy
 from fxrank.resume import random_state, restore_random
+
+
+def session_options(
+    policy: Policy | Plan | str | None,
+    include: Iterable[Selector] | Selector,
+    exclude: Iterable[Selector] | Selector,
+    seed: int,
+    logger: Logger | None,
+) -> dict[str, Any]:
+    """What a callback keeps of its arguments for `LowRankSession.attach`, by name."""
+    return {"policy": policy, "include": include, "exclude": exclude, "seed": seed, "logger": logger}
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 
 from fxrank.batches import to_device
 from fxrank.checkpoint import PLAN, load, save
-from fxrank.integrations.examples import example_batch, random_untouched
+from fxrank.integrations.examples import example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.errors import CheckpointError
@@ -63,13 +63,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         logger: Logger | None = None,
     ) -> None:
         """Options as of `LowRankSession.attach`. `example_inputs` is needed only if the loader can be iterated just once."""
-        self._options: dict[str, Any] = {
-            "policy": policy,
-            "include": include,
-            "exclude": exclude,
-            "seed": seed,
-            "logger": logger,
-        }
+        self._options = session_options(policy, include, exclude, seed, logger)
         self._example = example_inputs
         self.session: LowRankSession | None = None
         self.plan: Plan | None = None

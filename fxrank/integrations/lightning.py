@@ -20,7 +20,7 @@ except ImportError:
     from pytorch_lightning.callbacks import Callback
 
 from fxrank.batches import model_inputs, to_device
-from fxrank.integrations.examples import example_batch, random_untouched
+from fxrank.integrations.examples import example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.errors import CheckpointError
@@ -62,13 +62,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         not take a batch; `optimizer` is its optimizer's place in `trainer.optimizers`, None for all of those that hold a
         parameter of it. `example_inputs` is needed for loaders that can be iterated just once, and for several at a time.
         """
-        self._options: dict[str, Any] = {
-            "policy": policy,
-            "include": include,
-            "exclude": exclude,
-            "seed": seed,
-            "logger": logger,
-        }
+        self._options = session_options(policy, include, exclude, seed, logger)
         self._module, self._optimizer, self._example = module, optimizer, example_inputs
         self.session: LowRankSession | None = None
         self.plan: Plan | None = None
