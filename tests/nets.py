@@ -9,6 +9,9 @@ import fxrank
 UNTIMED = fxrank.Cuttlefish(speedup_threshold=None)
 """The default policy without timing, so that a run depends on nothing but its seed."""
 
+SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
+"""Switches half-way, at a quarter of the full rank."""
+
 
 def mlp(seed=0, width=16, dtype=torch.float32):
     """Four Linear layers, `(N, 12)` to `(N, 4)`; "2" and "4" are eligible, break-even `width / 2`."""
@@ -60,6 +63,16 @@ class Tied(nn.Module):
     def forward(self, x):
         x = torch.tanh(self.b(torch.tanh(self.a(self.first(x)))))
         return self.head(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
+
+
+BERT = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+"""Sizes of a tiny BERT, by the names of `transformers.BertConfig`."""
 
 
 def vectors(n=8, seed=1, dtype=torch.float32):

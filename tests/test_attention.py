@@ -2,10 +2,10 @@
 
 import copy
 import io
-import warnings
 
 import pytest
 import torch
+from exact import full, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,19 +34,8 @@ class Around(nn.Module):
         return self.attention(query, key, value, **options)
 
 
-def full(model, example, **options):
-    """The full-rank factorization."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no smaller than the layers, as it must be here
-        return fxrank.factorize(model, example, **({"rank": 1.0, "include": "*"} | options))
-
-
 def count(model):
     return sum(p.numel() for p in model.parameters())
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def outputs_and_gradients(model, inputs, **options):

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import ConvNet, batches, images, mlp, settings_of, snapshot, vectors
+from nets import SOON, ConvNet, batches, images, mlp, settings_of, snapshot, vectors
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxrank
-
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 
 
 def run(model, loader=None, **options):

@@ -37,18 +37,22 @@ def update(average, model):
     (average.update_parameters if isinstance(average, AveragedModel) else average.update)(model)
 
 
-def run(model, average, steps=10, batch=None, policy=HALFWAY, told=True, optimizer=torch.optim.SGD):
-    batch = vectors() if batch is None else batch
-    optimizer = optimizer(model.parameters(), lr=0.05)
-    session = fxrank.LowRankSession.attach(
+def attach(model, optimizer, batch, steps, policy, followers=()):
+    return fxrank.LowRankSession.attach(
         model,
         optimizer,
         example_inputs=batch[0],
-        total_steps=10,
+        total_steps=steps,
         steps_per_epoch=1,
         policy=policy,
-        followers=[average] if told else [],
+        followers=followers,
     )
+
+
+def run(model, average, steps=10, batch=None, policy=HALFWAY, told=True, optimizer=torch.optim.SGD):
+    batch = vectors() if batch is None else batch
+    optimizer = optimizer(model.parameters(), lr=0.05)
+    session = attach(model, optimizer, batch, 10, policy, [average] if told else [])
     for _ in range(steps):
         train(model, optimizer, 1, batch)
         update(average, model)
@@ -84,14 +88,7 @@ def test_the_average_of_factors_is_the_average_of_products():
     batch = vectors(dtype=torch.float64)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    session = fxrank.LowRankSession.attach(
-        model,
-        optimizer,
-        example_inputs=batch[0],
-        total_steps=40,
-        steps_per_epoch=1,
-        policy=fxrank.Pufferfish(E=20, ratio=0.25),
-    )
+    session = attach(model, optimizer, batch, 40, fxrank.Pufferfish(E=20, ratio=0.25))
     session.follow(average)
     train(model, optimizer, 19, batch)
     for _ in range(3):  # the average lags behind
@@ -211,35 +208,28 @@ def test_refusals():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = snapshot(model)
 
-    def attach(follower):
-        return fxrank.LowRankSession.attach(
-            model,
-            optimizer,
-            example_inputs=X,
-            total_steps=4,
-            policy=fxrank.SpectralInit(ratio=0.25),
-            followers=[follower],
-        )
+    def followed_by(follower):
+        return attach(model, optimizer, (X, Y), 4, fxrank.SpectralInit(ratio=0.25), [follower])
 
     with pytest.raises(
         TypeError, match=re.escape("a follower must be a module with the model's parameters; got list.")
     ):
-        attach(list(model.parameters()))
+        followed_by(list(model.parameters()))
     message = (
         "a follower must have the model's parameters, by name and shape; '0.weight' is (32, 12) in AveragedModel and "
         "(16, 12) in Sequential. Pass a copy of this very model, before the switch."
     )
     with pytest.raises(ValueError, match=re.escape(message)):
-        attach(AveragedModel(mlp(width=32)))
+        followed_by(AveragedModel(mlp(width=32)))
     with pytest.raises(ValueError, match=re.escape("a follower must be a copy of the model; got the model itself.")):
-        attach(model)
+        followed_by(model)
     broken = AveragedModel(model)
     with torch.no_grad():
         broken.module[2].weight[0, 0] = torch.nan
     with pytest.raises(fxrank.NonFiniteWeightError, match=re.escape("'2 of an average' holds 1 NaN")):
-        attach(broken)
+        followed_by(broken)
     assert snapshot(model) == before
-    session = attach(copy.deepcopy(model))
+    session = followed_by(copy.deepcopy(model))
     assert session.phase == "low-rank"
     session.follow(AveragedModel(model))  # made of the low-rank model: nothing left to do
     with pytest.raises(ValueError, match=re.escape("'2.u.weight' is missing in Sequential")):

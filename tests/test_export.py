@@ -5,7 +5,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import ConvNet, images, mlp, vectors
+from nets import BERT, ConvNet, images, mlp, vectors
 from torch import nn
 
 import fxrank
@@ -49,15 +49,7 @@ class Bert(nn.Module):
     def __init__(self):
         super().__init__()
         transformers = pytest.importorskip("transformers")
-        config = transformers.BertConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=64,
-            vocab_size=50,
-            max_position_embeddings=32,
-        )
-        self.bert = transformers.BertModel(config)
+        self.bert = transformers.BertModel(transformers.BertConfig(**BERT, max_position_embeddings=32))
 
     def forward(self, tokens):
         return self.bert(tokens).last_hidden_state

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from nets import UNTIMED
+from nets import BERT, SOON, UNTIMED
 
 import fxrank
 
@@ -25,8 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning"),
 ]
 
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
-"""Switches half-way, at a quarter of the full rank."""
 TOKENS = torch.randint(0, 50, (24, 8), generator=torch.Generator().manual_seed(3))
 DATA = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2} for row in TOKENS]
 """24 sentences of 8 tokens; the class is whether the first token is odd."""
@@ -34,15 +32,7 @@ DATA = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row
 
 def bert(seed=0):
     torch.manual_seed(seed)
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=16,
-    )
-    return transformers.BertForSequenceClassification(config)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, max_position_embeddings=16))
 
 
 def trainer_of(folder, model=None, policy=SOON, cls=LowRankTrainer, callback=None, **options):

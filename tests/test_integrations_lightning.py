@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp, vectors
+from nets import SOON, mlp, vectors
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxrank
@@ -23,9 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
 ]
-
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
-"""Switches half-way, at a quarter of the full rank."""
 
 
 class Classifier(L.LightningModule):

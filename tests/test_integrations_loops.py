@@ -6,16 +6,13 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import ConvNet, images, mlp, train, vectors
+from nets import SOON, ConvNet, images, mlp, train, vectors
 from torch import nn
 
 import fxrank
 from fxrank.integrations.examples import example_batch
 from fxrank.integrations.loggers import Logger, TensorBoardLogger, WandbLogger
 from fxrank.wrappers import unwrapped
-
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
-"""Switches half-way, at a quarter of the full rank."""
 
 
 def attach(model, optimizer, x, steps=10, **options):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import full, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,17 +21,6 @@ from fxrank.passes.verify import largest_difference, pair_error
 
 # float64: sums of some hundred products of order 1.
 ROUNDING = 1e-12
-
-
-def full(model, example, **options):
-    """The full-rank factorization."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no smaller than the layers, as it must be here
-        return fxrank.factorize(model, example, **({"rank": 1.0, "include": "*"} | options))
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def pairs(model):

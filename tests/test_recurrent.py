@@ -2,10 +2,10 @@
 
 import copy
 import io
-import warnings
 
 import pytest
 import torch
+from exact import full, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -38,16 +38,6 @@ def way(request, monkeypatch):
     """Both ways of a narrow layer: the product for torch's kernel, and the factors step by step."""
     monkeypatch.setattr(recurrent, "WIDE", 1 if request.param == "stepped" else 512)
     return request.param
-
-
-def full(model, example, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # no smaller than the layers, as it must be here
-        return fxrank.factorize(model, example, **({"rank": 1.0, "include": "*"} | options))
-
-
-def randn(*shape):
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 def count(model):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import UNTIMED, ConvNet, Tied, batches, images, mlp, settings_of, snapshot
+from nets import SOON, UNTIMED, ConvNet, Tied, batches, images, mlp, settings_of, snapshot
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -20,7 +20,6 @@ import fxrank
 from fxrank.monitor import ReferenceDetector, SlopeDetector
 from fxrank.plainfile import read_plain, write_plain
 
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 EPOCHS, STEPS = 4, 5
 
 

@@ -8,14 +8,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import UNTIMED, ConvNet, Tied, images, mlp, settings_of, snapshot, train, vectors
+from nets import SOON, UNTIMED, ConvNet, Tied, images, mlp, settings_of, snapshot, train, vectors
 from torch import nn
 
 import fxrank
 
 X, Y = vectors()
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
-"""Switches half-way, at a quarter of the full rank."""
 
 
 def attach(model, optimizer, policy=SOON, x=X, **options):

@@ -7,13 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import UNTIMED, ConvNet, images, mlp, settings_of, snapshot, train, vectors
+from nets import SOON, UNTIMED, ConvNet, images, mlp, settings_of, snapshot, train, vectors
 
 import fxrank
 
 X, Y = vectors()
 TIMED = fxrank.Cuttlefish(speedup_threshold=0.0, latest=None)
-SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 
 
 def attached(policy, make=mlp, seed=0, x=X, **options):
