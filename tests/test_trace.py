@@ -1,21 +1,19 @@
+"""The traced graph: it computes what the model does, at every size and in both modes, and the model is left as it was."""
+
 import builtins
-import contextlib
 import dataclasses
 import functools
-import operator
-import re
 from collections import OrderedDict
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
+from odd import ODD, Branch, Buffers, Plain
 from programs import programs
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 import fxrank
-from fxrank.passes.calls import call_arguments, describe
 from fxrank.passes.trace import trace
 
 
@@ -68,23 +66,6 @@ def test_nested_inputs_keywords_and_python_questions():
     assert node.meta["nn_module_stack"]
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_nothing_is_left_in_the_model_and_no_random_number_is_drawn(training):
-    model = Nested().train(training)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    attributes = set(vars(model))
-    state = torch.random.get_rng_state()
-    trace(model, {"batch": {"x": torch.randn(3, 4)}, "pair": (torch.ones(4), torch.ones(4))})
-    rng = torch.random.get_rng_state()
-    torch.random.set_rng_state(state)
-    torch.randn(3, 4)
-    assert torch.equal(rng, torch.random.get_rng_state())
-    assert model.cache == {}
-    assert set(vars(model)) == attributes
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert type(model.calls) is torch.Tensor
-
-
 def test_the_graph_follows_train_and_eval():
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4))
     gm = trace(model.eval(), torch.randn(3, 4))
@@ -97,66 +78,6 @@ def test_the_graph_follows_train_and_eval():
     assert torch.equal(first, model(x))
     gm.eval()
     assert torch.equal(gm(x), model.eval()(x))
-
-
-class DataDependent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Sequential(nn.Linear(4, 4), Branch())
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.inner(x))
-
-
-class Branch(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.linear(x) if x.sum() > 0 else x
-
-
-def test_a_module_that_branches_on_data_is_one_node_and_what_it_calls_a_region():
-    model, x = DataDependent(), torch.ones(2, 4)
-    model.inner[0].weight.data.fill_(1)  # a positive sum: the branch is taken
-    gm = trace(model, x)
-    assert not gm.whole
-    assert list(gm.leaves) == ["inner.1"]
-    assert gm.leaves["inner.1"].startswith("TypeError: bool() of the tensor 'gt' needs its data")
-    assert [n.target for n in gm.graph.nodes if n.op == "call_module"] == ["inner.0", "inner.1", "head"]
-    assert list(gm.regions) == ["inner.1.linear"]
-    other = trace(model, x, leaf_modules=(Branch,))
-    assert [n.target for n in other.graph.nodes if n.op == "call_module"] == ["inner.0", "inner.1", "head"]
-    small = fxrank.factorize(model, x, rank=1)
-    assert fxrank.plan_of(small).R == {"inner.1.linear": 1}
-
-
-def test_an_example_that_does_not_fit_is_refused():
-    with pytest.raises(fxrank.TraceError, match=r"failed in .* with RuntimeError"):
-        trace(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 5))
-
-
-def test_call_arguments():
-    two = DataDependent()
-    x, y = torch.ones(2, 4), torch.ones(2)
-    assert call_arguments(two, x) == ((x,), {})
-    assert call_arguments(two, (x,)) == ((x,), {})
-    (only,), kwargs = call_arguments(two, (x, y))  # a batch (inputs, targets)
-    assert only is x
-    assert kwargs == {}
-    assert call_arguments(nn.Bilinear(4, 4, 2), (x, x)) == ((x, x), {})
-    assert call_arguments(two, {"x": x}) == ((), {"x": x})
-    with pytest.raises(
-        TypeError, match=re.escape("the batch must fit TwoArguments.forward(a, b); got tuple(Tensor(2, 4) float32)")
-    ):
-        call_arguments(TwoArguments(), (x,))
-
-
-class TwoArguments(DataDependent):
-    def forward(self, a, b):
-        return a + b
 
 
 class Functional(nn.Module):
@@ -204,97 +125,6 @@ def test_the_graph_computes_what_the_model_does_and_knows_every_value(network):
     assert all(parameters[name] is p for name, p in gm.named_parameters())
 
 
-class Plain(nn.Module):
-    """What the small models below share: two layers and a place to put things."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.second(self.middle(self.first(x)))
-
-    def middle(self, x):
-        return x
-
-
-class AsksForTypes(Plain):
-    def middle(self, x):
-        if isinstance(x, torch.Tensor):
-            x = [x]
-        assert isinstance(x[0].shape, tuple)
-        assert isinstance(x[0].shape[0], int)
-        assert not isinstance(x[0], (int, nn.Parameter))
-        assert isinstance(self.first.weight.dtype, torch.dtype)
-        return x[0]
-
-
-class MakesTensors(Plain):
-    def middle(self, x):
-        n, width = x.shape
-        x = x + torch.arange(width, device=x.device) + torch.zeros(n, width) + torch.ones((n, 1), dtype=x.dtype)
-        x = x + torch.full((n, width), 2.0) + torch.eye(width)[0] + torch.linspace(0, 1, width)
-        return x.clamp(min=torch.finfo(x.dtype).min) + torch.tensor(width) + torch.empty(n, 0).sum()
-
-
-class TakesApart(Plain):
-    def middle(self, x):
-        n, *rest = x.shape
-        (size,) = rest
-        total = 0
-        for i, row in enumerate(x.unbind(1)):
-            total = total + row * i
-        chunks = dict(zip("ab", x.chunk(2, dim=-1), strict=True))
-        joined = torch.cat([*chunks.values(), *(chunks[k] for k in chunks)], -1)[..., : max(size, 2)]
-        top, index = x.topk(k=min(3, size), dim=1)
-        return joined * total.view(n, 1) + top.sum() + index.max() + len(chunks)
-
-
-class HoldsAside(Plain):
-    def __init__(self):
-        super().__init__()
-        self.row = [self.first, self.second]
-        object.__setattr__(self, "act", nn.SiLU())
-
-    def forward(self, x):
-        for layer in self.row:
-            x = self.act(layer(x))
-        return x
-
-
-class Buffers(Plain):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(4))
-        self.register_buffer("table", None)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
-
-    def middle(self, x):
-        if self.table is None or self.table.shape[0] != x.shape[1]:
-            self.table = torch.arange(x.shape[1]) + 1.0
-        self.mean = self.mean + x.detach().mean(0)
-        self.calls += 1
-        return x - self.mean + self.table
-
-
-class AutocastRegion(Plain):
-    def middle(self, x):
-        with torch.no_grad():
-            scale = x.abs().amax(-1, keepdim=True)
-        return x / scale
-
-
-class CatchesErrors(Plain):
-    def middle(self, x):
-        try:
-            return self.second(x[:, :2])
-        except RuntimeError:
-            return x
-
-
-ODD = [AsksForTypes, MakesTensors, TakesApart, HoldsAside, Buffers, AutocastRegion, CatchesErrors]
-
-
 @pytest.mark.parametrize("kind", ODD, ids=lambda c: c.__name__)
 def test_odd_models_at_another_batch_size(kind):
     model = kind()
@@ -317,6 +147,130 @@ def test_the_graph_updates_the_buffers_that_the_forward_assigns():
     assert gm.calls == model.calls == 1
     assert gm.mean.any()
     assert model.table is None
+
+
+class Outputs(nn.Module):
+    """A leaf that returns a mapping."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return {"a": self.linear(x), "b": (x, x + 1)}
+
+
+class ReadsMapping(Plain):
+    def __init__(self):
+        super().__init__()
+        self.parts = Outputs()
+
+    def middle(self, x):
+        parts = self.parts(x)
+        assert "a" in parts
+        assert "c" not in parts
+        assert list(parts) == list(parts.keys()) == ["a", "b"]
+        total = sum(v if k == "a" else v[0] + v[1] for k, v in parts.items())
+        (a, (b, c)), d = parts.values(), parts.get("a")
+        return total + a + b + c + d + dict(**parts)["a"]
+
+
+def test_mappings_that_leaves_return():
+    model, x = ReadsMapping(), torch.randn(3, 4)
+    gm = trace(model, x, leaf_modules=(Outputs,))
+    assert "parts" in [n.target for n in gm.graph.nodes if n.op == "call_module"]
+    assert torch.equal(gm(x), model(x))
+
+
+class Cache:
+    """An object no graph can hold."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+@dataclasses.dataclass
+class Result:
+    out: torch.Tensor
+    extra: int = 3
+
+
+class ReturnsObjects(Plain):
+    def forward(self, x):
+        return {"out": super().forward(x), "cache": Cache(x), "shape": x.shape, "result": Result(x), "text": "a"}
+
+
+def test_outputs_that_no_graph_can_hold_are_none():
+    model, x = ReturnsObjects(), torch.randn(3, 4)
+    found, expected = trace(model, x)(x), model(x)
+    assert torch.equal(found["out"], expected["out"])
+    assert found["cache"] is None
+    assert found["shape"] == expected["shape"] == (3, 4)
+    assert isinstance(found["result"], Result)
+    assert torch.equal(found["result"].out, x)
+    assert found["text"] == "a"
+
+
+class Dropping(nn.Module):
+    """No matrix, and a look at the mode: stays one node."""
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, training=self.training)
+
+
+def test_a_module_that_asks_for_the_mode_follows_it_after_the_trace():
+    model = nn.Sequential(nn.Linear(4, 4), Dropping(), nn.Linear(4, 4)).train()
+    gm = trace(model, torch.randn(2, 4))
+    x = torch.ones(2, 4)
+    assert not torch.equal(gm(x), gm(x))
+    gm.eval()
+    assert torch.equal(gm(x), gm(x))
+    assert torch.equal(gm(x), model.eval()(x))
+
+
+class ManyInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, first, *more, flag=False, options=None, **extra):
+        out = self.linear(first)
+        for x in (*more, *extra.values()):
+            out = out + x
+        return out * 2 if flag and options["deep"][1] == "yes" else out
+
+
+def test_placeholders_are_the_tensors_under_their_names():
+    model, x = ManyInputs(), torch.randn(2, 4)
+
+    def names(example):
+        return [n.target for n in trace(model, example).graph.nodes if n.op == "placeholder"]
+
+    assert names(x) == ["first"]
+    assert names((x, x, x)) == ["first", "arg1", "arg2"]
+    example = {"first": x, "flag": True, "options": {"deep": [1, "yes"]}, "late": x}
+    assert names(example) == ["first", "late"]
+    assert torch.equal(trace(model, example)(x, x), model(**example))
+
+
+# -- what is left behind
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_is_left_in_the_model_and_no_random_number_is_drawn(training):
+    model = Nested().train(training)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = set(vars(model))
+    state = torch.random.get_rng_state()
+    trace(model, {"batch": {"x": torch.randn(3, 4)}, "pair": (torch.ones(4), torch.ones(4))})
+    rng = torch.random.get_rng_state()
+    torch.random.set_rng_state(state)
+    torch.randn(3, 4)
+    assert torch.equal(rng, torch.random.get_rng_state())
+    assert model.cache == {}
+    assert set(vars(model)) == attributes
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert type(model.calls) is torch.Tensor
 
 
 @pytest.mark.parametrize("kind", [*ODD, Functional, Branch], ids=lambda c: c.__name__)
@@ -382,204 +336,3 @@ def test_a_trace_draws_no_random_number_for_a_model_that_does():
     assert torch.equal(state, torch.random.get_rng_state())
     assert not torch.equal(gm(x), gm(x))
     assert gm(torch.randn(7, 4)).shape == (7, 4)
-
-
-class Outputs(nn.Module):
-    """A leaf that returns a mapping."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return {"a": self.linear(x), "b": (x, x + 1)}
-
-
-class ReadsMapping(Plain):
-    def __init__(self):
-        super().__init__()
-        self.parts = Outputs()
-
-    def middle(self, x):
-        parts = self.parts(x)
-        assert "a" in parts
-        assert "c" not in parts
-        assert list(parts) == list(parts.keys()) == ["a", "b"]
-        total = sum(v if k == "a" else v[0] + v[1] for k, v in parts.items())
-        (a, (b, c)), d = parts.values(), parts.get("a")
-        return total + a + b + c + d + dict(**parts)["a"]
-
-
-def test_mappings_that_leaves_return():
-    model, x = ReadsMapping(), torch.randn(3, 4)
-    gm = trace(model, x, leaf_modules=(Outputs,))
-    assert "parts" in [n.target for n in gm.graph.nodes if n.op == "call_module"]
-    assert torch.equal(gm(x), model(x))
-
-
-class Cache:
-    """An object no graph can hold."""
-
-    def __init__(self, value):
-        self.value = value
-
-
-@dataclasses.dataclass
-class Result:
-    out: torch.Tensor
-    extra: int = 3
-
-
-class ReturnsObjects(Plain):
-    def forward(self, x):
-        return {"out": super().forward(x), "cache": Cache(x), "shape": x.shape, "result": Result(x), "text": "a"}
-
-
-def test_outputs_that_no_graph_can_hold_are_none():
-    model, x = ReturnsObjects(), torch.randn(3, 4)
-    found, expected = trace(model, x)(x), model(x)
-    assert torch.equal(found["out"], expected["out"])
-    assert found["cache"] is None
-    assert found["shape"] == expected["shape"] == (3, 4)
-    assert isinstance(found["result"], Result)
-    assert torch.equal(found["result"].out, x)
-    assert found["text"] == "a"
-
-
-class LooksAtData(nn.Module):
-    """Keeps the positive rows only."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, x):
-        self.seen += 1
-        return self.linear(x[x.sum(1) > 0])
-
-
-class Twice(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rows, self.head = LooksAtData(), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.rows(x)), self.head(self.rows(torch.cat([x, x])))
-
-
-def test_a_leaf_that_looks_at_data_is_known_from_a_real_run_each_time_it_is_called():
-    model = Twice()
-    x = torch.tensor([[1.0, 1, 1, 1], [-1, -1, -1, -1], [2, 2, 2, 2]])
-    gm = trace(model, x, leaf_modules=(LooksAtData,))
-    first, second = gm.graph.find_nodes(op="call_module", target="rows")
-    assert [tuple(n.meta["val"].shape) for n in (first, second)] == [(2, 4), (4, 4)]
-    assert model.rows.seen == 0
-    assert not model.rows._forward_hooks
-    assert all(torch.equal(a, b) for a, b in zip(gm(x), model(x), strict=True))
-
-
-class Dropping(nn.Module):
-    """No matrix, and a look at the mode: stays one node."""
-
-    def forward(self, x):
-        return F.dropout(x, 0.5, training=self.training)
-
-
-def test_a_module_that_asks_for_the_mode_follows_it_after_the_trace():
-    model = nn.Sequential(nn.Linear(4, 4), Dropping(), nn.Linear(4, 4)).train()
-    gm = trace(model, torch.randn(2, 4))
-    x = torch.ones(2, 4)
-    assert not torch.equal(gm(x), gm(x))
-    gm.eval()
-    assert torch.equal(gm(x), gm(x))
-    assert torch.equal(gm(x), model.eval()(x))
-
-
-class ManyInputs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, first, *more, flag=False, options=None, **extra):
-        out = self.linear(first)
-        for x in (*more, *extra.values()):
-            out = out + x
-        return out * 2 if flag and options["deep"][1] == "yes" else out
-
-
-def test_placeholders_are_the_tensors_under_their_names():
-    model, x = ManyInputs(), torch.randn(2, 4)
-
-    def names(example):
-        return [n.target for n in trace(model, example).graph.nodes if n.op == "placeholder"]
-
-    assert names(x) == ["first"]
-    assert names((x, x, x)) == ["first", "arg1", "arg2"]
-    example = {"first": x, "flag": True, "options": {"deep": [1, "yes"]}, "late": x}
-    assert names(example) == ["first", "late"]
-    assert torch.equal(trace(model, example)(x, x), model(**example))
-
-
-class Raises(nn.Module):
-    def forward(self, x):
-        raise ValueError("too long a\nstory")
-
-
-class Deep(Plain):
-    def __init__(self, inner):
-        super().__init__()
-        self.outer = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), inner)])
-
-    def middle(self, x):
-        return self.outer[0](x)
-
-
-def test_errors_name_the_innermost_module_and_keep_the_cause():
-    text = (
-        "every operation of a traced model must be a graph node; Deep failed in 'outer.0.1' (Raises) with ValueError: "
-        "too long a. Check that the example fits the model, or pass that module's class in leaf_modules to keep it as "
-        "one node."
-    )
-    model = Deep(Raises())
-    with pytest.raises(fxrank.TraceError, match=f"^{re.escape(text)}$") as caught:
-        trace(model, torch.randn(2, 4))
-    assert isinstance(caught.value.__cause__, ValueError)
-    assert isinstance(caught.value, RuntimeError)
-
-
-class CatchesThenFails(Plain):
-    def forward(self, x):
-        with contextlib.suppress(RuntimeError):
-            self.second(x[:, :2])
-        return self.first(x) if (x > 0).any() else x
-
-
-def test_a_module_whose_error_was_caught_is_not_blamed():
-    gm = trace(CatchesThenFails(), torch.ones(2, 4))
-    (reason,) = gm.leaves.values()
-    assert list(gm.leaves) == [""]
-    assert "CatchesThenFails failed in its own forward with TypeError: bool()" in reason
-    assert list(gm.regions) == ["first"]  # the call of `second` never ended
-
-
-@pytest.mark.parametrize(
-    ("question", "name"),
-    [(bool, "bool"), (int, "int"), (float, "float"), (operator.index, "index")],
-)
-def test_questions_about_data_make_a_leaf(question, name):
-    class Asks(Plain):
-        def middle(self, x):
-            return x * question(x.sum().long())
-
-    model, x = Asks(), torch.randn(2, 4)
-    gm = trace(model, x)
-    assert f"TypeError: {name}() of the tensor 'long' needs its data" in gm.leaves[""]
-    assert list(gm.regions) == ["first", "second"]
-    assert all(torch.equal(a, b) for a, b in zip([gm(x)], [model(x)], strict=True))
-
-
-def test_describe():
-    value = {"x": torch.zeros(2, 3), "y": (1, [torch.zeros((), dtype=torch.int64)])}
-    assert describe(value) == "{'x': Tensor(2, 3) float32, 'y': tuple(int, list(Tensor() int64))}"
-    assert len(pytree.tree_leaves(value)) == 3
