@@ -1,5 +1,7 @@
 """Small networks and an ordinary training loop, shared by the tests of the product."""
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -8,9 +10,10 @@ import fxrank
 
 UNTIMED = fxrank.Cuttlefish(speedup_threshold=None)
 """The default policy without timing, so that a run depends on nothing but its seed."""
-
 SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
-"""Switches half-way, at a quarter of the full rank."""
+"""Switches half-way, at a quarter of the full rank; untimed too."""
+HALFWAY = dataclasses.replace(SOON, epsilon=fxrank.Cuttlefish().epsilon)
+"""The same, with the usual test for ranks that have settled before."""
 
 
 def mlp(seed=0, width=16, dtype=torch.float32):
@@ -65,6 +68,33 @@ class Tied(nn.Module):
         return self.head(torch.tanh(self.twice(torch.tanh(self.twice(x)))))
 
 
+class SixLayers(nn.Module):
+    """Six Linear layers; "l1" … "l4" are eligible."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        for i, (n, m) in enumerate([(12, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 4)]):
+            setattr(self, f"l{i}", nn.Linear(n, m))
+
+    def forward(self, x):
+        for i in range(6):
+            x = torch.relu(getattr(self, f"l{i}")(x))
+        return x
+
+
+class Net(nn.Module):
+    """`(N, 2, 6, 6)` to `(N, classes)`; only `body` is eligible."""
+
+    def __init__(self, classes=3):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.body, self.head = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, classes)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(torch.relu(self.norm(self.stem(x))))).mean((2, 3)))
+
+
 BERT = {
     "vocab_size": 50,
     "hidden_size": 32,
@@ -87,6 +117,14 @@ def images(n=4, seed=1):
     return torch.randn(n, 3, 8, 8, generator=g), torch.randint(4, (n,), generator=g)
 
 
+def clusters(count=48, classes=3):
+    """Inputs `(count, 2, 6, 6)` around one mean for each class, and labels `(count,)`."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(0, classes, (count,), generator=generator)
+    x = torch.randn(classes, 2, 6, 6, generator=generator)[y] + 0.3 * torch.randn(count, 2, 6, 6, generator=generator)
+    return x, y
+
+
 def batches(count=4, make=vectors):
     """A list of batches, a loader as good as any."""
     return [make(seed=i) for i in range(count)]
@@ -105,6 +143,18 @@ def train(model, optimizer, steps, batch=None, scheduler=None):
             scheduler.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+
+def attach(model, optimizer, policy=SOON, x=None, **options):
+    """A session of 10 steps, unless told otherwise."""
+    x = vectors()[0] if x is None else x
+    return fxrank.LowRankSession.attach(
+        model, optimizer, example_inputs=x, policy=policy, **({"total_steps": 10} | options)
+    )
 
 
 def snapshot(model):

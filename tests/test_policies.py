@@ -1,63 +1,23 @@
+"""Policies by name, and what each does to a run: Pufferfish, spectral initialization, a given plan, full rank, one's own."""
+
 import dataclasses
+import functools
 import re
 
 import pytest
 import torch
-from nets import UNTIMED, ConvNet, images, mlp, train, vectors
+from nets import ConvNet, SixLayers, attach, images, mlp, sgd, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.monitor import RankMonitor, ReferenceDetector, SlopeDetector
-from fxrank.passes.discover import discover
-from fxrank.passes.profile import StackProfile
-from fxrank.passes.selection import candidates
-from fxrank.passes.trace import trace
 from fxrank.policies import POLICIES, as_policy
-from fxrank.policy import Clock, Scene
-from fxrank.ranks import RANK_RULES
 
 X = vectors()[0]
-RULES = ", ".join(map(repr, sorted(RANK_RULES)))
 NAMES = ", ".join(map(repr, sorted(POLICIES)))
+attached = functools.partial(attach, total_steps=20, steps_per_epoch=10)
 
 
-# -- options
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank_metric": "entropie"}, f"rank_metric must be one of {RULES}; got 'entropie'. Did you mean 'entropy'?"),
-        ({"k_rule": "prefixes"}, "k_rule must be one of 'prefix', 'stack'; got 'prefixes'. Did you mean 'prefix'?"),
-        (
-            {"xi": "initial"},
-            "xi (or a number, or a dict by layer name) must be one of 'init', 'random'; got 'initial'.",
-        ),
-        ({"samples": "epochs"}, "samples (or a number) must be one of 'epoch'; got 'epochs'. Did you mean 'epoch'?"),
-        ({"round_to": "automatic"}, "round_to (or a number) must be one of 'auto'; got 'automatic'."),
-        ({"samples": 0}, "samples must be at least 1; got 0."),
-        ({"latest": 7}, "latest must be a share in [0, 1] or None; got 7."),
-        ({"min_ratio": -1}, "min_ratio must be a share in [0, 1]; got -1."),
-        ({"speedup_threshold": -1}, "speedup_threshold must be at least 0 or None; got -1."),
-        ({"xi": -2.0}, "xi must be above 0; got -2.0."),
-        ({"xi": {"a": 0.0}}, "xi must be above 0; got {'a': 0.0}."),
-        ({"round_to": 0}, "round_to must be at least 1; got 0. 1 keeps ranks as they are."),
-        ({"probe_ratio": 0}, "probe_ratio must be above 0 and at most 1; got 0."),
-        ({"probe_ratio": 1.5}, "probe_ratio must be above 0 and at most 1; got 1.5."),
-        ({"ratio": -0.25}, "ratio must be above 0 and at most 1; got -0.25."),
-        ({"share": 1.1}, "share must be above 0 and at most 1; got 1.1."),
-        ({"epsilon": 0}, "epsilon must be above 0 and window at least 2; got 0 and 25."),
-        ({"window": 1}, "epsilon must be above 0 and window at least 2; got 0.1 and 1."),
-        ({"frobenius_decay": "on"}, "frobenius_decay (or a number, or None) must be one of 'auto'; got 'on'."),
-        ({"frobenius_decay": -0.1}, "frobenius_decay must not be negative; got -0.1. None switches it off."),
-        ({"lr_scale": 0}, "lr_scale must be above 0; got 0. 1.0 keeps the schedule."),
-        ({"rewarmup": 1.0}, "rewarmup is a share of the run in [0, 1); got 1.0. 0 switches it off."),
-        ({"rewarmup": -0.1}, "rewarmup is a share of the run in [0, 1); got -0.1. 0 switches it off."),
-    ],
-)
-def test_bad_options_of_cuttlefish(options, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
-        fxrank.Cuttlefish(**options)
+# -- names and options
 
 
 @pytest.mark.parametrize(
@@ -108,263 +68,13 @@ def test_policies_are_frozen():
         fxrank.Cuttlefish().epsilon = 1.0
 
 
-def test_presets():
-    paper, reference = fxrank.Cuttlefish.paper(), fxrank.Cuttlefish.reference()
-    assert paper.detector(Clock(0, 300, 1)) == SlopeDetector(epsilon=0.1, window=2, relative=False)
-    assert reference.detector(Clock(0, 300, 1)) == ReferenceDetector(
-        epsilon=0.1, window=15, tail=11, relax=((1, 5.0), (2, 2.5))
-    )
-    for policy in (paper, reference):
-        assert (policy.k_rule, policy.speedup_needed, policy.latest, policy.round_to) == ("prefix", 1.5, None, 1)
-        assert policy.rank_metric == "scaled_stable_rank"
-        assert policy.interval(Clock(0, 3000, 10)) == 10
-    assert (paper.rewarmup, reference.rewarmup) == (0.0, 5 / 300)
-
-
-# -- K, with made-up measurements
-
-
-class SixLayers(nn.Module):
-    """Six Linear layers; "l1" … "l4" are eligible."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        for i, (n, m) in enumerate([(12, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 4)]):
-            setattr(self, f"l{i}", nn.Linear(n, m))
-
-    def forward(self, x):
-        for i in range(6):
-            x = torch.relu(getattr(self, f"l{i}")(x))
-        return x
-
-
-def scene_of(model, x, speedups=None, profiler=None):
-    scene = Scene(model, candidates(discover(trace(model, x), model), model), profiler=profiler)
-    for name, speedup in (speedups or {}).items():
-        scene.profiles[name] = StackProfile((name,), "linear", (), (), 4, speedup, 1.0, 1, 1, 1, 1)
-    return scene
-
-
-SPEEDUPS = {"l1": 1.5, "l2": 1.75, "l3": 1.25, "l4": 2.0}
-
-
-def text(speedup, threshold="1.5"):
-    return f"a pair at 0.25 of full rank is {speedup:.2f}x as fast, at most the threshold {threshold}x"
-
-
-@pytest.mark.parametrize(
-    ("options", "kept"),
-    [
-        ({}, {"l1": text(1.5), "l3": text(1.25)}),
-        ({"k_rule": "prefix"}, {"l1": text(1.5)}),
-        ({"speedup_threshold": 1.75}, {n: text(SPEEDUPS[n], "1.75") for n in ("l1", "l2", "l3")}),
-        ({"speedup_threshold": 1.75, "k_rule": "prefix"}, {n: text(SPEEDUPS[n], "1.75") for n in ("l1", "l2", "l3")}),
-        ({"speedup_threshold": 1.0}, {}),
-        ({"speedup_threshold": None}, {}),
-        ({"speedup_threshold": 9.0, "k_rule": "prefix"}, {n: text(s, "9") for n, s in SPEEDUPS.items()}),
-    ],
-)
-def test_stack_and_prefix_rule(options, kept):
-    policy = fxrank.Cuttlefish(**options)
-    scene = scene_of(SixLayers(), X, SPEEDUPS)
-    assert policy.eligible(scene) == kept
-    assert scene.watched(kept) == {"l1", "l2", "l3", "l4"} - set(kept)
-
-
-class FakeProfiler:
-    """Milliseconds by rank from a function; remembers what was asked."""
-
-    seconds = 0.0
-
-    def __init__(self, ms, dense=10.0):
-        self.ms, self.dense, self.asked = ms, dense, []
-
-    def times_ms(self, layer, ranks):
-        self.asked.append((layer.name, list(ranks)))
-        return [self.dense, *(self.ms(rank) for rank in ranks)]
-
-
-def decide(policy, model=None, profiler=None, speedups=None):
-    model = SixLayers() if model is None else model
-    scene = scene_of(model, X, speedups, profiler)
-    scene.monitor = RankMonitor(scene.layers, model, SlopeDetector(), 1)
-    scene.monitor.observe(0, exact=True)
-    return {d.name: d for d in policy.decide(scene)}
-
-
-def test_kept_by_k_keeps_its_measurement():
-    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.25, round_to=1)
-    profiler = FakeProfiler(lambda rank: 4.0)
-    decisions = decide(policy, profiler=profiler, speedups=SPEEDUPS)
-    assert {n: d.rank for n, d in decisions.items()} == {
-        "l0": None,
-        "l1": None,
-        "l2": 4,
-        "l3": None,
-        "l4": 8,
-        "l5": None,
-    }
-    assert decisions["l1"].reason == text(1.5)
-    assert decisions["l1"].speedup == 1.5
-    assert decisions["l2"].speedup == 2.5  # at the rank chosen
-    assert decisions["l0"].reason == "first layer of the graph, left dense by default"
-    assert decisions["l5"].reason == "last layer of the graph, left dense by default"
-
-
-# -- R
-
-
-def test_a_pair_that_is_not_faster_is_not_made():
-    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.25, round_to=1)
-    decisions = decide(policy, profiler=FakeProfiler(lambda rank: 10.0 if rank == 4 else 5.0))
-    assert decisions["l1"].rank is None
-    assert decisions["l1"].reason == "at rank 4 a pair measured 1.00x as fast as the layer"
-    assert decisions["l1"].speedup == 1.0
-    assert decisions["l3"].rank == 8
-
-
-def test_break_even_and_its_reason():
-    decisions = decide(dataclasses.replace(UNTIMED, rank_metric="ratio", ratio=0.5))
-    # a 16x16 layer breaks even at 8, a 16x32 layer at 32/3
-    assert decisions["l1"].rank is None
-    assert decisions["l1"].reason == "rank 8 of 16 would not save anything: break-even is 8.0"
-    assert decisions["l2"].rank == 8
-    assert decisions["l2"].pair_parameters == 8 * (16 + 32) < decisions["l2"].parameters
-    assert decisions["l1"].stable_rank is not None
-
-
-def test_at_initialization_the_scaled_rank_is_full():
-    decisions = decide(UNTIMED)
-    assert decisions["l1"].reason == "rank 16 of 16 would not save anything: break-even is 8.0"
-    assert not any(d.factorized for d in decisions.values())
-
-
-def test_a_zero_matrix_is_kept():
-    model = SixLayers()
-    nn.init.zeros_(model.l2.weight)
-    for policy in (dataclasses.replace(UNTIMED, xi=1.0), fxrank.Pufferfish(E=0)):
-        decision = decide(policy, model)["l2"]
-        assert decision.rank is None
-        assert decision.reason == "its weight is zero (stable rank 0)"
-
-
-@pytest.mark.parametrize(("min_ratio", "rank"), [(0.0, 2), (0.125, 2), (0.15, 3), (0.25, 4)])
-def test_min_ratio_bounds_from_below(min_ratio, rank):
-    policy = dataclasses.replace(UNTIMED, rank_metric="ratio", ratio=0.125, min_ratio=min_ratio)
-    assert decide(policy)["l2"].rank == rank
-
-
-def test_xi():
-    model = SixLayers()
-    ranks = {n: fxrank.stable_rank(model.get_submodule(n).weight) for n in ("l1", "l2", "l3", "l4")}
-    # rounded to four digits in the plan
-    init = decide(UNTIMED, model)
-    assert {n: init[n].xi for n in ranks} == {n: round(init[n].full_rank / ranks[n], 4) for n in ranks}
-    assert decide(dataclasses.replace(UNTIMED, xi="random"), model)["l3"].xi == 4.0
-    number = decide(dataclasses.replace(UNTIMED, xi=1.0), model)
-    assert {n: number[n].stable_rank for n in ranks} == {n: pytest.approx(r, abs=1e-4) for n, r in ranks.items()}
-    assert number["l4"].rank == -(-ranks["l4"] // 1)
-    by_name = decide(dataclasses.replace(UNTIMED, xi={"l1": 1.0, "l2": 1.0, "l3": 1.0, "l4": 0.5}), model)
-    assert by_name["l4"].xi == 0.5
-    message = "xi as a dict must name every layer to factorize; 'l2' is missing. Add it, or use 'init' or 'random'."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        decide(dataclasses.replace(UNTIMED, xi={"l1": 1.0}), model)
-
-
-@pytest.mark.parametrize(
-    ("round_to", "ratio", "ranks"),
-    [
-        (1, 0.25, {"l2": 4, "l3": 8, "l4": 8}),
-        (3, 0.25, {"l2": 6, "l3": 9, "l4": 9}),
-        (8, 0.125, {"l2": 8, "l3": 8, "l4": 8}),
-        (16, 0.125, {"l2": 2, "l3": 4, "l4": 16}),  # 16 is not below break-even of l2 (10.7) and l3 (16)
-        ("auto", 0.125, {"l2": 2, "l3": 4, "l4": 4}),  # without timing nothing says that a multiple is better
-    ],
-)
-def test_rounding_without_timing(round_to, ratio, ranks):
-    policy = dataclasses.replace(UNTIMED, rank_metric="ratio", ratio=ratio, round_to=round_to)
-    decisions = decide(policy)
-    assert {n: decisions[n].rank for n in ranks} == ranks
-
-
-def test_auto_rounding_takes_the_fastest_and_of_equals_the_largest():
-    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.15, round_to="auto")
-    steps = FakeProfiler(lambda rank: 4.0 if rank <= 8 else 5.0)
-    decisions = decide(policy, profiler=steps)
-    assert dict(steps.asked) == {"l1": [2], "l2": [2, 8], "l3": [4, 8], "l4": [4, 8, 16]}
-    assert {n: decisions[n].rank for n in ("l1", "l2", "l3", "l4")} == {"l1": 2, "l2": 8, "l3": 8, "l4": 8}
-    odd = FakeProfiler(lambda rank: 4.0 if rank % 8 == 0 else 3.9)  # 2.5 % slower is not a tie
-    assert decide(policy, profiler=odd)["l4"].rank == 4
-
-
-def test_a_number_to_round_to_is_obeyed_with_timing_too():
-    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.15, round_to=3)
-    profiler = FakeProfiler(float)
-    assert decide(policy, profiler=profiler)["l3"].rank == 6
-    assert dict(profiler.asked)["l3"] == [6]
-
-
-# -- E
-
-
-def ready(policy, settled, step=0, fallen=0.2):
-    scene = scene_of(SixLayers(), X)
-    scene.monitor = RankMonitor(scene.layers, scene.model, SlopeDetector(), 1)
-    scene.monitor.observe(0, exact=True)
-    for curve in scene.monitor.curves.values():
-        curve.append(fallen * curve[0])
-    scene.monitor.settled = frozenset(settled)
-    return policy.ready(Clock(step, 100, 10), scene)
-
-
-def test_switches_when_all_eligible_layers_have_settled():
-    assert ready(UNTIMED, ["l1", "l2", "l3"], 49) is None
-    assert ready(UNTIMED, ["l1", "l2", "l3", "l4"], 49) == "the ranks of all 4 eligible layers have settled"
-    assert ready(UNTIMED, ["l0", "l5"], 0) is None
-
-
-@pytest.mark.parametrize("metric", ["scaled_stable_rank", "max_scaled_accumulative"])
-def test_ranks_that_have_settled_where_they_save_nothing_do_not_count(metric):
-    policy = dataclasses.replace(UNTIMED, rank_metric=metric)
-    settled = ["l1", "l2", "l3", "l4"]
-    assert ready(policy, settled, 49, fallen=0.99) is None
-    assert ready(policy, settled, 49, fallen=0.2) is not None
-    assert ready(dataclasses.replace(policy, min_ratio=0.9), settled, 49, fallen=0.2) is None
-    assert ready(policy, settled, 50, fallen=0.99) == "deadline at 0.5 of the run; 0 of 4 layers had not settled"
-    assert ready(dataclasses.replace(policy, wait=False), settled, 49, fallen=0.99) is not None
-    assert ready(dataclasses.replace(policy, rank_metric="energy"), settled, 49, fallen=0.99) is not None
-    assert not fxrank.Cuttlefish.paper().wait
-    assert not fxrank.Cuttlefish.reference().wait
-
-
-def test_deadline():
-    assert ready(UNTIMED, ["l1"], 49) is None
-    assert ready(UNTIMED, ["l1"], 50) == "deadline at 0.5 of the run; 3 of 4 layers had not settled"
-    assert ready(dataclasses.replace(UNTIMED, latest=None), ["l1"], 100) is None
-    assert (
-        ready(dataclasses.replace(UNTIMED, latest=0.2), [], 20)
-        == "deadline at 0.2 of the run; 4 of 4 layers had not settled"
-    )
-
-
-# -- the others
-
-
-def attach(model, optimizer, policy, x=X, **options):
-    return fxrank.LowRankSession.attach(
-        model, optimizer, example_inputs=x, policy=policy, **({"total_steps": 20, "steps_per_epoch": 10} | options)
-    )
-
-
-def sgd(model):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+# -- in a run
 
 
 def test_pufferfish():
     model = SixLayers()
     optimizer = sgd(model)
-    session = attach(model, optimizer, fxrank.Pufferfish(E=1.5, K=2, ratio=0.25))
+    session = attached(model, optimizer, fxrank.Pufferfish(E=1.5, K=2, ratio=0.25))
     train(model, optimizer, 14)
     assert session.plan is None
     assert session.scene.monitor is None
@@ -382,12 +92,12 @@ def test_pufferfish_makes_no_layer_larger():
     with pytest.warns(
         fxrank.NothingFactorizedWarning, match=re.escape("rank 8 of 16 would not save anything: break-even is 8.0")
     ):
-        attach(model, sgd(model), fxrank.Pufferfish(E=0, ratio=0.5)).finish()
+        attached(model, sgd(model), fxrank.Pufferfish(E=0, ratio=0.5)).finish()
 
 
 def test_spectral_init_starts_low_rank():
     model = SixLayers()
-    session = attach(model, sgd(model), "spectral-init")
+    session = attached(model, sgd(model), "spectral-init")
     assert session.phase == "low-rank"
     assert (session.plan.E, session.plan.switch_step) == (0.0, 0)
     assert session.plan.R == {"l1": 4, "l2": 4, "l3": 8, "l4": 8}
@@ -397,19 +107,19 @@ def test_spectral_init_starts_low_rank():
 
 def test_extra_bn_only_between_convolutions():
     model, (x, _) = ConvNet(), images()
-    session = attach(model, sgd(model), fxrank.SpectralInit(extra_bn=True), x=x)
+    session = attached(model, sgd(model), fxrank.SpectralInit(extra_bn=True), x=x)
     assert isinstance(model.conv2.norm, nn.BatchNorm2d)
     assert model.conv2.norm.num_features == model.conv2.groups * session.plan.R["conv2"]
     assert [d.extra_bn for d in session.plan.layers] == [False, True, True, False]
     linear = SixLayers()
-    assert not any(d.extra_bn for d in attach(linear, sgd(linear), fxrank.SpectralInit(extra_bn=True)).plan.layers)
+    assert not any(d.extra_bn for d in attached(linear, sgd(linear), fxrank.SpectralInit(extra_bn=True)).plan.layers)
 
 
 def test_a_fixed_plan_repeats_a_run_exactly(tmp_path):
     def run(policy):
         model = SixLayers()
         optimizer = sgd(model)
-        session = attach(model, optimizer, policy)
+        session = attached(model, optimizer, policy)
         losses = train(model, optimizer, 20)
         return session.finish(), losses, model.state_dict()
 
@@ -429,7 +139,7 @@ def test_a_fixed_plan_repeats_a_run_exactly(tmp_path):
 def test_a_plan_without_a_step_is_applied_at_once():
     model = SixLayers()
     plan = fxrank.plan_of(fxrank.factorize(SixLayers(), X, rank=0.25))
-    session = attach(model, sgd(model), plan)
+    session = attached(model, sgd(model), plan)
     assert session.plan.R == plan.R
     assert session.plan.switch_step == 0
 
@@ -443,14 +153,14 @@ def test_a_plan_of_another_model_is_refused_at_the_start():
         "every layer of a plan must exist in the model; Sequential has no 'l1'. Use the plan of this very architecture."
     )
     with pytest.raises(fxrank.PlanMismatchError, match=re.escape(message)):
-        attach(model, optimizer, late)
+        attached(model, optimizer, late)
     assert not optimizer._optimizer_step_post_hooks
 
 
 def test_full_rank_never_switches():
     model = SixLayers()
     optimizer = sgd(model)
-    session = attach(model, optimizer, "full-rank")
+    session = attached(model, optimizer, "full-rank")
     train(model, optimizer, 20)
     plan = session.finish()  # no warning: this is what was asked for
     assert plan.R == {}
@@ -461,7 +171,7 @@ def test_full_rank_never_switches():
 
 def test_full_rank_takes_models_without_anything_to_factorize():
     model = nn.Sequential(nn.Linear(12, 4))
-    plan = attach(model, sgd(model), fxrank.FullRank()).finish()
+    plan = attached(model, sgd(model), fxrank.FullRank()).finish()
     assert [d.name for d in plan.layers] == ["0"]
 
 
@@ -483,7 +193,7 @@ class Alternating(fxrank.Policy):
 def test_a_policy_of_ones_own():
     model = SixLayers()
     optimizer = sgd(model)
-    session = attach(model, optimizer, Alternating())
+    session = attached(model, optimizer, Alternating())
     train(model, optimizer, 5)
     assert session.finish().R == {"l2": 1, "l4": 1}
     assert session.plan.policy == "Alternating"
