@@ -25,7 +25,7 @@ KINDS = {
     "killed and resumed": ("resume", "session_state"),
     "several processes": ("distributed",),
     "frameworks": ("integrations_*",),
-    "optimizers, schedulers, loops": ("optim", "optimizer_steps", "loops", "averages", "session"),
+    "optimizers, schedulers, loops": ("optim", "optimizer_steps", "learning_rate", "loops", "averages", "session"),
     "compiled and exported": ("compile", "export"),
     "damaged and foreign files": ("checkpoint", "plan"),
 }

@@ -1,16 +1,14 @@
 """Whole optimizer steps after the switch, against the same optimizer without decay and autograd's own gradient of the penalty."""
 
 import copy
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import ConvNet, Tied, images, mlp, train, vectors
-from torch import nn
+from nets import ConvNet, images, train
 
 import fxrank
-from fxrank.optim import FactorRegime, swap_parameters
+from fxrank.optim import FactorRegime
 from fxrank.surgery import apply_plan
 
 LR, DECAY = 0.05, 0.3
@@ -217,90 +215,6 @@ def test_an_overflown_fused_step_leaves_the_factors_alone(name):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-# -- the swap
-
-
-@pytest.mark.parametrize("model", [ConvNet(), Tied(), mlp()], ids=["conv", "tied", "mlp"])
-def test_linear_state_becomes_the_factors_own_gradient(model):
-    """With the dense gradient as momentum, the factors' momentum is what autograd gives for the factors."""
-    model = model.double()
-    x = images()[0].double() if isinstance(model, ConvNet) else vectors(dtype=torch.float64)[0]
-    plan = fxrank.plan_of(fxrank.factorize(model, x, rank=0.25))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    before = [list(g["params"]) for g in optimizer.param_groups]
-    momenta = {}
-    for name in plan.R:
-        weight = model.get_submodule(name).weight
-        momenta[name] = torch.randn_like(weight)
-        optimizer.state[weight]["momentum_buffer"] = momenta[name].clone()
-    replacements = apply_plan(model, plan)
-    assert swap_parameters(optimizer, replacements) == []
-    assert {r.name for r in replacements} == set(plan.R)
-    for r in replacements:
-        gradients = torch.autograd.grad((r.pair.weight * momenta[r.name]).sum(), [r.pair.u.weight, r.pair.v.weight])
-        for p, gradient in zip((r.pair.u.weight, r.pair.v.weight), gradients, strict=True):
-            # float64 rounding
-            torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], gradient, rtol=1e-12, atol=1e-12)
-        assert r.weight not in optimizer.state
-    # each weight's place is taken by its two factors, the others stay where they were
-    expected = []
-    factors = {id(r.weight): [r.pair.u.weight, r.pair.v.weight] for r in replacements}
-    for p in before[0]:
-        expected += factors.get(id(p), [p])
-    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in expected]
-    assert {id(p) for p in expected} == {id(p) for p in model.parameters()}
-
-
-def test_a_centered_second_moment_stays_above_the_square_of_the_mean():
-    model, x = mlp(dtype=torch.float64), vectors(dtype=torch.float64)[0]
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=1e-3, centered=True)
-    train(model, optimizer, 5, vectors(dtype=torch.float64))
-    dense = {n: dict(optimizer.state[model.get_submodule(n).weight]) for n in ("2", "4")}
-    replacements = apply_plan(model, fxrank.plan_of(fxrank.factorize(model, x, rank=0.25)))
-    assert swap_parameters(optimizer, replacements) == []
-    for r in replacements:
-        u, v = r.pair.u.weight.detach(), r.pair.v.weight.detach()
-        mean = dense[r.name]["grad_avg"]
-        variance = dense[r.name]["square_avg"] - mean.square()
-        for p, expected_mean, expected_variance in (
-            (r.pair.u.weight, v.T @ mean, v.square().T @ variance),
-            (r.pair.v.weight, mean @ u.T, variance @ u.square().T),
-        ):
-            state = optimizer.state[p]
-            # float64 rounding
-            torch.testing.assert_close(state["grad_avg"], expected_mean, rtol=1e-12, atol=1e-14)
-            torch.testing.assert_close(
-                state["square_avg"] - state["grad_avg"].square(), expected_variance, rtol=1e-9, atol=1e-14
-            )
-            assert bool((state["square_avg"] >= state["grad_avg"].square()).all())
-
-
-def test_state_is_not_shared_between_the_factors():
-    model, x = mlp(), vectors()[0]
-    optimizer = torch.optim.Adam(model.parameters())
-    train(model, optimizer, 3)
-    replacements = apply_plan(model, fxrank.plan_of(fxrank.factorize(model, x, rank=0.25)))
-    swap_parameters(optimizer, replacements)
-    u, v = replacements[0].pair.u.weight, replacements[0].pair.v.weight
-    assert optimizer.state[u]["step"] == optimizer.state[v]["step"] == 3
-    assert optimizer.state[u]["step"] is not optimizer.state[v]["step"]
-    train(model, optimizer, 1)
-    assert optimizer.state[u]["step"] == optimizer.state[v]["step"] == 4
-
-
-def test_state_of_channels_last_weights_keeps_the_strides_of_its_parameter():
-    model, (x, y) = ConvNet().to(memory_format=torch.channels_last), images()
-    x = x.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters())
-    train(model, optimizer, 2, (x, y))
-    replacements = apply_plan(model, fxrank.plan_of(fxrank.factorize(model, x, rank=0.25)))
-    swap_parameters(optimizer, replacements)
-    for r in replacements:
-        for p in (r.pair.u.weight, r.pair.v.weight):
-            assert optimizer.state[p]["exp_avg"].stride() == p.stride()
-    train(model, optimizer, 2, (x, y))
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_goes_on_after_the_switch(name):
     cls, options = OPTIMIZERS[name]
@@ -318,123 +232,3 @@ def test_every_optimizer_goes_on_after_the_switch(name):
     again = cls(model.parameters(), lr=0.01, **options)
     if "extra" not in name and not policy.extra_bn:
         again.load_state_dict(saved)
-
-
-def test_a_weight_with_one_number():
-    model = nn.Sequential(
-        nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
-    ).double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    weight = model[1].weight
-    optimizer.state[weight]["momentum_buffer"] = torch.full_like(weight, 3.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of course it is above break-even
-        plan = fxrank.plan_of(fxrank.factorize(model, torch.ones(2, 1).double(), rank={"1": 1}))
-    (r,) = apply_plan(model, plan)
-    swap_parameters(optimizer, [r])
-    assert optimizer.state[r.pair.u.weight]["momentum_buffer"] == 3.0 * r.pair.v.weight
-    assert optimizer.state[r.pair.v.weight]["momentum_buffer"] == 3.0 * r.pair.u.weight
-
-
-# -- the learning rate
-
-
-def rates(lr_scale=1.0, rewarmup=0.0, tensor_lr=False):
-    """Learning rates inside and outside of each of 10 steps; the switch is after step 4."""
-    model, (x, y) = mlp(), vectors()
-    lr = torch.tensor(0.5) if tensor_lr else 0.5
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    inside, outside = [], []
-    policy = fxrank.Pufferfish(E=4, ratio=0.25, lr_scale=lr_scale, rewarmup=rewarmup)
-    session = fxrank.LowRankSession.attach(
-        model, optimizer, example_inputs=x, total_steps=10, steps_per_epoch=1, policy=policy
-    )
-    optimizer.register_step_pre_hook(lambda *_: inside.append(float(optimizer.param_groups[0]["lr"])))
-    held = optimizer.param_groups[0]["lr"]
-    for _ in range(10):
-        train(model, optimizer, 1, (x, y))
-        outside.append(float(optimizer.param_groups[0]["lr"]))
-        assert optimizer.param_groups[0]["lr"] is held
-    session.finish()
-    return inside, outside
-
-
-@pytest.mark.parametrize("tensor_lr", [False, True])
-def test_lr_scale(tensor_lr):
-    assert rates(lr_scale=0.5, tensor_lr=tensor_lr) == ([0.5] * 4 + [0.25] * 6, [0.5] * 10)
-
-
-def test_rewarmup_ramps_up_to_the_schedule():
-    assert rates(rewarmup=0.4) == ([0.5] * 4 + [0.125, 0.25, 0.375, 0.5, 0.5, 0.5], [0.5] * 10)
-    assert rates(rewarmup=0.4, lr_scale=0.5) == ([0.5] * 4 + [0.0625, 0.125, 0.1875, 0.25, 0.25, 0.25], [0.5] * 10)
-
-
-def test_a_step_that_fails_does_not_leave_the_learning_rate_scaled_for_good():
-    model, (x, _) = mlp(), vectors()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    session = fxrank.LowRankSession.attach(
-        model, optimizer, example_inputs=x, total_steps=10, policy=fxrank.SpectralInit(ratio=0.25, lr_scale=0.1)
-    )
-
-    def broken():
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        optimizer.step(broken)
-    train(model, optimizer, 1)
-    session.finish()
-    assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-# -- schedulers
-
-
-def every_scheduler():
-    """Each scheduler class of torch, with arguments for 10 steps."""
-    s = torch.optim.lr_scheduler
-    return {
-        "LambdaLR": lambda o: s.LambdaLR(o, lambda e: 0.9**e),
-        "MultiplicativeLR": lambda o: s.MultiplicativeLR(o, lambda e: 0.9),
-        "StepLR": lambda o: s.StepLR(o, 2),
-        "MultiStepLR": lambda o: s.MultiStepLR(o, [3, 5]),
-        "ConstantLR": lambda o: s.ConstantLR(o),
-        "LinearLR": lambda o: s.LinearLR(o),
-        "ExponentialLR": lambda o: s.ExponentialLR(o, 0.9),
-        "PolynomialLR": lambda o: s.PolynomialLR(o, 8, 2.0),
-        "CosineAnnealingLR": lambda o: s.CosineAnnealingLR(o, 10),
-        "CosineAnnealingWarmRestarts": lambda o: s.CosineAnnealingWarmRestarts(o, 4),
-        "CyclicLR": lambda o: s.CyclicLR(o, 0.01, 0.1, step_size_up=3),
-        "OneCycleLR": lambda o: s.OneCycleLR(o, 0.1, total_steps=12),
-        "ReduceLROnPlateau": lambda o: s.ReduceLROnPlateau(o, patience=1),
-        "SequentialLR": lambda o: s.SequentialLR(o, [s.ConstantLR(o), s.ExponentialLR(o, 0.9)], [4]),
-        "ChainedScheduler": lambda o: s.ChainedScheduler([s.ConstantLR(o), s.ExponentialLR(o, 0.9)]),
-        "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.01, anneal_epochs=6),
-    }
-
-
-def test_no_scheduler_of_torch_is_missing_here():
-    names = {n for n in torch.optim.lr_scheduler.__all__ if n != "LRScheduler"} | {"SWALR"}
-    assert names == set(every_scheduler())
-
-
-@pytest.mark.parametrize("name", every_scheduler())
-def test_a_scheduler_sees_only_its_own_values(name):
-    def run(policy):
-        model, (x, y) = mlp(), vectors()
-        groups = [{"params": model[:4].parameters()}, {"params": model[4:].parameters(), "lr": 0.02}]
-        optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-        scheduler = every_scheduler()[name](optimizer)
-        session = fxrank.LowRankSession.attach(
-            model, optimizer, example_inputs=x, total_steps=10, steps_per_epoch=1, policy=policy
-        )
-        seen = []
-        for i in range(10):
-            train(model, optimizer, 1, (x, y))
-            scheduler.step(*([1.0 + (i > 3)] if name == "ReduceLROnPlateau" else []))
-            seen.append([(g["lr"], g["momentum"]) for g in optimizer.param_groups])
-        return seen, session.finish()
-
-    dense, _ = run(fxrank.FullRank())
-    low, plan = run(fxrank.Pufferfish(E=4, ratio=0.25, lr_scale=0.5, rewarmup=0.2))
-    assert plan.R == {"2": 4, "4": 4}
-    assert low == dense
