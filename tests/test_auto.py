@@ -1,27 +1,31 @@
-"""`auto_lowrank` with every shape of batch, optimizer and loader, and what it refuses."""
+"""`auto_lowrank` with every shape of batch, loader, optimizer and scheduler."""
 
-import json
-import logging
 import re
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SOON, ConvNet, batches, images, mlp, settings_of, snapshot, vectors
+from autos import Endless, run, run_net, shuffled_clusters
+from nets import HALFWAY, Net, batches, mlp, settings_of, vectors
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import fxrank
 
 
-def run(model, loader=None, **options):
-    loader = batches() if loader is None else loader
-    defaults = {"epochs": 4, "policy": SOON, "device": "cpu", "seed": 0, "progress": False}
-    return fxrank.auto_lowrank(model, loader, **(defaults | options))
+def test_two_arguments_are_enough(capsys, monkeypatch):
+    monkeypatch.setattr("fxrank.trainer.DEFAULT_EPOCHS", 2)
+    model = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxrank.NothingFactorizedWarning)
+        result = fxrank.auto_lowrank(model, shuffled_clusters())
+    assert result.model is model
+    assert "training for 2 epochs of 6 steps" in capsys.readouterr().out
 
 
-# -- batches and losses
+# -- batches, losses and loaders
 
 
 class TwoInputs(nn.Module):
@@ -53,6 +57,8 @@ class Nested(nn.Module):
 
 
 X, Y = vectors()
+
+
 SHAPES = {
     "tuple": (mlp, lambda x, y: (x, y), None),
     "list": (mlp, lambda x, y: [x, y], None),
@@ -122,6 +128,12 @@ def test_steps_per_epoch_cuts_a_longer_loader():
     assert len(seen) == 1 + 4 * 3  # the first look, and one batch an epoch to see that there is more
 
 
+def test_one_long_epoch_from_a_stream():
+    result = fxrank.auto_lowrank(Net(), Endless(), epochs=1, steps_per_epoch=10, policy=HALFWAY, progress=False, seed=0)
+    assert result.plan.E == 0.5
+    assert result.plan.switch_step == 5
+
+
 # -- optimizer and scheduler
 
 
@@ -175,259 +187,24 @@ def test_only_trainable_parameters_go_into_the_default_optimizer():
     assert len(result.plan.R) == 2
 
 
-# -- what comes back
-
-
-def test_history_curves_and_report(capsys):
-    result = run(ConvNet(), batches(make=images), val_loader=[images(16, 9)])
-    assert capsys.readouterr() == ("", "")
-    keys = {"epoch", "phase", "loss", "accuracy", "val_loss", "val_accuracy", "lr", "step_ms", "stable_ranks"}
-    assert all(set(row) == keys for row in result.history)
-    assert [row["phase"] for row in result.history] == ["full-rank"] + ["low-rank"] * 3
-    assert set(result.history[0]["stable_ranks"]) == {"conv1", "conv2", "conv3", "head"}
-    assert result.history[-1]["stable_ranks"] == {}
-    assert result.curves["steps"] == list(range(9))
-    assert all(len(curve) == 9 for curve in result.curves.values())
-    report = result.report
-    assert (report.loss, report.val_loss) == (result.history[-1]["loss"], result.history[-1]["val_loss"])
-    assert report.settings["seed"] == 0
-    assert report.settings["device"] == "cpu"
-    assert set(report.seconds) == {"total", "evaluation", "monitor", "profile", "switch"}
-    assert report.parameters_after == sum(p.numel() for p in result.model.parameters())
-
-
-def test_the_loss_of_an_epoch_is_the_mean_over_examples():
-    model = mlp()
-    loader = [vectors(8, 0), vectors(2, 1)]
-    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
-    result = run(model, loader, epochs=1, optimizer=frozen, policy="full-rank", val_loader=loader)
-    x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    with torch.no_grad():
-        expected = float(F.cross_entropy(model(x), y))
-    # float32 sums in another order
-    assert result.history[0]["loss"] == pytest.approx(expected, rel=1e-6)
-    assert result.history[0]["val_loss"] == pytest.approx(expected, rel=1e-6)
-    assert result.history[0]["accuracy"] == float((model(x).argmax(1) == y).sum()) / 10
-
-
-def test_files(tmp_path):
-    folder = tmp_path / "deep" / "run"
-    result = run(mlp(), output_dir=folder, val_loader=[vectors(16, 9)])
-    assert {p.name for p in folder.iterdir()} >= {"model.safetensors", "plan.json", "report.json", "report.txt"}
-    assert torch.equal(fxrank.load(mlp(1), folder)(X), result.model(X))
-    assert (folder / "report.txt").read_text() == f"{result.report}\n"
-    assert json.loads((folder / "report.json").read_text())["plan"]["policy"] == "Cuttlefish"
-    assert fxrank.Plan.load(folder / "plan.json") == result.plan
-
-
-def test_an_output_path_that_cannot_be_is_refused_before_the_training(tmp_path):
-    (tmp_path / "file").write_text("")
-    model = mlp()
-    before = snapshot(model)
-    with pytest.raises(FileExistsError):
-        run(model, output_dir=tmp_path / "file")
-    assert snapshot(model) == before
-
-
-def test_full_rank_trains_the_twin():
-    model = mlp()
-    result = run(model, policy=fxrank.FullRank())
-    assert result.plan.R == {}
-    assert type(model[2]) is nn.Linear
-    assert result.curves == {}
-    assert result.report.memory_bytes["low-rank"] is None
-    assert fxrank.plan_of(model) is result.plan
-
-
-def test_progress_is_shown_on_request(capsys):
-    run(mlp(), progress=True, epochs=5)
-    captured = capsys.readouterr()
-    assert captured.out == ""  # epochs were given: nothing to announce
-    assert "20/20" in captured.err
-    assert "low-rank" in captured.err
-
-
-def test_a_loss_that_is_not_finite_is_logged(caplog):
-    with caplog.at_level(logging.WARNING, "fxrank"):
-        run(mlp(), epochs=1, policy="full-rank", loss_fn=lambda o, t: F.cross_entropy(o, t) * torch.nan, optimizer=None)
-    assert "the training loss of epoch 0 is nan" in caplog.text
-
-
-def test_weights_that_break_are_named():
-    with pytest.raises(
-        fxrank.NonFiniteWeightError, match=re.escape("layer '0' holds NaN or infinity. Lower the learning rate")
-    ):
-        run(mlp(), loss_fn=lambda o, t: F.cross_entropy(o, t) * torch.nan)
-
-
-@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
-def test_autocast_on_a_cpu(amp):
-    result = run(mlp(), amp=amp)
-    assert result.plan.R == {"2": 4, "4": 4}
-    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
-    assert result.report.settings["amp"] == f"torch.{amp}"
-
-
-# -- refused before anything was touched
-
-
-class Empty:
-    def __iter__(self):
-        return iter(())
-
-
-class OncePerLoader(list):
-    """Spent after two passes: the first look and the first epoch."""
-
-    passes = 0
-
-    def __iter__(self):
-        self.passes += 1
-        return list.__iter__(self) if self.passes <= 2 else iter(())
-
-
-REFUSED = {
-    "empty list": (
-        [],
-        {},
-        ValueError,
-        "the loader must yield at least one batch; it is empty (length 0). Check the data set,",
-    ),
-    "empty iterable": (
-        Empty(),
-        {"steps_per_epoch": 3},
-        ValueError,
-        "the loader must yield at least one batch; it is empty. Check",
-    ),
-    "generator": (
-        (b for b in batches()),
-        {"steps_per_epoch": 4},
-        TypeError,
-        "the loader must be iterable again for every epoch; got a one-pass generator. Pass a DataLoader or a list of batches.",
-    ),
-    "generator without length": (
-        (b for b in batches()),
-        {},
-        TypeError,
-        "the loader must have a length, so that schedule and switch can be placed; generator has none. Pass steps_per_epoch=.",
-    ),
-    "batch of another width": (
-        [(torch.randn(8, 13), Y)],
-        {},
-        fxrank.TraceError,
-        "every operation of a traced model must be a graph node; Sequential failed in '0' (Linear)",
-    ),
-    "batch with a strange key": ([{"pixels": X, "n": Y}], {}, fxrank.TraceError, "Sequential failed in '0' (Linear)"),
-    "nothing to factorize": (
-        None,
-        {"exclude": ["2", "4"]},
-        fxrank.NothingToFactorizeError,
-        "at least one layer must be factorizable; 0 of 4 are:\n  0 (linear): first layer of the graph, left dense by default",
-    ),
-    "unknown layer": (
-        None,
-        {"include": "layer9"},
-        ValueError,
-        "each selector in include must match at least one layer; 'layer9' matches none of 4.",
-    ),
-    "epochs": (None, {"epochs": 0}, ValueError, "epochs must be at least 1; got 0."),
-    "steps per epoch": (
-        None,
-        {"steps_per_epoch": 0},
-        ValueError,
-        "total_steps and steps_per_epoch must be at least 1; got 0 and 0.",
-    ),
-    "amp": (None, {"amp": "fp16"}, ValueError, "amp must be one of 'bfloat16', 'float16'; got 'fp16'."),
-    "amp of another type": (
-        None,
-        {"amp": torch.float64},
-        ValueError,
-        "amp must be one of 'bfloat16', 'float16'; got torch.float64.",
-    ),
-    "scheduler_per": (
-        None,
-        {"scheduler_per": "step"},
-        ValueError,
-        "scheduler_per must be one of 'batch', 'epoch'; got 'step'.",
-    ),
-    "policy": (None, {"policy": "auto"}, ValueError, "policy must be one of 'cuttlefish', 'cuttlefish-paper'"),
-    "policy type": (None, {"policy": 0.25}, TypeError, "policy must be a fxrank policy, a Plan or a name; got float."),
-    "plan of another model": (
-        None,
-        {"policy": fxrank.plan_of(fxrank.factorize(ConvNet(), images()[0], rank=0.25))},
-        fxrank.PlanMismatchError,
-        "every layer of a plan must exist in the model; Sequential has no 'conv2'. Use the plan of this very architecture.",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
-    loader, options, error, message = REFUSED[name]
-    model = mlp()
-    model[3].eval()  # a mode of its own
+def test_my_optimizer_scheduler_and_loss():
+    model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    before, settings, random = snapshot(model), settings_of(optimizer), torch.get_rng_state()
-    with pytest.raises(error, match=re.escape(message)):
-        run(model, loader, **({"optimizer": optimizer, "seed": None} | options))
-    assert snapshot(model) == before
-    assert settings_of(optimizer) == settings
-    assert torch.equal(torch.get_rng_state(), random)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    seen = []
 
+    def loss_fn(outputs, targets):
+        seen.append(outputs.shape)
+        return F.cross_entropy(outputs, targets, label_smoothing=0.1)
 
-def test_refused_optimizers():
-    model = mlp()
-    other = torch.optim.SGD(mlp().parameters(), lr=0.1)
-    before = snapshot(model)
-    with pytest.raises(
-        ValueError,
-        match=re.escape(
-            "the optimizer must hold the model's parameters; SGD holds 8, none of them of Sequential. Build it from model.parameters()"
-        ),
-    ):
-        run(model, optimizer=other)
-    with pytest.raises(
-        TypeError, match=re.escape("LBFGS evaluates the model several times inside one step, so its parameters")
-    ):
-        run(model, optimizer=torch.optim.LBFGS(model.parameters()))
-    with pytest.raises(
-        ValueError, match=re.escape("got a scheduler without optimizer=. Pass the optimizer it was built with.")
-    ):
-        run(model, scheduler=torch.optim.lr_scheduler.ExponentialLR(other, 0.5))
-    with pytest.raises(ValueError, match=re.escape("the model must have parameters to train; ReLU has none.")):
-        run(nn.ReLU())
-    assert snapshot(model) == before
-
-
-@pytest.mark.parametrize(
-    ("loader", "options", "error", "message"),
-    [
-        (
-            [(X, torch.zeros(8, 3))],
-            {},
-            ValueError,
-            "got outputs (8, 4) and targets (8, 3). Pass loss_fn(outputs, targets).",
-        ),
-        ([X], {}, TypeError, "the loss can be inferred for batches (inputs, targets) with tensor outputs"),
-        (
-            None,
-            {"loss_fn": lambda o, t: o},
-            TypeError,
-            "loss_fn must return a scalar tensor; got Tensor(8, 4) float32.",
-        ),
-        (
-            OncePerLoader(batches()),
-            {},
-            ValueError,
-            "the loader must yield batches in every epoch; epoch 1 had none. A generator is spent after one pass: pass a DataLoader or list.",
-        ),
-    ],
-)
-def test_an_error_on_the_way_leaves_no_hooks(loader, options, error, message):
-    model = mlp()
+    result = run_net(model, optimizer=optimizer, scheduler=scheduler, loss_fn=loss_fn)
+    assert len(seen) == 24
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**4)
+    assert model.body.u.weight in optimizer.state
+    assert result.plan.R == {"body": 4}
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(torch.optim.SGD(Net().parameters(), lr=0.1))
+    model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    settings = settings_of(optimizer)
-    with pytest.raises(error, match=re.escape(message)):
-        run(model, loader, optimizer=optimizer, **options)
-    assert settings_of(optimizer)["hooks"] == settings["hooks"] == (0, 0)
-    assert settings_of(optimizer)["groups"] == settings["groups"]
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    run_net(model, optimizer=optimizer, scheduler=plateau)
+    assert plateau.last_epoch == 4

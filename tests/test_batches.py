@@ -1,3 +1,5 @@
+"""Batches: what is input and what target, the loss that is inferred, and moving them."""
+
 import re
 from collections import OrderedDict, namedtuple
 from types import SimpleNamespace
@@ -5,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import mlp, vectors
+from nets import Net, clusters, mlp, vectors
 from torch import nn
 
 from fxrank.batches import loss_of, model_inputs, run_batch, split_batch, to_device
 
 X, Y = vectors()
+
+
 TWO = "the loss can be inferred for batches (inputs, targets) with tensor outputs, or for models that return .loss; got a batch "
 
 
@@ -203,3 +207,83 @@ def test_the_main_output_counts_where_there_are_others(kind):
     logits, labels = torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4))
     outputs = {"out": logits, "aux": logits + 1} if kind is dict else kind(logits, logits + 1)
     assert torch.equal(loss_of(outputs, labels, (None, labels), None), nn.functional.cross_entropy(logits, labels))
+
+
+def test_losses_are_inferred():
+    x, y = clusters()
+    net = Net()
+    outcome = run_batch(net, (x, y), None)
+    assert torch.equal(outcome.loss, F.cross_entropy(net(x), y))
+    assert outcome.examples == outcome.predictions == 48
+    assert outcome.correct == (net(x).argmax(1) == y).sum()
+    target = torch.randn(48, 3)
+    assert torch.equal(run_batch(net, [x, target], None).loss, F.mse_loss(net(x), target))
+    assert run_batch(net, [x, target], None).correct is None
+    tokens = torch.randint(0, 5, (2, 7))
+    model = nn.Embedding(5, 5)
+    found = run_batch(model, (tokens, tokens), None)
+    assert torch.equal(found.loss, F.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()))
+    assert found.predictions == 14
+    assert torch.equal(run_batch(net, (x, y), lambda out, t: out.sum() * 0 + t.sum()).loss, y.sum().float())
+
+
+class OwnLoss(nn.Module):
+    def __init__(self, attribute):
+        super().__init__()
+        self.net, self.attribute = Net(), attribute
+
+    def forward(self, pixels, labels=None):
+        logits = self.net(pixels["image"])
+        out = {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        return SimpleNamespace(**out) if self.attribute else out
+
+
+@pytest.mark.parametrize("attribute", [False, True])
+def test_models_with_their_own_loss(attribute):
+    x, y = clusters()
+    outcome = run_batch(OwnLoss(attribute), {"pixels": {"image": x}, "labels": y}, None)
+    assert outcome.loss.requires_grad
+    assert outcome.predictions == 48
+
+
+@pytest.mark.parametrize(
+    ("batch", "loss_fn", "error", "text"),
+    [
+        (clusters()[0], None, TypeError, "the loss can be inferred for batches (inputs, targets)"),
+        (
+            (clusters()[0], torch.zeros(48, 2)),
+            None,
+            ValueError,
+            "got outputs (48, 3) and targets (48, 2). Pass loss_fn(outputs, targets).",
+        ),
+        (
+            (clusters()[0], torch.zeros(48, 2, dtype=torch.long)),
+            None,
+            ValueError,
+            "one more output dimension (classes); got outputs (48, 3)",
+        ),
+        (clusters(), lambda out, t: out, TypeError, "loss_fn must return a scalar tensor; got Tensor(48, 3) float32."),
+        ((clusters()[0], clusters()[0], clusters()[1]), None, TypeError, "the batch must fit Net.forward(x); got"),
+    ],
+)
+def test_batch_errors(batch, loss_fn, error, text):
+    if error is TypeError and "must fit" in text:
+        batch = ((batch[0], batch[1]), batch[2])
+
+        class Three(Net):
+            def forward(self, a, b, c):
+                return a
+
+        with pytest.raises(error, match=re.escape("the batch must fit Three.forward(a, b, c)")):
+            run_batch(Three(), batch, loss_fn)
+        return
+    with pytest.raises(error, match=re.escape(text)):
+        run_batch(Net(), batch, loss_fn)
+
+
+def test_splitting_and_moving():
+    assert split_batch((1, 2)) == (1, 2)
+    assert split_batch((1, 2, 3)) == ((1, 2), 3)
+    assert split_batch([1]) == (1, 1)
+    moved = to_device({"a": [torch.ones(1), "text"]}, torch.device("cpu"))
+    assert moved["a"][1] == "text"

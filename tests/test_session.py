@@ -1,6 +1,5 @@
 """`LowRankSession`: what it leaves alone, what survives the switch, what it says at the end."""
 
-import copy
 import gc
 import re
 import weakref
@@ -8,22 +7,12 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import SOON, UNTIMED, ConvNet, Tied, images, mlp, settings_of, snapshot, train, vectors
+from nets import SOON, UNTIMED, ConvNet, Tied, attach, images, mlp, settings_of, sgd, snapshot, train, vectors
 from torch import nn
 
 import fxrank
 
 X, Y = vectors()
-
-
-def attach(model, optimizer, policy=SOON, x=X, **options):
-    return fxrank.LowRankSession.attach(
-        model, optimizer, example_inputs=x, policy=policy, **({"total_steps": 10} | options)
-    )
-
-
-def sgd(model, **options):
-    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, **options)
 
 
 # -- watching changes nothing
@@ -357,109 +346,6 @@ def test_reasons_of_waiting_layers():
         plan = session.finish()
     assert plan.layer("2").reason == "no switch within 0 steps; its rank had settled, others had not"
     assert plan.layer("4").reason == "no switch within 0 steps; its rank had not settled"
-
-
-# -- persistence
-
-
-def resumed(make_optimizer, policy, stop, steps=12, make=mlp, batch=(X, Y), **options):
-    """Final weights and plan of an uninterrupted run, and of one stopped, saved, rebuilt and resumed."""
-
-    def fresh(seed):
-        model = make(seed)
-        optimizer = make_optimizer(model)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        return model, optimizer, scheduler, attach(model, optimizer, policy, x=batch[0], total_steps=steps, **options)
-
-    model, optimizer, scheduler, session = fresh(0)
-    train(model, optimizer, stop, batch, scheduler)
-    saved = copy.deepcopy([o.state_dict() for o in (session, model, optimizer, scheduler)])
-    train(model, optimizer, steps - stop, batch, scheduler)
-    again, *others, again_session = fresh(1)
-    for target, state in zip((again_session, again, *others), saved, strict=True):
-        target.load_state_dict(state)
-    assert again_session.phase == ("low-rank" if saved[0]["plan"] else "full-rank")
-    train(again, others[0], steps - stop, batch, others[1])
-    return model, session, again, again_session
-
-
-OPTIMIZERS = {
-    "sgd": sgd,
-    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1),
-    "groups": lambda m: torch.optim.Adam(
-        [
-            {"params": [p for p in m.parameters() if p.ndim > 1]},
-            {"params": [p for p in m.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        lr=0.01,
-        weight_decay=0.1,
-    ),
-}
-
-
-@pytest.mark.parametrize("stop", [0, 5, 6, 7, 11])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_run_can_be_stopped_anywhere(optimizer, stop):
-    model, session, again, again_session = resumed(OPTIMIZERS[optimizer], SOON, stop)
-    assert session.finish().R == again_session.finish().R == {"2": 4, "4": 4}
-    assert session.plan.switch_step == again_session.plan.switch_step == 6
-    state, again_state = model.state_dict(), again.state_dict()
-    assert all(torch.equal(state[k], again_state[k]) for k in state)
-
-
-@pytest.mark.parametrize("stop", [4, 9])
-@pytest.mark.parametrize("make", [ConvNet, Tied])
-def test_a_stopped_run_with_extra_bn_ramp_and_shared_weights(make, stop):
-    policy = fxrank.Pufferfish(E=6, ratio=0.25, extra_bn=True, lr_scale=0.5, rewarmup=0.5)
-    batch = images() if make is ConvNet else vectors()
-    model, session, again, again_session = resumed(
-        OPTIMIZERS["groups"], policy, stop, make=make, batch=batch, steps_per_epoch=1
-    )
-    assert session.finish() == again_session.finish()
-    state, again_state = model.state_dict(), again.state_dict()
-    assert all(torch.equal(state[k], again_state[k]) for k in state)
-
-
-def test_the_state_survives_a_file(tmp_path):
-    model = mlp()
-    optimizer = sgd(model)
-    session = attach(model, optimizer)
-    train(model, optimizer, 7)
-    torch.save(session.state_dict(), tmp_path / "session.pt")
-    state = torch.load(tmp_path / "session.pt", weights_only=True)
-    again = mlp(1)
-    other = attach(again, sgd(again))
-    other.load_state_dict(state)
-    assert other.plan == session.plan
-    assert other.clock == session.clock
-    assert other.scene.monitor.curves == session.scene.monitor.curves
-    assert fxrank.plan_of(again) == session.plan
-
-
-def test_a_state_of_another_model_is_refused_and_nothing_is_changed():
-    model = ConvNet()
-    session = attach(model, sgd(model), fxrank.SpectralInit(), x=images()[0])
-    other = mlp()
-    optimizer = sgd(other)
-    fresh = attach(other, optimizer, fxrank.Pufferfish(E=1))
-    before, settings = snapshot(other), settings_of(optimizer)
-    with pytest.raises(
-        fxrank.PlanMismatchError,
-        match=re.escape("every layer of a plan must exist in the model; Sequential has no 'conv2'."),
-    ):
-        fresh.load_state_dict(session.state_dict())
-    assert snapshot(other) == before
-    assert settings_of(optimizer) == settings
-    assert (fresh.phase, fresh.plan, fresh.clock.step) == ("full-rank", None, 0)
-    tied = Tied()
-    strange = attach(tied, sgd(tied)).state_dict()
-    message = "saved rank histories must be of the layers of this model; '0' is only in one of them. Build the model that was saved."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        attach(other, optimizer).load_state_dict(strange)
-    with pytest.raises(
-        fxrank.FxrankError, match=re.escape("session state must have version 1 or 2; got None. Install the fxrank")
-    ):
-        fresh.load_state_dict({})
 
 
 # -- time

@@ -1,13 +1,30 @@
-"""A session's state: everything that later decisions depend on, and no damaged state half-loaded."""
+"""A session's state: a stopped run goes on as if it had not been, and no damaged state is half-loaded."""
 
 import copy
 import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import SOON, UNTIMED, ConvNet, images, mlp, settings_of, snapshot, train, vectors
+from nets import (
+    HALFWAY,
+    SOON,
+    UNTIMED,
+    ConvNet,
+    Net,
+    Tied,
+    attach,
+    clusters,
+    images,
+    mlp,
+    settings_of,
+    sgd,
+    snapshot,
+    train,
+    vectors,
+)
 
 import fxrank
 
@@ -18,9 +35,128 @@ TIMED = fxrank.Cuttlefish(speedup_threshold=0.0, latest=None)
 def attached(policy, make=mlp, seed=0, x=X, **options):
     model = make(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    options = {"total_steps": 30} | options
-    session = fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, policy=policy, **options)
-    return model, optimizer, session
+    return model, optimizer, attach(model, optimizer, policy, x, **({"total_steps": 30} | options))
+
+
+# -- stopped, saved, rebuilt, resumed
+
+
+def stopped_and_resumed(make_optimizer, policy, stop, steps=12, make=mlp, batch=(X, Y), **options):
+    """Final weights and plan of an uninterrupted run, and of one stopped, saved, rebuilt and resumed."""
+
+    def fresh(seed):
+        model = make(seed)
+        optimizer = make_optimizer(model)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return model, optimizer, scheduler, attach(model, optimizer, policy, x=batch[0], total_steps=steps, **options)
+
+    model, optimizer, scheduler, session = fresh(0)
+    train(model, optimizer, stop, batch, scheduler)
+    saved = copy.deepcopy([o.state_dict() for o in (session, model, optimizer, scheduler)])
+    train(model, optimizer, steps - stop, batch, scheduler)
+    again, *others, again_session = fresh(1)
+    for target, state in zip((again_session, again, *others), saved, strict=True):
+        target.load_state_dict(state)
+    assert again_session.phase == ("low-rank" if saved[0]["plan"] else "full-rank")
+    train(again, others[0], steps - stop, batch, others[1])
+    return model, session, again, again_session
+
+
+OPTIMIZERS = {
+    "sgd": sgd,
+    "adamw": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1),
+    "groups": lambda m: torch.optim.Adam(
+        [
+            {"params": [p for p in m.parameters() if p.ndim > 1]},
+            {"params": [p for p in m.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=0.01,
+        weight_decay=0.1,
+    ),
+}
+
+
+@pytest.mark.parametrize("stop", [0, 5, 6, 7, 11])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_can_be_stopped_anywhere(optimizer, stop):
+    model, session, again, again_session = stopped_and_resumed(OPTIMIZERS[optimizer], SOON, stop)
+    assert session.finish().R == again_session.finish().R == {"2": 4, "4": 4}
+    assert session.plan.switch_step == again_session.plan.switch_step == 6
+    state, again_state = model.state_dict(), again.state_dict()
+    assert all(torch.equal(state[k], again_state[k]) for k in state)
+
+
+@pytest.mark.parametrize("stop", [4, 9])
+@pytest.mark.parametrize("make", [ConvNet, Tied])
+def test_a_stopped_run_with_extra_bn_ramp_and_shared_weights(make, stop):
+    policy = fxrank.Pufferfish(E=6, ratio=0.25, extra_bn=True, lr_scale=0.5, rewarmup=0.5)
+    batch = images() if make is ConvNet else vectors()
+    model, session, again, again_session = stopped_and_resumed(
+        OPTIMIZERS["groups"], policy, stop, make=make, batch=batch, steps_per_epoch=1
+    )
+    assert session.finish() == again_session.finish()
+    state, again_state = model.state_dict(), again.state_dict()
+    assert all(torch.equal(state[k], again_state[k]) for k in state)
+
+
+def test_the_state_survives_a_file(tmp_path):
+    model = mlp()
+    optimizer = sgd(model)
+    session = attach(model, optimizer)
+    train(model, optimizer, 7)
+    torch.save(session.state_dict(), tmp_path / "session.pt")
+    state = torch.load(tmp_path / "session.pt", weights_only=True)
+    again = mlp(1)
+    other = attach(again, sgd(again))
+    other.load_state_dict(state)
+    assert other.plan == session.plan
+    assert other.clock == session.clock
+    assert other.scene.monitor.curves == session.scene.monitor.curves
+    assert fxrank.plan_of(again) == session.plan
+
+
+@pytest.mark.parametrize("stop", [3, 9])
+def test_state_dict_brings_a_fresh_session_to_the_same_point(stop, tmp_path):
+    x, y = clusters()
+
+    def steps(model, optimizer, first, last):
+        for i in range(first, last):
+            part = slice(8 * (i % 6), 8 * (i % 6) + 8)
+            F.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def fresh():
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        return (
+            model,
+            optimizer,
+            fxrank.LowRankSession.attach(model, optimizer, example_inputs=x[:8], total_steps=12, policy=HALFWAY),
+        )
+
+    model, optimizer, session = fresh()
+    steps(model, optimizer, 0, stop)
+    torch.save(session.state_dict(), tmp_path / "session.pt")
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, stop, 12)
+    again, again_optimizer, again_session = fresh()
+    with torch.no_grad():
+        for p in again.parameters():
+            p.add_(1)  # whatever it was: the checkpoint counts
+    again_session.load_state_dict(torch.load(tmp_path / "session.pt", weights_only=True))
+    again.load_state_dict(saved[0])
+    again_optimizer.load_state_dict(saved[1])
+    steps(again, again_optimizer, stop, 12)
+    assert again_session.plan.R == session.plan.R
+    assert again_session.clock == session.clock
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    with pytest.raises(fxrank.FxrankError, match="session state must have version 1 or 2; got 7"):
+        again_session.load_state_dict({"version": 7})
+
+
+# -- what the state holds
 
 
 @pytest.mark.parametrize("by_attach", [False, True])
@@ -117,6 +253,35 @@ def test_a_state_of_version_1_is_read():
     resumed.load_state_dict(old)
     assert (resumed.plan, resumed.clock) == (session.plan, session.clock)
     assert fxrank.plan_of(again) == session.plan
+
+
+# -- what is refused
+
+
+def test_a_state_of_another_model_is_refused_and_nothing_is_changed():
+    model = ConvNet()
+    session = attach(model, sgd(model), fxrank.SpectralInit(), x=images()[0])
+    other = mlp()
+    optimizer = sgd(other)
+    fresh = attach(other, optimizer, fxrank.Pufferfish(E=1))
+    before, settings = snapshot(other), settings_of(optimizer)
+    with pytest.raises(
+        fxrank.PlanMismatchError,
+        match=re.escape("every layer of a plan must exist in the model; Sequential has no 'conv2'."),
+    ):
+        fresh.load_state_dict(session.state_dict())
+    assert snapshot(other) == before
+    assert settings_of(optimizer) == settings
+    assert (fresh.phase, fresh.plan, fresh.clock.step) == ("full-rank", None, 0)
+    tied = Tied()
+    strange = attach(tied, sgd(tied)).state_dict()
+    message = "saved rank histories must be of the layers of this model; '0' is only in one of them. Build the model that was saved."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        attach(other, optimizer).load_state_dict(strange)
+    with pytest.raises(
+        fxrank.FxrankError, match=re.escape("session state must have version 1 or 2; got None. Install the fxrank")
+    ):
+        fresh.load_state_dict({})
 
 
 @pytest.mark.parametrize(

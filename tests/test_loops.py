@@ -1,0 +1,155 @@
+"""`LowRankSession` in plain loops: with accumulation, a gradient scaler, frozen layers, an optimizer of some parameters."""
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import HALFWAY, Net, clusters
+from torch import nn
+
+import fxrank
+
+
+def plain_loop(session_options=None, steps=12, accumulate=1, scaler=False, model=None, optimizer=None):
+    torch.manual_seed(0)
+    model = Net() if model is None else model
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+        if optimizer is None
+        else optimizer(model)
+    )
+    x, y = clusters()
+    options = {"example_inputs": (x[:8], y[:8]), "total_steps": steps, "policy": HALFWAY} | (session_options or {})
+    session = fxrank.LowRankSession.attach(model, optimizer, **options)
+    losses = []
+    for i in range(steps * accumulate):
+        part = slice(8 * (i % 6), 8 * (i % 6) + 8)
+        loss = F.cross_entropy(model(x[part]), y[part]) / accumulate
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if (i + 1) % accumulate == 0:
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return model, optimizer, session, losses
+
+
+def test_the_switch_happens_in_a_loop_that_knows_nothing_of_it():
+    events = []
+    model, optimizer, session, losses = plain_loop({"listener": lambda event, s: events.append((event, s.phase))})
+    assert events == [("before_switch", "full-rank"), ("after_switch", "low-rank")]
+    assert session.phase == "low-rank"
+    assert session.clock.step == 12
+    assert session.plan.switch_step == 6
+    assert session.plan.R == {"body": 4}
+    assert isinstance(model.body, fxrank.LowRankConv2d)
+    assert model.body.u.weight in optimizer.state
+    assert torch.equal(session.graph_module.eval()(clusters()[0]), model.eval()(clusters()[0]))
+    assert session.finish() is session.plan
+    assert all(math.isfinite(loss) for loss in losses)
+    assert len(session.step_ms["full-rank"]) + len(session.step_ms["low-rank"]) == 12
+    before = session.clock.step
+    optimizer.step()
+    assert session.clock.step == before  # the hooks are off
+
+
+def test_accumulation_counts_optimizer_steps():
+    _, _, session, _ = plain_loop(accumulate=3)
+    assert session.clock.step == 12
+    assert session.plan.switch_step == 6
+
+
+def test_explicit_steps_per_epoch():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    policy = fxrank.Pufferfish(E=0.5, K=1)
+    with fxrank.LowRankSession.attach(
+        model, optimizer, example_inputs=clusters()[0][:4], total_steps=8, steps_per_epoch=4, policy=policy
+    ) as session:
+        assert not session.step()
+        for _ in range(2):
+            optimizer.step()
+        assert session.step()
+    assert session.plan.E == 0.5
+
+
+def test_partial_optimizers_and_frozen_layers():
+    model = Net()
+    model.body.requires_grad_(False)
+    model, optimizer, session, _ = plain_loop(model=model, optimizer=lambda m: torch.optim.Adam(m.head.parameters()))
+    assert isinstance(model.body, fxrank.LowRankConv2d)
+    assert not any(p.requires_grad for p in model.body.parameters())
+    assert len(optimizer.param_groups[0]["params"]) == 2
+    assert session.plan.R == {"body": 4}
+
+
+def test_a_gradient_scaler_does_not_mind():
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
+    x, y = clusters()
+    session = fxrank.LowRankSession.attach(model, optimizer, example_inputs=x[:8], total_steps=6, policy=HALFWAY)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for _ in range(6):
+        scaler.scale(F.cross_entropy(model(x), y)).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert session.phase == "low-rank"
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_frobenius_decay_shrinks_the_product_not_the_factors():
+    norms = {}
+    for strength in (None, 5.0):
+        policy = fxrank.SpectralInit(ratio=0.25, frobenius_decay=strength)
+        model, _, session, _ = plain_loop(
+            {"policy": policy}, optimizer=lambda m: torch.optim.SGD(m.parameters(), lr=0.02)
+        )
+        assert session.plan.switch_step == 0
+        norms[strength] = float(model.body.weight.detach().norm())
+    assert norms[5.0] < 0.7 * norms[None]
+
+
+def test_a_session_that_factorized_nothing_says_so_loudly():
+    _, _, session, _ = plain_loop({"policy": fxrank.Cuttlefish(speedup_threshold=None, epsilon=1e-9, latest=None)})
+    with pytest.warns(
+        fxrank.NothingFactorizedWarning,
+        match=re.escape("nothing was factorized (the policy did not switch within 12 of 12 steps)"),
+    ) as caught:
+        plan = session.finish()
+    assert "body (conv2d): no switch within 12 steps; its rank had not settled" in str(caught[0].message)
+    assert plan.R == {}
+    assert plan.E is None
+    _, _, session, _ = plain_loop({"policy": fxrank.FullRank()})
+    assert session.finish().note == "full rank as asked"
+
+
+def test_attach_refuses_before_it_touches_anything():
+    x = clusters()[0][:4]
+
+    def refused(error, text, *, model=None, optimizer=None, **options):
+        model = Net() if model is None else model
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if optimizer is None else optimizer
+        state = copy.deepcopy(model.state_dict())
+        with pytest.raises(error, match=re.escape(text)):
+            fxrank.LowRankSession.attach(
+                model, optimizer, **({"example_inputs": x, "total_steps": 10, "policy": HALFWAY} | options)
+            )
+        assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in model.state_dict().items())
+        assert not optimizer._optimizer_step_post_hooks
+
+    bad = Net()
+    with torch.no_grad():
+        bad.body.weight[0] = torch.nan
+    refused(fxrank.NonFiniteWeightError, "'body' holds 144 NaN or infinite values of 2304", model=bad)
+    refused(ValueError, "none of them of Net", optimizer=torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1))
+    refused(ValueError, "total_steps and steps_per_epoch must be at least 1; got 0 and 0", total_steps=0)
+    refused(fxrank.TraceError, "Net failed in 'stem' (Conv2d)", example_inputs=torch.randn(4, 5, 6, 6))
+    refused(fxrank.NothingToFactorizeError, "0 of 3 are:", exclude="body")
+    refused(ValueError, "policy must be one of", policy="cuttle")
