@@ -88,7 +88,8 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
         for name, layer in dense.items():
             pair = model.get_submodule(name)
             assert isinstance(pair, FactorPair)
-            factors[name] = fitted(type(pair).unroll(pair, weight_of(layer)), pair)
+            own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
+            factors[name] = fitted(type(pair).unroll(pair, weight_of(layer)), *own)
     apply_plan(average, plan, split=False, factors=factors)
     for name in dense:
         mine, theirs = average.get_submodule(name), model.get_submodule(name)
@@ -98,16 +99,15 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
 
 
 @torch.no_grad()
-def fitted(stack: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
-    """Factors `U` `(groups, r, cols)` and `V` `(groups, rows, r)` near the pair's own with `V U ≈ stack`, `(groups, rows,
-    cols)`; float64.
+def fitted(stack: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors near `u` `(groups, r, cols)` and `v` `(groups, rows, r)` with `V U ≈ stack`, `(groups, rows, cols)`; float64.
 
     With `D = stack - V U`, the smallest `(dU, dV)` with `V dU + dV U` = the part of `D` that changes of the factors can
     reach: `dU = V⁺D - ½ V⁺D U⁺ U`, `dV = D U⁺ - ½ V V⁺D U⁺`. The inverses are damped by the size of that part: singular
     values below it say nothing about a direction, and would make the step, which is of first order, far too large.
     """
     place: dict[str, Any] = {"device": stack.device, "dtype": torch.float64}
-    u, v = (t.to(**place) for t in (pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)))
+    u, v = u.to(**place), v.to(**place)
     d = stack.to(**place) - v @ u
     rows, cols = v @ torch.linalg.pinv(v), torch.linalg.pinv(u) @ u
     reach = torch.linalg.matrix_norm(rows @ d + d @ cols - rows @ d @ cols, ord=2, keepdim=True)

@@ -1,4 +1,4 @@
-"""Several processes that train one model, on torch's own engine (`DistributedDataParallel`).
+"""Several processes that train one model, on torch's own engines: `DistributedDataParallel`, and `fully_shard` (`sharded`).
 
 What depends on a clock or on one process's rounding is decided once, by the first process, and sent to the others:
 the timings, the rank samples, the plan, the factors. The wrapper stays the user's object: its reducer, which knows
@@ -8,7 +8,7 @@ parameters that are gone, is made anew with the wrapper's own options, and its c
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
+from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
+from fxrank.passes.layers import Layer
+from fxrank.passes.trace import TracedModule
+from fxrank.plan import Plan
+from fxrank.sharded import Shards, is_sharded
+from fxrank.surgery import Factors, Replacement, apply_plan
 
 T = TypeVar("T")
 
@@ -33,6 +39,7 @@ class Team:
         the switch.
         """
         self._model, self._wrapper, self._keep = model, wrapper, keep_comm_hooks
+        self._shards = Shards(model) if is_sharded(model) else None
         together = dist.is_available() and dist.is_initialized()
         self._group = wrapper.process_group if wrapper is not None else dist.group.WORLD if together else None
         self.size = dist.get_world_size(self._group) if together else 1
@@ -54,10 +61,10 @@ class Team:
         inner = uncompiled(model)
         wrapper = next((m for m in _layers_of_wrapping(model) if isinstance(m, DistributedDataParallel)), None)
         for name, parameter in inner.named_parameters():
-            if {type(parameter).__name__, type(parameter.data).__name__} & {"DTensor", "FlatParameter"}:
+            if type(parameter).__name__ == "FlatParameter":
                 raise TypeError(
-                    f"a weight must be whole to be factorized; {name!r} is sharded. Train the full-rank phase with "
-                    "DistributedDataParallel, or factorize first (fxrank.factorize, or a plan) and shard the result."
+                    f"a weight must be a parameter of its own to be factorized; {name!r} is a piece of FSDP1's flat ones. Shard with fully_shard (FSDP2), "
+                    "or factorize first (fxrank.factorize, or a plan) and shard the result."
                 )
         if wrapper is None and dist.is_available() and dist.is_initialized():
             wrapper = wrapper_around(inner)
@@ -69,21 +76,64 @@ class Team:
     def model(self) -> nn.Module:
         return self._model
 
+    @property
+    def structure(self) -> nn.Module:
+        """What to trace and to decide on: the model, or its skeleton if it lies in shards."""
+        return self._model if self._shards is None else self._shards.skeleton
+
+    def example(self, given: Example) -> Example:
+        """A batch as `structure` takes it."""
+        return given if self._shards is None else self._shards.example(given)
+
+    def refused(self, layers: list[Layer]) -> list[Layer]:
+        """The layers, with a reason for those that this engine does not let go."""
+        return layers if self._shards is None else self._shards.refused(layers)
+
+    def apply(
+        self, plan: Plan, gm: TracedModule, example: Example, factors: Factors, *, split: bool
+    ) -> list[Replacement]:
+        """`surgery.apply_plan` on the model, with the first process's factors in all of them. `split=False` leaves them
+        unfilled.
+        """
+        share = self.share if split else None
+        if self._shards is not None:
+            return self._shards.apply(plan, gm, example, split=split and self.is_first, factors=factors, share=share)
+        return apply_plan(
+            self._model, plan, gm=gm, example=example, split=split and self.is_first, factors=factors, share=share
+        )
+
     def agree(self, decide: Callable[[], T]) -> T:
         """What `decide` returns in the first process, in every process. If it raises there, all raise."""
         if self.size == 1:
             return decide()
-        outcome: list[Any] = [None, None]
+        outcome: tuple[Any, Exception | None] = None, None
         if self.is_first:
             try:
-                outcome = [decide(), None]
+                with self._asking():
+                    outcome = decide(), None
             except Exception as error:  # the others wait for an answer
-                outcome = [None, error]
-        dist.broadcast_object_list(outcome, src=self._first, group=self._group)
+                outcome = None, error
+            self._tell((None, outcome))
+        else:
+            wanted: str | None = ""
+            while wanted is not None:
+                wanted, outcome = self._tell()
+                if wanted is not None and self._shards is not None:
+                    self._shards.gather(wanted)
         value, failure = outcome
         if failure is not None:
             raise failure
         return value  # type: ignore[no-any-return]
+
+    def _asking(self) -> AbstractContextManager[None]:
+        if self._shards is None:
+            return nullcontext()
+        return self._shards.announcing(lambda name: self._tell((name, (None, None))))
+
+    def _tell(self, message: Any = None) -> Any:
+        box = [message]
+        dist.broadcast_object_list(box, src=self._first, group=self._group)
+        return box[0]
 
     @torch.no_grad()
     def share(self, tensors: Iterable[Tensor]) -> None:
@@ -104,7 +154,7 @@ class Team:
         """Let the gradients of the parameters that the model has now be averaged. Returns what the user must do where
         there is no wrapper to tell.
         """
-        if self.size == 1 and self._wrapper is None:
+        if self._shards is not None or (self.size == 1 and self._wrapper is None):
             return None
         wrapper = self._wrapper or wrapper_around(self._model)
         if wrapper is None:

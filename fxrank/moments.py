@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fxrank.averages import fitted
 from fxrank.passes.factors import FactorPair
+from fxrank.sharded import placed_like, whole
 
 State = dict[str, Any]
 _LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}
@@ -42,6 +43,8 @@ def projected(state: State, shape: torch.Size, pair: FactorPair) -> tuple[State,
     Moments have the shape of their parameter; numbers and one-element tensors (step counts) are copied. Raises
     `NoProjectionError`.
     """
+    state = {key: whole(value) if isinstance(value, Tensor) else value for key, value in state.items()}
+    u, v = pair.unfold_u(whole(pair.u.weight.detach())), pair.unfold_v(whole(pair.v.weight.detach()))
     left = dict(state)
     for row, column, kept in _MEANS:
         if isinstance(state.get(row), Tensor) and isinstance(state.get(column), Tensor):
@@ -59,10 +62,10 @@ def projected(state: State, shape: torch.Size, pair: FactorPair) -> tuple[State,
         if key == "square_avg" and "grad_avg" in state:
             moment = (value - state["grad_avg"].square()).clamp_(min=0)
         for new, factor, part in zip(
-            (new_u, new_v), (pair.u.weight, pair.v.weight), _PROJECTIONS[key](moment, pair), strict=True
+            (new_u, new_v), (pair.u.weight, pair.v.weight), _PROJECTIONS[key](moment, pair, u, v), strict=True
         ):
             # the strides of its parameter, the dtype of the old state
-            new[key] = torch.empty_like(factor, dtype=value.dtype, requires_grad=False).copy_(part)
+            new[key] = torch.empty_like(factor, dtype=value.dtype, requires_grad=False).copy_(placed_like(part, factor))
     for new in (new_u, new_v):
         if "square_avg" in new and "grad_avg" in new:
             new["square_avg"] += new["grad_avg"].square()
@@ -79,27 +82,26 @@ def _from_means(row: Tensor, column: Tensor, kept: bool) -> Tensor:
     return row @ column / row.mean(-2, keepdim=True).clamp(min=torch.finfo(row.dtype).tiny)
 
 
-def _linear(moment: Tensor, pair: FactorPair, power: int = 1) -> tuple[Tensor, Tensor]:
-    u, v = pair.unfold_u(pair.u.weight.detach()), pair.unfold_v(pair.v.weight.detach())
+def _linear(moment: Tensor, pair: FactorPair, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     moment = pair.unroll(pair, moment).to(u.dtype)
-    return pair.fold_u((v**power).mT @ moment), pair.fold_v(moment @ (u**power).mT)
+    return pair.fold_u(v.mT @ moment), pair.fold_v(moment @ u.mT)
 
 
-def _squared(moment: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
-    return _linear(moment, pair, 2)
+def _squared(moment: Tensor, pair: FactorPair, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _linear(moment, pair, u.square(), v.square())
 
 
-def _magnitude(moment: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
-    u, v = _squared(moment.square(), pair)
-    return u.sqrt_(), v.sqrt_()
+def _magnitude(moment: Tensor, pair: FactorPair, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    of_u, of_v = _squared(moment.square(), pair, u, v)
+    return of_u.sqrt_(), of_v.sqrt_()
 
 
-def _averaged(average: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
-    u, v = fitted(pair.unroll(pair, average), pair)
-    return pair.fold_u(u), pair.fold_v(v)
+def _averaged(average: Tensor, pair: FactorPair, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    near_u, near_v = fitted(pair.unroll(pair, average), u, v)
+    return pair.fold_u(near_u), pair.fold_v(near_v)
 
 
-_PROJECTIONS: dict[str, Callable[[Tensor, FactorPair], tuple[Tensor, Tensor]]] = {
+_PROJECTIONS: dict[str, Callable[[Tensor, FactorPair, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     **dict.fromkeys(_LINEAR, _linear),
     **dict.fromkeys({*_SQUARED, *(row for row, _, _ in _MEANS)}, _squared),
     **dict.fromkeys(_MAGNITUDE, _magnitude),

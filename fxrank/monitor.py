@@ -150,12 +150,24 @@ class RankMonitor:
 
     @torch.no_grad()
     def _measure(self, exact: bool) -> list[float]:
+        if any(
+            p.is_meta for p in self._model.parameters()
+        ):  # one that stands for weights in shards: gather one at a time
+            return [self._measure_one(number, exact) for number in range(len(self._layers))]
         stacks = [stack_of(layer, self._model) for layer in self._layers]
         if not exact:
             return self._tracker(stacks, [layer.name for layer in self._layers])
         for layer, stack in zip(self._layers, stacks, strict=True):
             check_finite(stack, layer.name)
         return [mean_over_groups(stable, singular_values(stack)) for stack in stacks]
+
+    def _measure_one(self, number: int, exact: bool) -> float:
+        layer = self._layers[number]
+        stack = stack_of(layer, self._model)
+        if not exact:
+            return self._tracker([stack], [layer.name], first=number)[0]
+        check_finite(stack, layer.name)
+        return mean_over_groups(stable, singular_values(stack))
 
     def due(self, step: int) -> bool:
         """Whether a sample belongs after this step."""

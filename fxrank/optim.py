@@ -16,6 +16,7 @@ from fxrank.moments import NoProjectionError, projected
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.layers import Layer
+from fxrank.sharded import placed_like, whole
 from fxrank.surgery import Replacement
 from fxrank.wrappers import unwrapped
 
@@ -230,9 +231,12 @@ class FactorRegime:
             for w in (first, second):
                 if w.grad is not None and w.grad.is_sparse:  # of a table whose every entry decays
                     w.grad = w.grad.to_dense()
-            u, v = pair.unfold_u(first), pair.unfold_v(second)
+            u, v = pair.unfold_u(whole(first)), pair.unfold_v(whole(second))
             ut, vt = u.transpose(1, 2), v.transpose(1, 2)
-            pull_u, pull_v = pair.fold_u((vt @ v) @ u), pair.fold_v(v @ (u @ ut))
+            pull_u, pull_v = (
+                placed_like(pair.fold_u((vt @ v) @ u), first),
+                placed_like(pair.fold_v(v @ (u @ ut)), second),
+            )
             if _is_decoupled(self._optimizer, group):
                 # The step multiplies by 1 - lr·own; this makes the sum of both w - lr·strength·pull.
                 lr = float(group["lr"])

@@ -38,7 +38,7 @@ from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, frozen_names
 from fxrank.state import restore_session, session_state
-from fxrank.surgery import apply_plan, check_plan, keep
+from fxrank.surgery import check_plan, keep
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
@@ -133,17 +133,19 @@ class LowRankSession:
         averages = [averaged_in(follower, model) for follower in followers]
         frozen_names(model, chosen.freeze)
         if isinstance(chosen, FixedPlan):
-            check_plan(model, chosen.given)
-        with own_forward(model):
-            gm = trace(model, example_inputs)
-        layers = candidates(discover(gm, model), model, include=include, exclude=exclude)
+            check_plan(team.structure, chosen.given)
+        structure = team.structure
+        with own_forward(structure):
+            gm = trace(structure, team.example(example_inputs))
+        layers = candidates(discover(gm, structure), structure, include=include, exclude=exclude)
+        layers = team.refused(layers)
         layers = refused_by(optimizers, layers, model, chosen.given.R if isinstance(chosen, FixedPlan) else ())
         for layer in layers:
             if layer.reason is None:
-                check_finite(stack_of(layer, model), layer.name)
+                check_finite(stack_of(layer, structure), layer.name)
         if not isinstance(chosen, FullRank):
             require_some(layers)
-        scene = Scene(model, layers)
+        scene = Scene(structure, layers)
         session = cls(
             model, optimizers, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
@@ -156,7 +158,7 @@ class LowRankSession:
         scene, policy = self.scene, self.policy
         if policy.speedup_needed is not None:
             device = next(self.model.parameters()).device
-            scene.profiler = Profiler(self.model, device, amp=amp)
+            scene.profiler = Profiler(scene.model, device, amp=amp)
             profiler, measured = scene.profiler, stacks(scene.layers) if state is None else []
             profiles = self.team.agree(lambda: [profiler.stack(s, policy.probe) for s in measured])
             for profile in profiles:
@@ -165,7 +167,7 @@ class LowRankSession:
         detector = policy.detector(self.clock)
         if detector is not None:
             scene.monitor = RankMonitor(
-                scene.layers, self.model, detector, policy.interval(self.clock), seed=seed, agree=self.team.agree
+                scene.layers, scene.model, detector, policy.interval(self.clock), seed=seed, agree=self.team.agree
             )
             if state is None:
                 self._observe(exact=True)
@@ -271,15 +273,7 @@ class LowRankSession:
             return
         for average in self._averages:
             check_average(average, plan)
-        replacements = apply_plan(
-            self.model,
-            plan,
-            gm=self.graph_module,
-            example=self._example,
-            split=split and self.team.is_first,
-            factors=self.scene.factors,
-            share=self.team.share if split else None,
-        )
+        replacements = self.team.apply(plan, self.graph_module, self._example, self.scene.factors, split=split)
         for average in self._averages:
             switch_average(average, self.model, plan, split=split)
         self.plan, self.phase = plan, LOW

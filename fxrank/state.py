@@ -41,7 +41,7 @@ def session_state(session: Any) -> dict[str, Any]:
 
 def restore_session(session: Any, state: dict[str, Any]) -> None:
     """See `LowRankSession.load_state_dict`."""
-    dense = session.model if session.plan is None else None
+    dense = session.scene.model if session.plan is None else None
     plan, profiles = check_state(state, session.policy, session.clock, session.scene.monitor, dense)
     if session.plan is not None and (plan is None or _pairs(plan) != _pairs(session.plan)):
         raise CheckpointError(

@@ -109,7 +109,7 @@ def apply_plan(
                 pair.split(weight_of(layer))
             pairs.append(pair)
             for factor in () if derived or len(pairs) > 1 else (pair.u.weight, pair.v.weight):
-                _take_hooks(factor, old[0])
+                take_hooks(factor, old[0])
             paths += install_weight(model, owner, attribute, pair) if attribute else install(model, {id(owner): pair})
         replacements.append(Replacement(name, old, pairs[0], derived))
         if gm is not None:
@@ -121,6 +121,18 @@ def apply_plan(
             module.use_nested_tensor = False
     if share is not None:
         share(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight))
+    calibrate_norms(model, replacements, example, share)
+    remember_plan(model, plan)
+    return replacements
+
+
+def calibrate_norms(
+    model: nn.Module,
+    replacements: Iterable[Replacement],
+    example: Example,
+    share: Callable[[Iterable[Tensor]], None] | None = None,
+) -> None:
+    """Calibrate the pairs' extra BatchNorms, if there are any, on an example, if there is one."""
     norms = [r.pair.extra_norm for r in replacements if r.pair.extra_norm is not None]
     if norms and example is not None:
         args, kwargs = call_arguments(model, example)
@@ -128,11 +140,9 @@ def apply_plan(
             calibrate(norms, model, lambda: model(*args, **kwargs))
         if share is not None:
             share(t for norm in norms for t in (*norm.parameters(), *norm.buffers()))
-    remember_plan(model, plan)
-    return replacements
 
 
-def _take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
+def take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
     """The very dicts: handles that the user holds remove a hook from both."""
     for name in _WEIGHT_HOOKS:
         if getattr(weight, name, None):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.kinds import dense_at, pair_class
-from fxrank.passes.weights import weight_of
+from fxrank.passes.weights import numbers_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -95,5 +95,5 @@ def _unrolled(layer: Layer, model: nn.Module, *, spectral: bool) -> Tensor:
     dense = dense_at(model, layer.name, layer.form)
     cls = pair_class(dense, layer.form)
     assert cls is not None, layer.name
-    weight = weight_of(dense).detach()
+    weight = numbers_of(weight_of(dense)).detach()
     return cls.spectral_view(dense, weight) if spectral else cls.unroll(dense, weight)

@@ -152,9 +152,9 @@ class Profiler:
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
             pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
             for pair in pairs:
-                _detach_and_fill(pair)
+                _own_weights(pair, self._device)
             dense = cls(source, 1).to_dense()
-            _detach_and_fill(dense)
+            _own_weights(dense, self._device)
             if "embedding" in layer.kind:
                 x = torch.randint(layer.rows, layer.input_shape, device=self._device)
             else:
@@ -195,14 +195,14 @@ class Profiler:
         return [statistics.median(column) for column in zip(*laps, strict=True)]
 
 
-def _detach_and_fill(module: nn.Module) -> None:
+def _own_weights(module: nn.Module, device: torch.device) -> None:
     """Own random parameters: nothing is shared with the user's layer. Scaled so that no number overflows or becomes
     subnormal.
     """
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
             fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 1
-            fresh = torch.randn_like(parameter, requires_grad=False) / fan_in**0.5
+            fresh = torch.randn_like(parameter, requires_grad=False, device=device) / fan_in**0.5
             setattr(child, name, nn.Parameter(fresh))
 
 

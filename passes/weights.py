@@ -34,6 +34,21 @@ def weight_of(layer: nn.Module) -> Tensor:
     return _tensor(layer.weight)
 
 
+def stands_for(stand_in: nn.Parameter, read: Callable[[], Tensor]) -> nn.Parameter:
+    """The parameter, marked as standing for the numbers that `read` gets."""
+    setattr(stand_in, _READ, read)
+    return stand_in
+
+
+def numbers_of(weight: Tensor) -> Tensor:
+    """The weight, or what it stands for."""
+    read = getattr(weight, _READ, None)
+    return weight if read is None else _tensor(read())
+
+
+_READ = "_fxrank_read"
+
+
 def is_derived(layer: nn.Module) -> bool:
     """Whether the layer's weight is computed from other parameters."""
     return parametrize.is_parametrized(layer, "weight") or _old_norm(layer) is not None or standardizes(layer)

@@ -118,7 +118,7 @@ def test_factors_are_fitted_near_the_models(gap):
     layer = nn.Linear(20, 12).double()
     pair = make_pair(layer, 4)
     stack = layer.weight.detach()[None] + gap * torch.randn(1, 12, 20).double() / 20
-    u, v = fitted(stack, pair)
+    u, v = fitted(stack, pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight))
     _, sigma, _ = torch.linalg.svd(stack[0])
     mine, theirs = (stack - v @ u).norm(), (stack - pair.weight.dense()).norm()
     assert mine <= theirs + 1e-12
@@ -134,7 +134,7 @@ def test_a_model_of_lower_rank_than_its_pair_does_not_throw_its_average_away():
         layer.weight += 1e-9 * torch.randn(12, 20)
     pair = make_pair(layer, 6)
     stack = layer.weight.detach()[None] + 0.01 * torch.randn(1, 12, 20).double()
-    u, v = fitted(stack, pair)
+    u, v = fitted(stack, pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight))
     # The six directions that the average has and the model has not (yet): smaller than the model's by 50.
     assert (stack - v @ u).norm() < 0.05 * stack.norm()
 

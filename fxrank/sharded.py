@@ -1,0 +1,283 @@
+"""Models whose parameters lie in shards over several processes: FSDP2 (`torch.distributed.fsdp.fully_shard`).
+
+Nothing here needs the whole model anywhere. Decisions are made on its skeleton, a copy on the meta device; of the numbers one
+weight at a time is gathered, when a decision asks for it and when it is split. At the switch the sharded weight's place in its
+unit is taken by its factors, in shards as well: units, hooks, streams, mixed precision stay as they are. Torch has no public
+call for that, so this file, alone, uses what its FSDP2 keeps inside; its tests run on the oldest and the newest torch.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from fxrank.passes.calls import Example
+from fxrank.passes.kinds import dense_at
+from fxrank.passes.layers import Layer
+from fxrank.passes.spectra import check_finite
+from fxrank.passes.trace import TracedModule
+from fxrank.passes.weights import is_derived, stands_for
+from fxrank.plan import Plan
+from fxrank.surgery import Factors, Replacement, apply_plan, calibrate_norms, check_plan, remember_plan, take_hooks
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may lie in shards; every process that holds one must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's shard of a whole tensor that all processes have, if `like` lies in shards; else the tensor."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a parameter lies in shards."""
+    return any(hasattr(p, "full_tensor") for p in model.parameters())
+
+
+class Shards:
+    """The shards of one model. All methods are for all processes at once, in the same order.
+
+    `skeleton` is the model on the meta device, whole and without FSDP: for tracing, and for every decision. Its parameters
+    stand for the model's: reading a layer's matrix gathers it.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Raises `TypeError`, which names the way out, for shards that are not `fully_shard`'s alone."""
+        self.model = model
+        self._announce: Callable[[str], None] | None = None
+        groups = list(_groups(model))
+        managed = {id(p.sharded_param): p for group in groups for p in group.fsdp_params}
+        self._reshard()
+        for name, parameter in model.named_parameters():
+            place = managed.get(id(parameter))
+            if hasattr(parameter, "full_tensor") and (place is None or place.is_dtensor):
+                raise TypeError(
+                    f"shards must be those of fully_shard alone to be replaced; {name!r} is a DTensor of another origin (tensor parallelism?). "
+                    "Factorize first (fxrank.factorize, or a plan) and distribute the result."
+                )
+        for group in groups:
+            if group.mesh_info.mesh.size() != dist.get_world_size():
+                raise TypeError(
+                    f"all processes must share one model; its mesh has {group.mesh_info.mesh.size()} of {dist.get_world_size()}. "
+                    "Factorize first (fxrank.factorize, or a plan) and shard the result."
+                )
+            if type(group.offload_policy).__name__ == "CPUOffloadPolicy":
+                raise TypeError(
+                    "shards must be where they are computed with; these are offloaded to the CPU. Leave out CPUOffloadPolicy until the switch is made, "
+                    "or factorize first."
+                )
+        self.skeleton = _skeleton(model, self.gather)
+
+    def example(self, given: Example) -> Example:
+        """A batch as the skeleton takes it."""
+        moved: Example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
+        return moved
+
+    def refused(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers, with a reason for those that cannot be replaced inside their unit."""
+        units = {path for path, module in self.model.named_modules() if _is_unit(module)}
+        answer = []
+        for layer in layers:
+            if layer.reason is None and units.intersection(layer.paths):
+                layer = replace(
+                    layer, reason="it is a unit of fully_shard by itself; shard the block around it instead"
+                )
+            elif layer.reason is None and is_derived(dense_at(self.skeleton, layer.name, layer.form)):
+                layer = replace(layer, reason="its weight is derived from parameters that are sharded")
+            answer.append(layer)
+        return answer
+
+    def gather(self, name: str) -> Tensor:
+        """All of a weight, by name, on every process."""
+        if self._announce is not None:
+            self._announce(name)
+        self._reshard()
+        return whole(self.model.get_parameter(name).detach())
+
+    @contextmanager
+    def announcing(self, announce: Callable[[str], None]) -> Iterator[None]:
+        """Meanwhile one process asks alone, and calls the others to each weight by its name."""
+        self._announce = announce
+        try:
+            yield
+        finally:
+            self._announce = None
+
+    def apply(
+        self,
+        plan: Plan,
+        gm: TracedModule,
+        example: Example,
+        *,
+        split: bool,
+        factors: Factors,
+        share: Callable[[Iterable[Tensor]], None] | None,
+    ) -> list[Replacement]:
+        """As `surgery.apply_plan`: the plan's pairs in the model, in shards, and in the skeleton and its graph `gm`."""
+        check_plan(self.skeleton, plan)
+        self._reshard()
+        self._check_finite(list(plan.R))
+        apply_plan(self.skeleton, plan, gm=gm, split=False)
+        replacements = []
+        touched = []
+        for decision in plan.layers:
+            if not decision.factorized:
+                continue
+            old = self.model.get_parameter(_weight_name(self.model, decision.name))
+            plain = nn.Parameter(whole(old.detach()), old.requires_grad)
+            for module in self.model.modules():
+                for attribute in [n for n, p in module._parameters.items() if p is old]:
+                    module._parameters[attribute] = plain
+            (made,) = apply_plan(
+                self.model, replace(plan, layers=(decision,)), split=split, factors=factors, share=share
+            )
+            touched.append(self._shard(made, old))
+            replacements.append(Replacement(decision.name, (old,), made.pair))
+        for state, group in touched:
+            if state._is_root is not None:  # it has been through a forward, and does this just once by itself
+                group._reset_sharded_params = False
+                group.lazy_init()
+        calibrate_norms(self.model, replacements, example, share)
+        remember_plan(self.model, plan)
+        return replacements
+
+    def _shard(self, made: Replacement, old: nn.Parameter) -> tuple[Any, Any]:
+        """Let the unit that held `old` hold the new parameters of the pair. Returns its state and its group."""
+        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+        state, group, place = next(
+            (state, group, p)
+            for state in _states(self.model)
+            for group in _groups_of(state)
+            for p in group.fsdp_params
+            if p.sharded_param is old
+        )
+        for handles in (
+            group._module_to_pre_save_state_dict_hook_handle,
+            group._module_to_pre_load_state_dict_hook_handle,
+        ):
+            for handle in handles.values():
+                handle.remove()
+            handles.clear()
+        place._post_load_hook_handle.remove()
+        fresh = []
+        for parameter in [p for p in made.pair.parameters() if not hasattr(p, "full_tensor")]:
+            info = _holders(self.model, parameter)
+            fresh.append(
+                FSDPParam(
+                    parameter,
+                    info,
+                    group.mesh_info,
+                    group.post_forward_mesh_info,
+                    group.device,
+                    None,
+                    place.mp_policy,
+                    group.offload_policy,
+                )
+            )
+        at = group.fsdp_params.index(place)
+        group.fsdp_params[at : at + 1] = fresh
+        for other in group.fsdp_params:  # the bias lives in the pair now
+            other._module_info = _holders(self.model, other.sharded_param)
+        for module in made.pair.modules():
+            module._is_fsdp_managed_module = module._fsdp_use_orig_params = True  # type: ignore[assignment]
+        for factor in (made.pair.u.weight, made.pair.v.weight):
+            take_hooks(factor, old)
+        return state, group
+
+    def _check_finite(self, names: list[str]) -> None:
+        weights = [self.model.get_parameter(_weight_name(self.model, name)) for name in names]
+        local = [getattr(w, "_local_tensor", w).detach() for w in weights]
+        bad = torch.tensor([float(not torch.isfinite(t).all()) for t in local], device=local[0].device)
+        dist.all_reduce(bad)
+        for name, weight, count in zip(names, weights, bad.tolist(), strict=True):
+            if count:
+                check_finite(whole(weight.detach()), name)
+
+    def _reshard(self) -> None:
+        for module in self.model.modules():
+            if _is_unit(module):
+                module.reshard()  # type: ignore[operator]
+
+
+def _weight_name(model: nn.Module, name: str) -> str:
+    owner, _, attribute = name.rpartition(".")
+    return name if model.get_submodule(owner)._parameters.get(attribute) is not None else f"{name}.weight"
+
+
+def _is_unit(module: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
+def _states(model: nn.Module) -> Iterator[Any]:
+    seen = set()
+    for module in model.modules():
+        if _is_unit(module):
+            state = module._get_fsdp_state()  # type: ignore[operator]
+            if id(state) not in seen:
+                seen.add(id(state))
+                yield state
+
+
+def _groups_of(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # before torch 2.12 a state has one group, or none
+        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return list(groups)
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    for state in _states(model):
+        yield from _groups_of(state)
+
+
+def _holders(model: nn.Module, parameter: nn.Parameter) -> Any:
+    from torch.distributed.fsdp._fully_shard._fsdp_param import ParamModuleInfo
+
+    (module, name), *others = [(m, n) for m in model.modules() for n, p in m._parameters.items() if p is parameter]
+    return ParamModuleInfo(module, name, [m for m, _ in others], [n for _, n in others])
+
+
+def _skeleton(model: nn.Module, gather: Callable[[str], Tensor]) -> nn.Module:
+    """A copy on the meta device without FSDP, whose parameters stand for the model's."""
+    memo: dict[int, Any] = {id(state): state for state in _states(model)}
+    for name, parameter in model.named_parameters():
+        stand_in = nn.Parameter(
+            torch.empty_strided(parameter.shape, parameter.stride(), dtype=parameter.dtype, device="meta"),
+            parameter.requires_grad,
+        )
+        memo[id(parameter)] = stands_for(stand_in, partial(gather, name))
+    for buffer in model.buffers():
+        memo[id(buffer)] = buffer.to("meta")
+    units = [(module, type(module)) for module in model.modules() if _is_unit(module)]
+    for module, kind in units:
+        module.__class__ = kind.__mro__[
+            2
+        ]  # FSDP's class, FSDPModule, the user's own: a copy of the first two is forbidden
+    try:
+        skeleton = copy.deepcopy(model, memo)
+    finally:
+        for module, kind in units:
+            module.__class__ = kind
+    for module in skeleton.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [
+                k for k, hook in hooks.items() if getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+            ]:
+                del hooks[key]
+    return skeleton
