@@ -161,7 +161,7 @@ class Profiler:
                 x = torch.randn(layer.input_shape, device=self._device, dtype=layer.dtype)
             if x.ndim == 4 and not weight_of(source).is_contiguous():
                 x = x.contiguous(memory_format=torch.channels_last)
-            medians = self._interleaved([self._step(module.to(self._device), x) for module in (dense, *pairs)])
+            medians = self._interleaved([self._step(module, x) for module in (dense, *pairs)])
         self.seconds += time.perf_counter() - start
         return medians
 
