@@ -18,6 +18,11 @@ from fxrank.passes.factors import FactorPair, Layers
 from fxrank.passes.recurrent import steps
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
+KERNELS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+"""What `torch.compile` leaves to Python unless `torch._dynamo.config.allow_rnn` is set, in a dense model by the layer's class, here
+by the call. In a graph they would be taken apart step by step: one compilation for each length, each as long as its
+sequence. And by whatever torch last took them apart with: an ONNX export leaves a form behind that is meant for it alone.
+"""
 
 
 def gates(owner: nn.Module, attribute: str) -> int:
@@ -146,8 +151,9 @@ class LowRankWeight(FactorPair):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = pytree.tree_map_only(LowRankWeight, lambda pair: pair.weight, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        if func in KERNELS and torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+            return torch.compiler.disable(_with_weights)(func, args, kwargs or {})
+        return _with_weights(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -175,6 +181,11 @@ class LowRankWeight(FactorPair):
         product: Tensor = other @ self.weight
         return product
 
+
+
+def _with_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    args, kwargs = pytree.tree_map_only(LowRankWeight, lambda pair: pair.weight, (args, dict(kwargs)))
+    return func(*args, **kwargs)
 
 
 def _of_the_tensor(name: str) -> Callable[..., Any]:

@@ -293,18 +293,53 @@ def test_a_weight_that_is_read_from_outside():
     torch.testing.assert_close(compiled(X), small(X), rtol=1e-5, atol=1e-6)  # float32 sums
 
 
-def test_recurrent_layers_are_compiled_around():
+class Recurrent(nn.Module):
+    """`(N, T, 12)` to `(N, T, 4)`."""
+
+    def __init__(self, kind, width=16):
+        super().__init__()
+        self.a, self.b = nn.Linear(12, width), nn.Linear(width, 4)
+        self.rnn = kind(width, width, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.b(self.rnn(torch.tanh(self.a(x)))[0])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k)])
+def test_recurrent_layers_are_compiled_around(kind):
     """torch leaves its own recurrent layers out of graphs; a factorized one is left out in the same way."""
+    dense = Recurrent(kind)
+    small = fxrank.factorize(dense, torch.randn(3, 5, 12), rank=0.25)
+    assert "rnn.weight_hh_l0" in fxrank.plan_of(small).R
+    compiled = {}
+    for name, model in (("dense", dense), ("small", small)):
+        counter = CompileCounterWithBackend("aot_eager")
+        run = torch.compile(model, backend=counter)
+        for length in (5, 7, 9, 50):
+            x = torch.randn(3, length, 12)
+            torch.testing.assert_close(run(x), model(x), rtol=1e-5, atol=1e-6)  # float32 sums
+            run(x).sum().backward()
+        compiled[name] = counter.frame_count
+        called = {node.target for graph in counter.graphs for node in graph.graph.nodes}
+        assert not called & {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+    assert compiled["small"] <= compiled["dense"] <= 4  # what is around it, and that once more for any length
 
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.lstm, self.b = nn.Linear(12, 16), nn.LSTM(16, 16, 2, batch_first=True), nn.Linear(16, 4)
 
-        def forward(self, x):
-            return self.b(self.lstm(torch.tanh(self.a(x)))[0])
+def test_wide_recurrent_layers_are_compiled_around():
+    small = fxrank.factorize(Recurrent(nn.LSTM, 512), torch.randn(3, 5, 12), rank=0.25)
+    counter = CompileCounterWithBackend("aot_eager")
+    run = torch.compile(small, backend=counter)
+    for length in (5, 7, 9):
+        x = torch.randn(3, length, 12)
+        torch.testing.assert_close(run(x), small(x), rtol=1e-5, atol=1e-6)  # float32 sums
+    assert counter.frame_count <= 4 and counter.op_count < 10  # the steps are not in it
 
+
+def test_recurrent_layers_are_compiled_where_that_is_asked_for():
+    # torch.onnx leaves its own way to take an LSTM apart in this cache; where a graph may have LSTMs, dense ones meet it too.
+    torch.ops.aten.lstm.input._dispatch_cache.clear()
     x = torch.randn(3, 5, 12)
-    small = fxrank.factorize(Recurrent(), x, rank=0.25)
-    compiled = torch.compile(small, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), small(x), rtol=1e-5, atol=1e-6)  # float32 sums
+    small = fxrank.factorize(Recurrent(nn.LSTM), x, rank=0.25)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(small, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), small(x), rtol=1e-5, atol=1e-6)  # float32 sums

@@ -1,6 +1,7 @@
 """Factorized models on their way to other places: `torch.export`, ONNX run by onnxruntime, TorchScript traces."""
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -122,6 +123,26 @@ def test_onnx_files_are_the_model(name, small):
         (found,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
         # float32 sums of another library
         torch.testing.assert_close(torch.from_numpy(found), model(inputs), rtol=1e-3, atol=1e-5)
+
+
+def test_an_export_does_not_change_what_is_compiled_later():
+    """torch leaves behind how it took recurrent layers apart for ONNX, and `torch.compile` would meet it."""
+    pytest.importorskip("onnxscript")
+    make, x, other, dims = MODELS["LSTM"]
+    small = fxrank.factorize(make(), x, rank=0.25)
+    torch.onnx.export(small.eval(), (x,), dynamo=True, dynamic_shapes=(dims,), verbose=False)
+    torch._dynamo.reset()
+    small.train()
+    compiled = torch.compile(small, backend="aot_eager")
+    with warnings.catch_warnings(action="error", category=FutureWarning):  # what was left behind warns
+        compiled(other).sum().backward()
+    found = [p.grad.clone() for p in small.parameters()]
+    small.zero_grad()
+    small(other).sum().backward()
+    for grad, p in zip(found, small.parameters(), strict=True):
+        # float32 sums
+        torch.testing.assert_close(grad, p.grad, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", MODELS)
