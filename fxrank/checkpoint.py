@@ -1,7 +1,16 @@
-"""Save and load: safetensors for the numbers, `plan.json` for the architecture. No pickle anywhere."""
+"""Save and load: safetensors for the numbers, `plan.json` for the architecture. No pickle anywhere.
 
+The weights' metadata hold a digest, `sha256:<hex>`: of the plan as JSON with sorted keys and no spaces, and after it the
+bytes of the weights' file, with zeros in the place of the digest itself. It tells files that belong together and are whole
+from any others. It is in the weights and not in the plan so that saving again, with the same plan, and being killed
+between the two files leaves a good folder. Files without one, of an earlier fxrank or another tool, are read as they are.
+"""
+
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -17,11 +26,14 @@ from fxrank.plan import Plan
 from fxrank.surgery import apply_plan, check_plan, plan_of
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
+WRITER = {"format": "pt", "writer": "fxrank"}
+ALGORITHM = "sha256:"
+_BLANK = ALGORITHM + "0" * 64
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write `path/model.safetensors` and `path/plan.json`. The model must be one that fxrank has rewritten
-    (`plan_of`); shared tensors are stored once.
+    """Write `path/model.safetensors`, with a digest of both files, and `path/plan.json`. The model must be one that fxrank
+    has rewritten (`plan_of`); shared tensors are stored once.
 
     Each file is written beside its place and moved into it, weights first. Raises `ValueError` for a model without
     a plan.
@@ -38,8 +50,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = Path(scratch) / WEIGHTS
-        safetensors.torch.save_file(tensors, str(weights), metadata={"format": "pt", "writer": "fxrank"})
+        safetensors.torch.save_file(tensors, str(weights), metadata=WRITER | {"digest": _BLANK})
         plan.save(Path(scratch) / PLAN)
+        _sign(weights, Path(scratch) / PLAN)
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
 
@@ -48,8 +61,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Turn a freshly built dense `model` into the saved one, in place, and return it. A compiled
     one stays compiled.
 
-    Strict: plan, names, shapes must fit; the first mismatch is named and nothing is changed. Raises
-    `CheckpointError` for a missing, damaged or foreign file, `PlanMismatchError` for a plan of another model.
+    Strict: both files must be as they were saved, and plan, names, shapes must fit; the first mismatch is named and
+    nothing is changed. Raises `CheckpointError` for a missing, damaged or foreign file and for files of two saves,
+    `PlanMismatchError` for a plan of another model.
     """
     folder = Path(path)
     for name in (PLAN, WEIGHTS):
@@ -64,6 +78,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     try:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
             stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+        check_digest(folder, metadata)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
@@ -75,6 +91,47 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     state = safetensors.torch.load_file(str(folder / WEIGHTS))
     inner.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
     return model
+
+
+def check_digest(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Raise `CheckpointError` unless both files of `folder` are those that `save` wrote together. `metadata` are the
+    weights' own.
+    """
+    claimed = metadata.get("digest")
+    if claimed is None and (metadata.get("writer") != WRITER["writer"] or metadata.keys() <= WRITER.keys()):
+        return  # of an earlier fxrank, or of another tool; a digest whose name is damaged is neither
+    if claimed is not None and not claimed.startswith(ALGORITHM):
+        raise CheckpointError(
+            f"the digest of {WEIGHTS} must be one of {ALGORITHM.rstrip(':')}; {folder} has {claimed!r}. Install the fxrank that wrote it, or save the model again."
+        )
+    found = ALGORITHM + _digest(folder / WEIGHTS, folder / PLAN, claimed or _BLANK)
+    if found != claimed:
+        raise CheckpointError(
+            f"{WEIGHTS} and {PLAN} must be as they were saved together; in {folder} they have the digest {found}, saved was {claimed}. "
+            "One of them is damaged, edited or of another save: put a good copy of both in their place, or save the model again."
+        )
+
+
+def _sign(weights: Path, plan: Path) -> None:
+    """Put the digest in its place in the weights' header."""
+    digest = _digest(weights, plan, _BLANK)
+    with weights.open("rb+") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8 + header.index(_BLANK.encode()) + len(ALGORITHM))
+        file.write(digest.encode())
+
+
+def _digest(weights: Path, plan: Path, claimed: str) -> str:
+    """Of both files; see the module. Spaces and line ends of the plan may change on the way, its values may not."""
+    values = json.loads(plan.read_text(encoding="utf-8"))
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode())
+    with weights.open("rb") as file:
+        length = file.read(8)
+        header = file.read(int.from_bytes(length, "little"))
+        digest.update(length + header.replace(claimed.encode(), _BLANK.encode(), 1))
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> dict[str, str]:

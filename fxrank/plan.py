@@ -102,7 +102,7 @@ class Plan:
         """Read a plan. Raises `PlanMismatchError` that names the first thing wrong with it."""
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PlanMismatchError(f"a plan must be JSON; {error}. Use the file that Plan.save wrote.") from error
         if not isinstance(data, dict) or data.get("format") != "fxrank-plan":
             raise PlanMismatchError(

@@ -5,7 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from fxrank import CheckpointError
 from fxrank.plainfile import read_plain, write_plain
 
 
@@ -68,3 +71,21 @@ def test_a_writing_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="directory"):
         write_plain(tmp_path / "file", [2])
     assert read_plain(tmp_path / "file") == [1]
+
+
+@given(data=st.data())
+def test_a_file_damaged_anywhere_is_refused_or_reads_the_same(tmp_path, data):
+    tree = {"weights": torch.arange(40.0).reshape(5, 8), "array": np.arange(9.0), "step": 3, "names": ["a", None, 0.5]}
+    write_plain(tmp_path / "file", tree)
+    whole = (tmp_path / "file").read_bytes()
+    place = data.draw(st.integers(0, len(whole) - 1))
+    byte = bytes([data.draw(st.integers(0, 255))])
+    damaged = data.draw(st.sampled_from([whole[:place], whole[:place] + byte + whole[place + 1 :]]))
+    (tmp_path / "file").write_bytes(damaged)
+    try:
+        found = read_plain(tmp_path / "file")
+    except CheckpointError:
+        assert damaged != whole
+    else:
+        assert repr(found) == repr(tree)
+        assert torch.equal(found["weights"], tree["weights"]) and np.array_equal(found["array"], tree["array"])

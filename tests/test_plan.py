@@ -135,6 +135,7 @@ KNOWN = sorted(LayerDecision.__dataclass_fields__)
     [
         ("", "a plan must be JSON; Expecting value: line 1 column 1 (char 0). Use the file that Plan.save wrote."),
         ('{"format": "fxrank-plan"', "a plan must be JSON; Expecting ',' delimiter"),
+        ("[" * 100_000, "a plan must be JSON; maximum recursion depth exceeded"),
         ("[]", 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not. Use the file that'),
         ("{}", 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not.'),
         (with_plan(format="onnx"), 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not.'),
