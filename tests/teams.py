@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["torch", "fxrank", "teams"])
+_SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "fxrank", "teams"])
 
 
 def _member(function, rank, size, store, results, args):
