@@ -70,7 +70,9 @@ def auto_lowrank(
     With `resume=True` the run may be killed at any moment: the same call goes on from `output_dir/checkpoint.safetensors`,
     to the same result, or starts if there is none yet. One is written at the start, at the end of each epoch, right
     after the switch, and every `checkpoint_every` steps. It stays after the run, whose result the same call then
-    returns at once.
+    returns at once. In several processes the first one writes, for all: as many go on to the same result, another
+    number with the same model, optimizer, schedule and ranks and a note in the report, if all batches of a step
+    together stay as large.
 
     Returns a `Result`; its model is `model` itself. If nothing could be factorized the trained full-rank model is
     returned with a `NothingFactorizedWarning`. Raises before touching anything: `ValueError` or `TypeError` for an
@@ -103,7 +105,8 @@ def auto_lowrank(
         keeper,
     )
     if output_dir is not None:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)  # a path that is refused is refused before the training
+        folder = Path(output_dir)  # one that is refused is refused before the training
+        trainer.team.agree(lambda: folder.mkdir(parents=True, exist_ok=True))
     result = trainer.run(include, exclude)
     if output_dir is not None and trainer.team.is_first:
         write_run(result, output_dir, trainer.steps_per_epoch)

@@ -144,6 +144,29 @@ class Team:
                 dist.broadcast(whole, src=self._first, group=self._group)
                 tensor.copy_(whole)
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes in the first one, in order of their ranks; nothing in the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_first else None
+        dist.gather_object(value, values, dst=self._first, group=self._group)
+        return values or []
+
+    def together(self, act: Callable[[], T]) -> T:
+        """What `act` returns in this process. If it raises in any process, all raise, so that none waits for another."""
+        if self.size == 1:
+            return act()
+        failure: Exception | None = None
+        try:
+            value = act()
+        except Exception as error:
+            failure = error
+        failures = [error for error in self.gather(failure) if error is not None]
+        failure = self.agree(lambda: failures[0] if failures else None)
+        if failure is not None:
+            raise failure
+        return value
+
     def total(self, numbers: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.size > 1:
@@ -161,6 +184,10 @@ class Team:
             return "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
         rewrap(wrapper, self._keep)
         return None
+
+    @property
+    def wrapper(self) -> DistributedDataParallel | None:
+        return self._wrapper or (None if self.size == 1 else wrapper_around(self._model))
 
     @property
     def _first(self) -> int:

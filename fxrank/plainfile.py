@@ -31,8 +31,7 @@ def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
     names the first value of another type, before anything is written; `OSError`.
     """
     place = Path(path)
-    tensors: dict[str, Tensor] = {}
-    text = json.dumps(_packed(tree, tensors, {}, ""))
+    text, tensors = pack(tree)
     header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(text, tensors), "tree": text}
     partial = place.with_name(place.name + ".partial")
     try:
@@ -70,7 +69,7 @@ def read_plain(path: str | os.PathLike[str]) -> Any:
         text = header["tree"]
         if header["digest"] != _digest(text, tensors):
             raise CheckpointError(f"a checkpoint must be as it was written; {path} is damaged. {fix}.")
-        return _unpacked(json.loads(text), tensors)
+        return unpack(text, tensors)
     except CheckpointError:
         raise
     except (
@@ -84,6 +83,17 @@ def read_plain(path: str | os.PathLike[str]) -> Any:
         RecursionError,
     ) as error:
         raise CheckpointError(f"a checkpoint must be a whole file; {path} is not: {error}. {fix}.") from error
+
+
+def pack(tree: Any) -> tuple[str, dict[str, Tensor]]:
+    """The text and the tensors (copied to the CPU, contiguous) that a file holds `tree` in; `TypeError` as in `write_plain`."""
+    tensors: dict[str, Tensor] = {}
+    return json.dumps(_packed(tree, tensors, {}, "")), tensors
+
+
+def unpack(text: str, tensors: dict[str, Tensor]) -> Any:
+    """Inverse of `pack`."""
+    return _unpacked(json.loads(text), tensors)
 
 
 def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:

@@ -5,6 +5,9 @@ scaler and session, the sums of the epoch, the history, and all random numbers: 
 epoch began. From those the loader deals the epoch's batches again; the ones already taken are passed over, and the
 numbers as they are put back. Batches are dealt alike if they come from random numbers known here: torch's, numpy's,
 Python's, and generators that the loader, its samplers or its data set hold.
+
+A team of processes has one checkpoint; see `shares`. As many processes as before go on to the last bit. Another number
+goes on with the same model, optimizer, schedule and session, and a note, as the batches are divided in another way.
 """
 
 import os
@@ -16,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from fxrank.checkpoint import check_names
@@ -26,6 +28,17 @@ from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policy import Clock
 from fxrank.session import LowRankSession
+from fxrank.shares import (
+    OWN,
+    buckets_of,
+    check_others,
+    differing,
+    hooks_with_memory,
+    lay_buckets,
+    on_cpu,
+    sent,
+    share_of,
+)
 from fxrank.state import check_state, described
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -46,7 +59,10 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "memory": dict,
     "at_switch": dict,
     "seconds": list,
+    "others": list,
+    "buckets": (list, type(None)),
 }
+_DEALT, _STEPS = "generators of the loaders", "number of steps an epoch"
 
 
 class Keeper:
@@ -58,42 +74,53 @@ class Keeper:
             raise ValueError(
                 f"checkpoint_every counts optimizer steps, at least 1; got {every!r}. None leaves it at every epoch."
             )
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError(
-                f"resume=True keeps one process's random numbers; this run has {dist.get_world_size()} processes. "
-                "Save LowRankSession.state_dict() with the model's and the optimizer's states in a loop of your own."
-            )
         self.path = Path(folder) / CHECKPOINT
         self._every = every
         self._run: dict[str, Any] = {}
         self._first_random: dict[str, Any] = {}
         self._epoch_random: dict[str, Any] = {}
         self._now: dict[str, Any] | None = None
+        self._as_before = True
+        """Whether as many processes go on as there were."""
 
     def before_first(self, loaders: Iterable[Any]) -> None:
         """Note the random numbers from which the example batch is dealt."""
         self._first_random = random_state(loaders)
 
     def read(self, trainer: Any) -> dict[str, Any] | None:
-        """The checkpoint, checked against the run that is to go on from it; None if there is none yet.
+        """This process's share of the checkpoint, checked against the run that is to go on from it; None if there is
+        none yet.
 
         Changes nothing. Raises `CheckpointError` for a damaged file or one of another run, `PlanMismatchError` for a
-        plan that does not fit the model.
+        plan that does not fit the model, `TypeError` for a sharded model; in all processes if in one.
         """
-        self._run = _run_of(trainer)
-        if not self.path.exists():
+        self._run = trainer.team.together(lambda: _run_of(trainer))
+        saved = sent(trainer.team, trainer.device, lambda: read_plain(self.path) if self.path.exists() else None)
+        if saved is None:
             return None
-        saved: dict[str, Any] = read_plain(self.path)
+        trainer.team.together(lambda: self._check(trainer, saved))
+        self._as_before = trainer.team.size == 1 + len(saved["others"])
+        share = share_of(saved, trainer.team)
+        if self._as_before:
+            self._first_random = share["first_random"]
+        return share
+
+    def _check(self, trainer: Any, saved: Any) -> None:
         fix = "Pass the same, or start afresh: with another output_dir, or without this file"
         for name, kind in _PARTS.items():
             if not isinstance(saved, dict) or name not in saved or not isinstance(saved[name], kind):
                 raise CheckpointError(f"a checkpoint must hold the whole run; {self.path} has no good {name!r}. {fix}.")
+        check_others(saved)
+        before, now = 1 + len(saved["others"]), trainer.team.size
         for name, value in self._run.items():
-            if saved["run"].get(name) != value:
-                before, value = _difference(saved["run"].get(name), value)
-                raise CheckpointError(
-                    f"a run goes on as it was started; in {self.path} its {name} was {before:.300}, now it is {value:.300}. {fix}."
-                )
+            if saved["run"].get(name) == value or (name == _DEALT and before != now):
+                continue  # loaders that divide the data have samplers of another kind
+            if name == _STEPS and before != now:
+                fix = f"{before} processes became {now}: pass batches of {before}/{now} the size, so that all together take the same, or steps_per_epoch={saved['run'].get(name)}"
+            old, new = _difference(saved["run"].get(name), value)
+            raise CheckpointError(
+                f"a run goes on as it was started; in {self.path} its {name} was {old:.300}, now it is {new:.300}. {fix}."
+            )
         clock = Clock(0, trainer.total_steps, trainer.steps_per_epoch)
         model = uncompiled(trainer.model)
         plan, _ = check_state(saved["session"], trainer.policy, clock, None, model)
@@ -102,11 +129,11 @@ class Keeper:
             if isinstance(value, Tensor):
                 stored.setdefault(value.data_ptr() if value.numel() else name, (name, tuple(value.shape)))
         check_names(model, plan or Plan("", ()), dict(stored.values()))
-        self._first_random = saved["first_random"]
-        return saved
 
     def deal_again(self, trainer: Any, deal: Callable[[Iterable[Any]], Any]) -> Any:
-        """The example batch that the run was started with."""
+        """The example batch that the run was started with; the one at hand if the batches are divided anew."""
+        if not self._as_before:
+            return trainer.first
         restore_random(self._first_random, _loaders(trainer))
         return deal(trainer.loader)
 
@@ -128,7 +155,31 @@ class Keeper:
         trainer.at_switch.update(saved["at_switch"])
         trainer.seconds_before, trainer.evaluation_seconds = saved["seconds"]
         self._epoch_random, self._now = saved["epoch_random"], saved["random"]
+        if self._as_before:
+            lay_buckets(trainer.team, saved["buckets"])
+        else:
+            self._divide_anew(trainer, session, saved)
+        for hook in hooks_with_memory(trainer.team):
+            session.notes.append(
+                f"at step {session.clock.step} the communication hook {hook} began anew: a checkpoint does not hold its memory, so losses and weights are not "
+                "those of an uninterrupted run"
+            )
         restore_random(self._now, _loaders(trainer))
+
+    def _divide_anew(self, trainer: Any, session: LowRankSession, saved: dict[str, Any]) -> None:
+        """Fit the random numbers of one team to another, and say what that means."""
+        before, now = 1 + len(saved["others"]), trainer.team.size
+        if saved["run"][_DEALT] != self._run[_DEALT]:
+            own = random_state(_loaders(trainer))["generators"]
+            self._epoch_random = self._epoch_random | {"generators": own}
+            self._now = saved["random"] | {"generators": own}
+        if trainer.team.rank >= before:
+            assert self._now is not None
+            self._now = _begun_from(self._now, trainer.team.rank, _loaders(trainer))
+        session.notes.append(
+            f"at step {session.clock.step} {now} process{'es' * (now > 1)} went on from a checkpoint of {before}: batches and random numbers are divided in "
+            "another way since, so losses and weights are not those of an uninterrupted run; where processes had buffers of their own, the first one's are kept"
+        )
 
     def batches(self, trainer: Any) -> Iterator[Any]:
         """The batches of the epoch, from the first that was not taken yet."""
@@ -145,7 +196,7 @@ class Keeper:
                 assert self._now is not None
                 restore_random(self._now, _loaders(trainer))
                 self._now = None
-        if number < skipped:
+        if number < skipped and self._as_before:
             raise CheckpointError(
                 f"the loader must deal the batches it dealt before; epoch {trainer.epoch} has ended after {number}, {skipped} were taken. Pass the same loader."
             )
@@ -156,30 +207,38 @@ class Keeper:
 
     def write(self, trainer: Any, session: LowRankSession) -> None:
         """Write the checkpoint; the last one stays until the new one is whole. Raises `TypeError` for a state that is
-        not plain data, `OSError`.
+        not plain data, `OSError`; in all processes if in the first, which writes.
         """
         assert trainer.optimizer is not None
+        team = trainer.team
         elapsed = trainer.seconds_before + time.perf_counter() - trainer.started
         now = random_state(_loaders(trainer))
-        tree = {
-            "run": self._run,
-            "epoch": trainer.epoch,
-            "taken": trainer.taken,
+        model, optimizer = uncompiled(trainer.model).state_dict(keep_vars=True), trainer.optimizer.state_dict()
+        own = {
             "first_random": self._first_random,
             "random": now,
             "epoch_random": self._epoch_random if trainer.taken else now,
-            "session": session.state_dict(),
-            "model": uncompiled(trainer.model).state_dict(keep_vars=True),
-            "optimizer": trainer.optimizer.state_dict(),
-            "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
-            "scaler": trainer.scaler.state_dict(),
-            "totals": trainer.totals.state_dict(),
-            "history": trainer.history,
+            "totals": {name: on_cpu(value) for name, value in trainer.totals.state_dict().items()},
             "memory": trainer.memory,
-            "at_switch": trainer.at_switch,
             "seconds": [elapsed, trainer.evaluation_seconds],
         }
-        write_plain(self.path, tree)
+        assert own.keys() == OWN.keys()
+        others = team.gather(own | differing(team, model, optimizer))
+        tree = own | {
+            "run": self._run,
+            "epoch": trainer.epoch,
+            "taken": trainer.taken,
+            "session": session.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": None if trainer.scheduler is None else trainer.scheduler.state_dict(),
+            "scaler": trainer.scaler.state_dict(),
+            "history": trainer.history,
+            "at_switch": trainer.at_switch,
+            "others": others[1:],
+            "buckets": buckets_of(team),
+        }
+        team.agree(lambda: write_plain(self.path, tree))
         session.pause()
 
 
@@ -213,6 +272,18 @@ def restore_random(state: dict[str, Any], loaders: Iterable[Any] = ()) -> None:
             generator.bit_generator.state = saved
 
 
+def _begun_from(state: dict[str, Any], number: int, loaders: Iterable[Any]) -> dict[str, Any]:
+    """Random numbers for a process that there was not before: others in each, but generators, by which processes may
+    agree on an order, are as in the first.
+    """
+    restore_random(state, loaders)
+    seed = int(torch.randint(2**31, (number,))[-1])
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+    return random_state(loaders)
+
+
 def generators_of(loaders: Iterable[Any]) -> list[torch.Generator | np.random.Generator | random.Random]:
     """The random generators that loaders, their samplers and their data sets hold, each once."""
     found: dict[int, Any] = {}
@@ -238,6 +309,7 @@ def _loaders(trainer: Any) -> list[Any]:
 
 def _run_of(trainer: Any) -> dict[str, Any]:
     """What must be the same when the run goes on, of a model before the switch."""
+    check_whole(trainer.model)
     optimizer, scheduler = trainer.optimizer, trainer.scheduler
     sizes = [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
     return {
@@ -245,11 +317,20 @@ def _run_of(trainer: Any) -> dict[str, Any]:
         "optimizer": "the default" if optimizer is None else f"{type(optimizer).__name__} of {sizes} parameters",
         "scheduler": f"{type(scheduler).__name__}, stepped by {trainer.scheduler_per}",
         "number of epochs": str(trainer.epochs),
-        "number of steps an epoch": str(trainer.steps_per_epoch),
+        _STEPS: str(trainer.steps_per_epoch),
         "policy": described(trainer.policy),
         "amp": str(trainer.amp),
-        "generators of the loaders": ", ".join(type(g).__name__ for g in generators_of(_loaders(trainer))),
+        _DEALT: ", ".join(type(g).__name__ for g in generators_of(_loaders(trainer))),
     }
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raise `TypeError` for a model that processes hold in pieces."""
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor":
+            raise TypeError(
+                f"a checkpoint of resume=True holds whole tensors; {name!r} is sharded. Save LowRankSession.state_dict() beside torch.distributed.checkpoint in a loop of your own."
+            )
 
 
 def _tensors_of(model: nn.Module) -> dict[str, str]:

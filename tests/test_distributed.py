@@ -218,17 +218,6 @@ def test_the_one_call_takes_a_wrapped_model(tmp_path):
     assert digest(loaded, torch.optim.SGD(loaded.parameters())) == first["digest"]
 
 
-def resumes(rank, size, folder):
-    x, y = vectors()
-    with pytest.raises(ValueError, match="resume=True keeps one process's random numbers; this run has 2 processes"):
-        fxrank.auto_lowrank(DistributedDataParallel(mlp()), [(x, y)], epochs=1, output_dir=folder, resume=True)
-    return True
-
-
-def test_resume_in_several_processes_is_refused(tmp_path):
-    assert team(resumes, 2, str(tmp_path)) == [True, True]
-
-
 @pytest.mark.slow
 def test_the_command_runs_under_torchrun(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fxrank", "train"]

@@ -1,42 +1,11 @@
 """Killed at any moment, resumed to the same result: real processes, killed by SIGKILL."""
 
-import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from killing import Runs, moment, results, spans
 
 from fxrank.plainfile import read_plain
-
-
-class Runs:
-    """Training runs in processes of their own, forked from one that has everything imported."""
-
-    def __init__(self):
-        folder = Path(__file__).parent
-        paths = os.pathsep.join([str(folder), str(folder.parent)])
-        self.server = subprocess.Popen(
-            [sys.executable, str(folder / "killed.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(self, folder, **kill):
-        """The exit code: 0, or -9 for a killed run."""
-        self.server.stdin.write(json.dumps({"folder": str(folder)} | kill) + "\n")
-        self.server.stdin.flush()
-        return json.loads(self.server.stdout.readline())
-
-    def close(self):
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,51 +20,22 @@ def whole(runs, tmp_path_factory):
     """The uninterrupted run: what it left, and at which events the switch was made and checkpoints were written."""
     folder = tmp_path_factory.mktemp("whole")
     assert runs(folder, event=0) == 0
-    events = json.loads((folder / "events.json").read_text())
-    spans, begun = {}, {}
-    for name, what, event in events["seen"]:
-        if what == "call":
-            begun[name] = event
-        else:
-            spans.setdefault(name, []).append((begun.pop(name), event))
-    assert len(spans["_switch"]) == 1
+    events, total = spans(folder)
+    assert len(events["_switch"]) == 1
     # the start, 5 epochs, the switch, every third step of 40
-    assert len(spans["write_plain"]) == 1 + 5 + 1 + 13
-    return results(folder), spans, events["total"]
-
-
-def results(folder):
-    """What a run leaves that does not depend on the clock."""
-    weights = load_file(folder / "model.safetensors")
-    numbers = {name: (str(w.dtype), tuple(w.shape), w.numpy().tobytes()) for name, w in weights.items()}
-    return numbers, *((folder / name).read_text() for name in ("plan.json", "history.json"))
+    assert len(events["write_plain"]) == 1 + 5 + 1 + 13
+    return results(folder), events, total
 
 
 def finishes_alike(runs, whole, folder):
     assert runs(folder) == 0
-    for found, expected in zip(results(folder), whole[0], strict=True):
-        assert found == expected
+    assert results(folder) == whole[0]
     assert not list(folder.glob("*.partial"))
-
-
-def moment(whole, kind, chance):
-    """A call at which to kill, counted from the start of the run."""
-    _, spans, total = whole
-    first, last = spans["_switch"][0]
-    if kind == "anywhere":
-        return chance.randint(1, total)
-    if kind == "before":
-        return chance.randint(first - 2000, first)
-    if kind == "inside":
-        return chance.randint(first, last)
-    if kind == "after":
-        return chance.randint(last, last + 4000)
-    return chance.randint(*chance.choice(spans["write_plain"]))
 
 
 @pytest.mark.parametrize("kind", ["before", "inside", "after", "anywhere"])
 def test_a_killed_run_goes_on_to_the_same_result(kind, runs, whole, tmp_path):
-    event = moment(whole, kind, random.Random(kind))
+    event = moment(*whole[1:], kind, random.Random(kind))
     assert runs(tmp_path, event=event) == -9
     assert not (tmp_path / "history.json").exists()
     finishes_alike(runs, whole, tmp_path)
@@ -112,8 +52,7 @@ def test_a_run_that_is_killed_again_and_again(runs, whole, tmp_path):
 
 
 def test_a_kill_inside_the_writing_leaves_the_last_checkpoint(runs, whole, tmp_path):
-    _, spans, _ = whole
-    first, last = spans["write_plain"][-4]
+    first, last = whole[1]["write_plain"][-4]
     seen = set()
     for share in (0.1, 0.7, 0.98):
         folder = tmp_path / str(share)
@@ -128,7 +67,7 @@ def test_a_kill_inside_the_writing_leaves_the_last_checkpoint(runs, whole, tmp_p
 @pytest.mark.kills
 @pytest.mark.parametrize("seed", range(60))
 def test_kills_around_the_switch(seed, runs, whole, tmp_path):
-    event = moment(whole, ("before", "inside", "after", "write")[seed % 4], random.Random(seed))
+    event = moment(*whole[1:], ("before", "inside", "after", "write")[seed % 4], random.Random(seed))
     assert runs(tmp_path, event=event) == -9
     finishes_alike(runs, whole, tmp_path)
 
