@@ -2,10 +2,15 @@
 
 import functools
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from killing import Runs, moment, results, spans
+from safetensors.torch import load_file
 
 from fxrank.plainfile import read_plain
 
@@ -51,7 +56,7 @@ def finishes_alike(runs, whole, name, folder):
     assert not list(folder.glob("*.partial"))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("2", "before"), ("3", "inside"), ("2, buffers of their own", "after")])
+@pytest.mark.parametrize(("name", "kind"), [("3", "inside"), ("2, buffers of their own", "after")])
 def test_a_killed_team_goes_on_to_the_same_result(name, kind, runs, whole, tmp_path):
     _, events, total = whole(name)
     event = moment(events, total, kind, random.Random(kind))
@@ -63,6 +68,7 @@ def test_a_killed_team_goes_on_to_the_same_result(name, kind, runs, whole, tmp_p
     assert len({end["state"] for end in ends}) == (1 if alike else len(ends))
 
 
+@pytest.mark.kills
 def test_a_team_that_is_killed_again_and_again(runs, whole, tmp_path):
     chance, total = random.Random(3), whole("3")[2]
     for rank in (2, 1, 0):
@@ -89,7 +95,30 @@ def test_only_the_first_process_writes(runs, whole, tmp_path):
     (other,) = saved["others"]
     buffers = {name for name in saved["model"] if "running_" in name}
     assert set(other["model"]) == buffers and not other["optimizer"]  # parameters and momentum are alike
-    finishes_alike(runs, whole, "2", tmp_path)
+    assert runs(tmp_path, size=2) == [0, 0]
+
+
+@pytest.mark.slow
+def test_the_command_comes_back_by_itself_under_torchrun(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
+    command = [*torchrun, "-m", "fxrank", "train", "--model", "mortal:network", "--policy", "spectral-init", "--quiet"]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    found = []
+    for data in ("digits", "mortal:loaders"):
+        folder = tmp_path / data.partition(":")[0]
+        options = ["--data", data, "--epochs", "1", "--resume", "--checkpoint-every", "4", "--output", str(folder)]
+        done = subprocess.run(
+            [*command, *options],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("exitcode: -9" in done.stderr) == (data != "digits")
+        found.append({name: value.tolist() for name, value in load_file(folder / "model.safetensors").items()})
+    assert found[0] == found[1]
 
 
 @pytest.mark.kills
