@@ -29,6 +29,7 @@ from fxrank.passes.factors import FactorPair
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.weights import weight_of
 from fxrank.plan import Plan
+from fxrank.sharded import is_sharded
 from fxrank.surgery import apply_plan, check_plan
 
 
@@ -41,6 +42,10 @@ def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:
     if not isinstance(follower, nn.Module):
         raise TypeError(
             f"a follower must be a module with the model's parameters; got {type(follower).__name__}. Pass the averaged module that it holds."
+        )
+    if is_sharded(model):
+        raise TypeError(
+            "an average is followed through the switch beside a whole model; this one is in shards. Make its average anew after the switch (listener=)."
         )
     expected = _shapes(model)
     for module in _unwrapping(follower):

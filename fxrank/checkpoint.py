@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import cast
 
 import safetensors.torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.kinds import dense_at, holders, pair_class
 from fxrank.passes.weights import is_derived
 from fxrank.plan import Plan
+from fxrank.sharded import is_sharded, whole
 from fxrank.surgery import apply_plan, check_plan, plan_of
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
@@ -35,17 +37,23 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write `path/model.safetensors`, with a digest of both files, and `path/plan.json`. The model must be one that fxrank
     has rewritten (`plan_of`); shared tensors are stored once.
 
-    Each file is written beside its place and moved into it, weights first. Raises `ValueError` for a model without
-    a plan.
+    Each file is written beside its place and moved into it, weights first. Of a model in shards (`fully_shard`) all
+    processes must call; one weight at a time is gathered, and the first process writes. Raises `ValueError` for a model
+    without a plan.
     """
     model = uncompiled(model)
     plan = plan_of(model)
+    writes = not is_sharded(model) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:  # a shared parameter is stored once
             seen.add(id(value))
-            tensors[name] = value.detach().contiguous()
+            tensor = whole(value.detach())
+            if writes:
+                tensors[name] = tensor.contiguous().cpu()
+    if not writes:
+        return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

@@ -50,8 +50,8 @@ class Team:
     def of(cls, model: nn.Module, keep_comm_hooks: bool = True) -> "Team":
         """The team of a model that is given with or without its wrapper.
 
-        Raises `TypeError`, which names the way out, for engines that hold the parameters in pieces of their own, and
-        for a wrapper with options that outlive its parameters.
+        Raises `TypeError`, which names the way out, for engines that hold the parameters in pieces of their own (DeepSpeed,
+        FSDP1), for shards that cannot be replaced, and for a wrapper with options that outlive its parameters.
         """
         if type(model).__name__ == "DeepSpeedEngine":
             raise TypeError(
@@ -60,11 +60,11 @@ class Team:
             )
         inner = uncompiled(model)
         wrapper = next((m for m in _layers_of_wrapping(model) if isinstance(m, DistributedDataParallel)), None)
-        for name, parameter in inner.named_parameters():
-            if type(parameter).__name__ == "FlatParameter":
+        for name, module in inner.named_modules():
+            if type(module).__name__ == "FullyShardedDataParallel":
                 raise TypeError(
-                    f"a weight must be a parameter of its own to be factorized; {name!r} is a piece of FSDP1's flat ones. Shard with fully_shard (FSDP2), "
-                    "or factorize first (fxrank.factorize, or a plan) and shard the result."
+                    f"a weight must be a parameter of its own to be factorized; {name or 'the model'!r} is FSDP1, which flattens them. Shard with "
+                    "fully_shard (FSDP2), or factorize first (fxrank.factorize, or a plan) and wrap the result."
                 )
         if wrapper is None and dist.is_available() and dist.is_initialized():
             wrapper = wrapper_around(inner)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxrank.plan import Plan
+from fxrank.sharded import local
 
 
 class StepMemory:
@@ -43,10 +44,12 @@ class StepMemory:
             return
         self._hooks.__exit__(*error)
         held: dict[int, int] = dict(self._saved)
-        for tensor in [*self._model.parameters(), *self._model.buffers()]:
+        for tensor in map(local, [*self._model.parameters(), *self._model.buffers()]):
             held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        gradients = sum(p.nbytes for p in self._model.parameters() if p.requires_grad)
-        state = sum(v.nbytes for s in self._optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+        gradients = sum(local(p).nbytes for p in self._model.parameters() if p.requires_grad)
+        state = sum(
+            local(v).nbytes for s in self._optimizer.state.values() for v in s.values() if isinstance(v, Tensor)
+        )
         self.peak_bytes = sum(held.values()) + gradients + state
 
 

@@ -9,7 +9,7 @@ call for that, so this file, alone, uses what its FSDP2 keeps inside; its tests 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.calls import Example
+from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at
 from fxrank.passes.layers import Layer
 from fxrank.passes.spectra import check_finite
@@ -31,6 +32,12 @@ from fxrank.surgery import Factors, Replacement, apply_plan, calibrate_norms, ch
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may lie in shards; every process that holds one must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor that may lie in shards."""
+    held: Tensor = getattr(tensor, "_local_tensor", tensor)
+    return held
 
 
 def placed_like(tensor: Tensor, like: Tensor) -> Tensor:
@@ -131,8 +138,7 @@ class Shards:
         self._reshard()
         self._check_finite(list(plan.R))
         apply_plan(self.skeleton, plan, gm=gm, split=False)
-        replacements = []
-        touched = []
+        replacements, places = [], []
         for decision in plan.layers:
             if not decision.factorized:
                 continue
@@ -144,27 +150,28 @@ class Shards:
             (made,) = apply_plan(
                 self.model, replace(plan, layers=(decision,)), split=split, factors=factors, share=share
             )
-            touched.append(self._shard(made, old))
+            places.append(self._shard(made.pair, old))
             replacements.append(Replacement(decision.name, (old,), made.pair))
-        for state, group in touched:
-            if state._is_root is not None:  # it has been through a forward, and does this just once by itself
-                group._reset_sharded_params = False
-                group.lazy_init()
+        _take_up(places)
         calibrate_norms(self.model, replacements, example, share)
+        self._reshard()
+        for made, place in zip(replacements, places, strict=True):
+            if made.pair.extra_norm is not None:  # a BatchNorm in shards could not be written into
+                place.group.fsdp_params += self._managed(made.pair.extra_norm.parameters(), place)
+        _take_up(places)
         remember_plan(self.model, plan)
         return replacements
 
-    def _shard(self, made: Replacement, old: nn.Parameter) -> tuple[Any, Any]:
-        """Let the unit that held `old` hold the new parameters of the pair. Returns its state and its group."""
-        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
-
-        state, group, place = next(
-            (state, group, p)
+    def _shard(self, pair: FactorPair, old: nn.Parameter) -> "_Place":
+        """Let the unit that held `old` hold the factors of the pair. Returns the place."""
+        place, held = next(
+            (_Place(state, group, p.mp_policy), p)
             for state in _states(self.model)
             for group in _groups_of(state)
             for p in group.fsdp_params
             if p.sharded_param is old
         )
+        group = place.group
         for handles in (
             group._module_to_pre_save_state_dict_hook_handle,
             group._module_to_pre_load_state_dict_hook_handle,
@@ -172,36 +179,39 @@ class Shards:
             for handle in handles.values():
                 handle.remove()
             handles.clear()
-        place._post_load_hook_handle.remove()
-        fresh = []
-        for parameter in [p for p in made.pair.parameters() if not hasattr(p, "full_tensor")]:
-            info = _holders(self.model, parameter)
-            fresh.append(
-                FSDPParam(
-                    parameter,
-                    info,
-                    group.mesh_info,
-                    group.post_forward_mesh_info,
-                    group.device,
-                    None,
-                    place.mp_policy,
-                    group.offload_policy,
-                )
-            )
-        at = group.fsdp_params.index(place)
-        group.fsdp_params[at : at + 1] = fresh
+        held._post_load_hook_handle.remove()
+        at = group.fsdp_params.index(held)
+        group.fsdp_params[at : at + 1] = self._managed((pair.u.weight, pair.v.weight), place)
         for other in group.fsdp_params:  # the bias lives in the pair now
             other._module_info = _holders(self.model, other.sharded_param)
-        for module in made.pair.modules():
+        for module in pair.modules():
             module._is_fsdp_managed_module = module._fsdp_use_orig_params = True  # type: ignore[assignment]
-        for factor in (made.pair.u.weight, made.pair.v.weight):
+        for factor in (pair.u.weight, pair.v.weight):
             take_hooks(factor, old)
-        return state, group
+        return place
+
+    def _managed(self, parameters: Iterable[nn.Parameter], place: "_Place") -> list[Any]:
+        """Whole parameters as a unit manages them: in shards from now on."""
+        from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+
+        group = place.group
+        return [
+            FSDPParam(
+                parameter,
+                _holders(self.model, parameter),
+                group.mesh_info,
+                group.post_forward_mesh_info,
+                group.device,
+                None,
+                place.mp_policy,
+                group.offload_policy,
+            )
+            for parameter in parameters
+        ]
 
     def _check_finite(self, names: list[str]) -> None:
         weights = [self.model.get_parameter(_weight_name(self.model, name)) for name in names]
-        local = [getattr(w, "_local_tensor", w).detach() for w in weights]
-        bad = torch.tensor([float(not torch.isfinite(t).all()) for t in local], device=local[0].device)
+        bad = torch.tensor([float(not torch.isfinite(local(w)).all()) for w in weights], device=weights[0].device)
         dist.all_reduce(bad)
         for name, weight, count in zip(names, weights, bad.tolist(), strict=True):
             if count:
@@ -211,6 +221,23 @@ class Shards:
         for module in self.model.modules():
             if _is_unit(module):
                 module.reshard()  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A unit's state, its group of parameters that one was in, and that one's precision."""
+
+    state: Any
+    group: Any
+    mp_policy: Any
+
+
+def _take_up(places: Iterable[_Place]) -> None:
+    """Let units that have been through a forward, and prepare just once by themselves, prepare again."""
+    for place in places:
+        if place.state._is_root is not None:
+            place.group._reset_sharded_params = False
+            place.group.lazy_init()
 
 
 def _weight_name(model: nn.Module, name: str) -> str:

@@ -284,9 +284,9 @@ def refused(rank, size, engine):
         given = DistributedDataParallel(model)
         optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
     if engine == "fsdp":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import FullyShardedDataParallel
 
-        given = fully_shard(model, mesh=dist.init_device_mesh("cpu", (size,)))
+        given = model = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     before = [id(p) for p in model.parameters()]
     try:
@@ -334,7 +334,10 @@ def test_a_factorized_model_is_sharded_like_any_other():
     ("engine", "text"),
     [
         ("zero", "ZeroRedundancyOptimizer fixes which process owns which parameter when it is built"),
-        ("fsdp", "a weight must be whole to be factorized; '0.weight' is sharded. Train the full-rank phase with"),
+        (
+            "fsdp",
+            "a weight must be a parameter of its own to be factorized; 'the model' is FSDP1, which flattens them. Shard",
+        ),
     ],
 )
 def test_engines_that_hold_pieces_are_refused_with_a_way_out(engine, text):
