@@ -165,6 +165,25 @@ def parallel_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def compiled_table() -> str:
+    """Step times of compiled models, and what the switch compiles."""
+    variants = ("full-rank, compiled", "low-rank, eager", "low-rank, compiled")
+    rows = []
+    for name, what in (("resnet18", "ResNet-18"), ("vit_tiny", "ViT-tiny (6 blocks)")):
+        found = load("compiled")["results"][name]
+        for phase, title in (("train", "training step"), ("eval", "evaluation")):
+            times = [f"{found[phase][variant]['of_full_rank_eager']:.2f}" for variant in variants]
+            s, differs = found["switch"], found["difference"]["float64_gradients"]
+            once = (
+                f"{s['graphs_by_the_switch']} ({s['graph_breaks']})",
+                f"{s['compile_s_by_the_switch']:.0f} s after {s['compile_s_before']:.0f} s",
+                f"{differs:.0e}",
+            )
+            rows.append((f"{what}, {title}", *times, *(once if phase == "train" else ("", "", ""))))
+    headers = ("time", *variants, "graphs by the switch (breaks)", "compilation by the switch", "float64 gradients")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
 def tables() -> str:
     """All of them, as they stand in the README."""
     return (
@@ -173,6 +192,8 @@ def tables() -> str:
         f"between a model and its full-rank factorization, in evaluation, and in float64 in training mode too:\n\n{zoo_table()}\n\n"
         "Several processes of one machine, pairs at a quarter of full rank, step time relative to full-rank and plain:\n\n"
         f"{parallel_table()}\n\n"
+        "`torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled "
+        f"low-rank model against the eager one:\n\n{compiled_table()}\n\n"
         f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}"
     )
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fxrank
-from benchmarks import cifar10, convergence, rank_tracking, switch_cost
+from benchmarks import cifar10, compiled, convergence, rank_tracking, switch_cost
 from benchmarks.data import MEAN, STD, Cifar, DeviceLoader
 from benchmarks.data import cifar10 as load_cifar10
 from benchmarks.models import build, handwritten_lowrank_resnet18
@@ -136,6 +136,20 @@ def test_cost_benchmarks_write_what_they_say(tmp_path, capsys):
     found = results(convergence.main(["--epochs", "1", "--results", str(tmp_path)]))
     assert set(found) == {"sgd", "adamw"}
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_compiled_benchmark_finds_one_compilation_and_the_same_numbers(tmp_path, capsys):
+    pytest.importorskip("timm")
+    options = {"models": "vit_tiny", "depth": 3, "batch": 2, "rounds": 1, "backend": "aot_eager", "device": "cpu"}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    found = results(compiled.main([*arguments, "--results", str(tmp_path)]))["vit_tiny"]
+    assert (found["switch"]["graphs_before"], found["switch"]["graphs_by_the_switch"]) == (1, 1)
+    assert found["switch"]["graph_breaks"] == 0
+    assert found["difference"]["float32"] < 1e-4
+    assert max(found["difference"]["float64"], found["difference"]["float64_gradients"]) < 1e-12
+    assert set(found["train"]) == set(found["eval"]) and len(found["train"]) == 4
+    assert "switch" in capsys.readouterr().out
 
 
 def test_cifar10_benchmark_runs_every_method(tmp_path, capsys):
