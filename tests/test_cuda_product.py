@@ -50,3 +50,38 @@ def test_auto_lowrank_measures_time_and_memory(amp):
     assert model.conv3.u.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(value > 0 for value in (*result.report.memory_bytes.values(), *result.report.step_ms.values()))
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_graphed_model_is_refused_and_may_be_graphed_after_the_switch():
+    (x, y), (model, optimizer) = batch(), model_and(torch.optim.SGD)
+    session = fxrank.LowRankSession.attach(
+        model, optimizer, example_inputs=x, total_steps=4, policy=fxrank.SpectralInit(ratio=0.25)
+    )
+    session.finish()
+    graphed = torch.cuda.make_graphed_callables(model, (x,))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(graphed(x), y)
+        loss.backward()
+        optimizer.step()
+    assert torch.isfinite(loss)
+    with pytest.raises(TypeError, match="the whole ConvNet is a graphed callable"):
+        fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, total_steps=4)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_a_capturable_optimizer_goes_through_the_switch_and_its_step_must_not_be_captured(optimizer):
+    (x, y), (model, optimizer) = batch(), model_and(optimizer, capturable=True)
+    session = fxrank.LowRankSession.attach(
+        model, optimizer, example_inputs=x, total_steps=8, steps_per_epoch=1, policy=fxrank.Pufferfish(E=3, ratio=0.25)
+    )
+    for _ in range(8):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert session.plan.R == {"conv2": 2, "conv3": 4}
+    assert all(state["step"].is_cuda for state in optimizer.state.values())
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="this step is being captured"), torch.cuda.graph(graph):
+        optimizer.step()
+    session.finish()

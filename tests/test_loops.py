@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import HALFWAY, Net, clusters
+from nets import BERT, HALFWAY, ConvNet, Net, attach, clusters, images, train, vectors
 from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxrank
 
@@ -153,3 +154,96 @@ def test_attach_refuses_before_it_touches_anything():
     refused(fxrank.TraceError, "Net failed in 'stem' (Conv2d)", example_inputs=torch.randn(4, 5, 6, 6))
     refused(fxrank.NothingToFactorizeError, "0 of 3 are:", exclude="body")
     refused(ValueError, "policy must be one of", policy="cuttle")
+
+
+class Checkpointed(nn.Module):
+    """Blocks that keep no activations in training: `none`, as they are; `again`, computed a second time."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inlet, self.head, self.how = nn.Linear(12, 24), nn.Linear(24, 4), how
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(24, 48), nn.GELU(), nn.Dropout(0.1), nn.Linear(48, 24)) for _ in range(3)
+        )
+
+    def forward(self, x):
+        x = self.inlet(x)
+        for block in self.blocks:
+            if self.how == "sequential":
+                x = x + checkpoint_sequential(block, 2, x, use_reentrant=False)
+            elif self.how == "none":
+                x = x + block(x)
+            else:
+                x = x + checkpoint(block, x, use_reentrant=self.how == "reentrant")
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "sequential"])
+def test_gradient_checkpointing_changes_nothing(how):
+    (x, y), runs = vectors(16), []
+    for kind in ("none", how):
+        torch.manual_seed(0)
+        model = Checkpointed(kind)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        policy = fxrank.Pufferfish(E=4, K=0, ratio=0.25)
+        session = attach(model, optimizer, policy, x, steps_per_epoch=1)
+        torch.manual_seed(1)
+        runs.append(train(model, optimizer, 10, (x, y)))
+        assert len(session.finish().R) == 6 and session.graph_module.leaves == {}
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+def test_gradient_checkpointing_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    tokens, runs = torch.arange(32).view(4, 8) % 50, []
+    for again in (False, True):
+        torch.manual_seed(0)
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=3)).train()
+        if again:
+            model.gradient_checkpointing_enable()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        session = attach(
+            model,
+            optimizer,
+            fxrank.Pufferfish(E=3, K=0, ratio=0.25),
+            {"input_ids": tokens},
+            total_steps=6,
+            steps_per_epoch=1,
+        )
+        torch.manual_seed(1)
+        losses = []
+        for _ in range(6):
+            loss = model(input_ids=tokens, labels=torch.tensor([0, 1, 2, 0])).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        runs.append((losses, session.finish().R))
+    assert runs[0] == runs[1] and runs[0][1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_with_a_scaler_and_channels_last(dtype):
+    torch.manual_seed(0)
+    model, (x, y) = ConvNet().to(memory_format=torch.channels_last), images()
+    x = x.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=128.0, enabled=dtype is torch.float16)
+    session = attach(
+        model, optimizer, fxrank.Pufferfish(E=3, ratio=0.25), x, total_steps=8, steps_per_epoch=1, amp=dtype
+    )
+    losses = []
+    for _ in range(8):
+        with torch.autocast("cpu", dtype):
+            loss = F.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    assert session.finish().R == {"conv2": 2, "conv3": 4} and session.plan.switch_step == 3
+    assert model.conv3.u.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
