@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed.fsdp
 import torch.nn.functional as F
 from nets import ConvNet, images
 
@@ -85,3 +86,32 @@ def test_a_capturable_optimizer_goes_through_the_switch_and_its_step_must_not_be
     with pytest.raises(RuntimeError, match="this step is being captured"), torch.cuda.graph(graph):
         optimizer.step()
     session.finish()
+
+
+@pytest.mark.parametrize("engine", ["DistributedDataParallel", "fully_shard"])
+def test_engines_on_nccl_with_synchronized_norms(engine, tmp_path):
+    """One process: the options and the streams, not the arithmetic of several."""
+    torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        (x, y), model = batch(), torch.nn.SyncBatchNorm.convert_sync_batchnorm(ConvNet().cuda())
+        x = x.contiguous()  # shards know no memory format
+        if engine == "fully_shard":
+            wrapped = torch.distributed.fsdp.fully_shard(model)
+        else:
+            wrapped = torch.nn.parallel.DistributedDataParallel(model, device_ids=[0])
+        optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+        policy = fxrank.Pufferfish(E=3, ratio=0.25, extra_bn=True)
+        session = fxrank.LowRankSession.attach(
+            wrapped, optimizer, example_inputs=x, total_steps=8, steps_per_epoch=1, policy=policy
+        )
+        losses = []
+        for _ in range(8):
+            loss = F.cross_entropy(wrapped(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert session.finish().R == {"conv2": 2, "conv3": 4}
+        assert losses[-1] < losses[0]
+    finally:
+        torch.distributed.destroy_process_group()
