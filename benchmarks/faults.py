@@ -22,12 +22,21 @@ from benchmarks import record
 
 TESTS = Path(__file__).parent.parent / "tests"
 KINDS = {
-    "killed and resumed": ("resume", "session_state"),
-    "several processes": ("distributed",),
+    "killed and resumed": ("resume*", "session_state"),
+    "several processes": ("distributed", "session_team", "sharded*"),
     "frameworks": ("integrations_*",),
-    "optimizers, schedulers, loops": ("optim", "optimizer_steps", "learning_rate", "loops", "averages", "session"),
+    "optimizers, schedulers, loops": (
+        "averages",
+        "learning_rate",
+        "loops",
+        "moments",
+        "optim",
+        "optimizer_steps",
+        "session",
+        "several_optimizers",
+    ),
     "compiled and exported": ("compile", "export"),
-    "damaged and foreign files": ("checkpoint", "plan"),
+    "damaged and foreign files": ("checkpoint*", "plan", "plainfile"),
 }
 """What is tried, and the test files that do it."""
 

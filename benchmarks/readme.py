@@ -71,6 +71,11 @@ def cost_table() -> str:
             f"{100 * switch['frobenius_decay']['share_of_step']:.2f} %",
             "< 0.3 %",
         ),
+        (
+            "memory for the switch, of the factors, their state and one layer",
+            " ".join(f"{r['share_of_limit']:.2f}" for r in load("switch_memory")["results"].values()),
+            "<= 1",
+        ),
         ("step time over a handwritten low-rank ResNet-18", f"{switch['handwritten']['step_ratio']:.3f}", "<= 1.02"),
         *(
             (

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fxrank
-from benchmarks import cifar10, compiled, convergence, rank_tracking, switch_cost
+from benchmarks import cifar10, compiled, convergence, faults, rank_tracking, switch_cost
 from benchmarks.data import MEAN, STD, Cifar, DeviceLoader
 from benchmarks.data import cifar10 as load_cifar10
 from benchmarks.models import build, handwritten_lowrank_resnet18
@@ -191,3 +191,9 @@ def test_cifar10_benchmark_runs_every_method(tmp_path, capsys):
     assert "spectral-init" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--methods must be among"):
         cifar10.main(["--methods", "magic"])
+
+
+def test_every_pattern_of_the_fault_table_is_a_test_file():
+    for names in faults.KINDS.values():
+        for name in names:
+            assert [*faults.TESTS.glob(f"test_{name}.py")], name
