@@ -82,6 +82,10 @@ class Trainer:
             raise ValueError(
                 "a scheduler drives one optimizer; got a scheduler without optimizer=. Pass the optimizer it was built with."
             )
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"auto_lowrank steps one torch optimizer; got {type(optimizer).__name__}. For several, attach a LowRankSession to them in a loop of your own."
+            )
         if not any(True for _ in model.parameters()):
             raise ValueError(f"the model must have parameters to train; {type(model).__name__} has none.")
         self.amp = _amp_type(amp)

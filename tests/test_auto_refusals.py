@@ -133,6 +133,8 @@ def test_refused_optimizers():
         TypeError, match=re.escape("LBFGS evaluates the model several times inside one step, so its parameters")
     ):
         run(model, optimizer=torch.optim.LBFGS(model.parameters()))
+    with pytest.raises(TypeError, match=r"auto_lowrank steps one torch optimizer; got list\. For several, attach a"):
+        run(model, optimizer=[torch.optim.SGD(model.parameters(), lr=0.1)])
     with pytest.raises(
         ValueError, match=re.escape("got a scheduler without optimizer=. Pass the optimizer it was built with.")
     ):
