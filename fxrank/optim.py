@@ -168,7 +168,9 @@ class FactorRegime:
             group = group_of.get(id(r.pair.u.weight))
             if strength is not None and strength is not False and group is not None:
                 self._sites.append(_Site(r.pair, group, None if strength == "auto" else float(strength)))
-        self._first = [r.pair for r in replacements if id(r.pair.u.weight) in group_of]
+        self._first = [
+            p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in group_of and p.requires_grad
+        ]
         self._lr_factor: Callable[[], float] = lambda: 1.0
         self._scheduled: list[Any] = []
 
@@ -207,7 +209,7 @@ class FactorRegime:
     @torch.no_grad()
     def decay(self) -> None:
         """Add the Frobenius decay of this step. Warns if this is the first, and no factor has a gradient."""
-        if self._first and all(p.u.weight.grad is None and p.v.weight.grad is None for p in self._first):
+        if self._first and all(p.grad is None for p in self._first):
             warnings.warn(
                 "the factors must have gradients in the step after the switch; none of them has any. Does the loop run something that was made "
                 "from the model before, a CUDA graph or a copy? Make it anew after the switch.",

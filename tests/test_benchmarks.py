@@ -106,6 +106,7 @@ def results(path):
     return data["results"]
 
 
+@pytest.mark.slow
 def test_cost_benchmarks_write_what_they_say(tmp_path, capsys):
     found = results(
         rank_tracking.main(

@@ -64,7 +64,7 @@ def test_the_switch_happens_inside_the_trainer(tmp_path):
     assert (callback.plan.switch_step, callback.plan.E) == (6, 2.0)  # an epoch is 3 steps of 2 batches
     assert callback.plan.R["bert.encoder.layer.0.attention.self.query"] == 8
     assert callback.session.clock.step == trainer.state.global_step == 12
-    assert callback.session.optimizer is trainer.optimizer.optimizer
+    assert callback.session.optimizers[0] is trainer.optimizer.optimizer
     held = {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
     assert held == {id(p) for p in model.parameters()}
     # the schedule ran to its end: the optimizer that it drives is the one that was switched

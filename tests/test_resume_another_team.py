@@ -139,6 +139,7 @@ def finished_in(size, folder, **options):
 # -- as many processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dropout", "ignored"])
 def test_what_is_a_process_s_own_comes_back(kind, tmp_path):
     whole = finished_in(2, tmp_path / "whole", kind=kind)
@@ -168,7 +169,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("die", [9, 18], ids=["before the switch", "after it"])
-@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(before, now, die, whole, tmp_path):
     killed_in(before, tmp_path, die)
     saved = read_plain(tmp_path / "checkpoint.safetensors")
@@ -192,6 +193,7 @@ def test_another_number_of_processes_goes_on(before, now, die, whole, tmp_path):
     assert note.startswith(said) and "losses and weights are not those of an uninterrupted run" in note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("now", [1, 3])
 def test_the_other_team_is_resumed_exactly(now, tmp_path):
     killed_in(2, tmp_path / "a", 7, kind="dropout")

@@ -157,7 +157,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "workers" else []) for n in LOADERS])
 def test_loaders(name, tmp_path):
     same_when_resumed(tmp_path, [9, 8], loader=LOADERS[name])
 

@@ -56,7 +56,9 @@ def finishes_alike(runs, whole, name, folder):
     assert not list(folder.glob("*.partial"))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("3", "inside"), ("2, buffers of their own", "after")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("3", "inside"), pytest.param("2, buffers of their own", "after", marks=pytest.mark.slow)]
+)
 def test_a_killed_team_goes_on_to_the_same_result(name, kind, runs, whole, tmp_path):
     _, events, total = whole(name)
     event = moment(events, total, kind, random.Random(kind))
@@ -77,7 +79,7 @@ def test_a_team_that_is_killed_again_and_again(runs, whole, tmp_path):
     finishes_alike(runs, whole, "3", tmp_path)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_process_dies_and_the_others_fail(rank, runs, whole, tmp_path):
     # The first process has more to do, and so more events.
     codes = runs(tmp_path, event=whole("2")[2] // (5 if rank else 3), rank=rank, alone=True, size=2)

@@ -73,6 +73,7 @@ def cases(rank, size):
     return {case: run(rank, size, "SGD", policy, options) for case, (policy, options) in CASES.items()}
 
 
+@pytest.mark.slow
 def test_every_way_of_sharding_and_deciding():
     for end in team(cases, 2):
         assert {case: found["worst"] < 1e-9 for case, found in end.items()} == dict.fromkeys(CASES, True)
@@ -86,6 +87,7 @@ def replicated(rank, size):
     return run(rank, size, "SGD", PUFFERFISH, {"mesh": mesh})
 
 
+@pytest.mark.slow
 def test_copies_of_shards():
     for end in team(replicated, 4):
         assert end["worst"] < 1e-9 and len(end["R"]) == 8
