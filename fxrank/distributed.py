@@ -203,13 +203,14 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
-    """The wrapper of a model that was given without it, as frameworks do; None if it has none (yet)."""
+    """The wrapper of a model, or of a whole that it is a part of, where it was given without, as frameworks do; None if it
+    has none (yet).
+    """
     for thing in gc.get_objects():
-        if (
-            issubclass(type(thing), DistributedDataParallel)
-            and thing.__dict__.get("_modules", {}).get("module") is model
-        ):
-            return thing  # type: ignore[no-any-return]
+        if issubclass(type(thing), DistributedDataParallel):
+            inside = thing.__dict__.get("_modules", {}).get("module")
+            if inside is not None and any(module is model for module in inside.modules()):
+                return thing  # type: ignore[no-any-return]
     return None
 
 
