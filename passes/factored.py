@@ -103,7 +103,7 @@ class Factored:
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in _LOOKS and issubclass(cls, Tensor):
+        if issubclass(cls, Tensor) and func in _LOOKS:  # in this order: dynamo of torch 2.8 cannot look into sets
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         product = PRODUCTS.get(func)

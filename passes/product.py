@@ -230,7 +230,8 @@ def _getitem(w: Any, index: Any) -> Any:
     if not isinstance(w, Factored):
         return NotImplemented
     if isinstance(index, slice) and index.step in (None, 1) and w.is_matrix:
-        start, stop, _ = index.indices(w.shape[0])
+        # by hand: dynamo of torch 2.8 cannot look into slice.indices
+        start, stop = (_place(i, w.shape[0], default) for i, default in ((index.start, 0), (index.stop, w.shape[0])))
         return _narrow(w, 0, start, max(0, stop - start))
     whole = isinstance(index, Tensor) and index.ndim <= 1 and not (index.dtype == torch.bool and index.ndim == 0)
     if w.ndim == 3 and w.is_matrix and (whole or (isinstance(index, int) and not isinstance(index, bool))):
@@ -240,6 +241,13 @@ def _getitem(w: Any, index: Any) -> Any:
         if u.ndim == 3:
             return factored(u, v, (len(u), *w.shape[1:]), w.flipped)
     return NotImplemented
+
+
+def _place(index: Any, size: int, default: int) -> int:
+    """Where a slice's end lies in `size` rows."""
+    if index is None:
+        return default
+    return int(min(size, index) if index >= 0 else max(0, size + index))
 
 
 def _split(w: Any, split_size: Any, dim: int = 0) -> Any:

