@@ -52,11 +52,22 @@ class LayerDecision:
 
 
 @dataclass(frozen=True)
+class Training:
+    """How a run goes on after the switch: the options of its `Policy` by the same names."""
+
+    frobenius_decay: float | str | None = "auto"
+    lr_scale: float = 1.0
+    rewarmup: float = 0.0
+    freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions of one run. `layers` are in graph order.
 
     `switch_step` counts optimizer steps made before the switch, `switch_epoch` (E) is the same in epochs; None for
-    a one-shot rewrite or if nothing was factorized.
+    a one-shot rewrite or if nothing was factorized. `training` is None for a one-shot rewrite, and in files of an earlier
+    fxrank.
     """
 
     policy: str
@@ -64,6 +75,7 @@ class Plan:
     switch_step: int | None = None
     switch_epoch: float | None = None
     note: str = ""
+    training: Training | None = None
 
     @property
     def E(self) -> float | None:
@@ -121,6 +133,7 @@ class Plan:
             switch_step=_typed(data, "switch_step", int, "plan", optional=True),
             switch_epoch=_typed(data, "switch_epoch", float, "plan", optional=True),
             note=_typed(data, "note", str, "plan"),
+            training=_read_training(data.get("training")),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -190,6 +203,25 @@ def _read_layer(entry: Any, index: int) -> LayerDecision:
             f"{where} ({decision.name}): rank must be in 1 … {decision.full_rank}; got {decision.rank}."
         )
     return decision
+
+
+def _read_training(entry: Any) -> Training | None:
+    if entry is None:
+        return None
+    where, known = "the plan's training", [f.name for f in fields(Training)]
+    if not isinstance(entry, dict) or set(entry) != set(known):
+        raise PlanMismatchError(f"{where} must be an object with {', '.join(known)}; got {entry!r:.200}.")
+    decay, freeze = entry["frobenius_decay"], entry["freeze"]
+    if decay != "auto":
+        decay = _typed(entry, "frobenius_decay", float, where, optional=True)
+    if not isinstance(freeze, list) or not all(isinstance(glob, str) for glob in freeze):
+        raise PlanMismatchError(f"{where}: freeze must be a list of globs; got {freeze!r:.200}.")
+    scale, ramp = (_typed(entry, name, float, where) for name in ("lr_scale", "rewarmup"))
+    if scale <= 0 or not 0 <= ramp < 1 or (isinstance(decay, float) and decay < 0):
+        raise PlanMismatchError(
+            f"{where} needs lr_scale above 0, rewarmup in [0, 1) and no negative frobenius_decay; got {scale}, {ramp} and {decay}."
+        )
+    return Training(decay, scale, ramp, tuple(freeze))
 
 
 def _typed(data: dict[str, Any], name: str, kind: type, where: str, optional: bool = False) -> Any:

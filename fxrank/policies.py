@@ -70,8 +70,10 @@ class SpectralInit(Pufferfish):
 
 @dataclass(frozen=True, kw_only=True)
 class FixedPlan(Policy):
-    """Do what a plan says, at the step it says: repeats a run exactly. A plan without a switch step is applied at
-    once.
+    """Do what a plan says, at the step it says. A plan without a switch step is applied at once.
+
+    A `Plan` given as the policy becomes one with the options of its own run (`Plan.training`), and so repeats it exactly;
+    here they are the defaults unless given.
     """
 
     given: Plan
@@ -130,7 +132,7 @@ def as_policy(policy: Policy | Plan | str | None) -> Policy:
     if policy is None:
         return Cuttlefish()
     if isinstance(policy, Plan):
-        return FixedPlan(given=policy)
+        return FixedPlan(given=policy, **({} if policy.training is None else vars(policy.training)))
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise unknown_name("policy", policy, POLICIES)

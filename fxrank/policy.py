@@ -18,7 +18,7 @@ from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
-from fxrank.plan import LayerDecision, Plan
+from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.surgery import Factors
 
 
@@ -133,6 +133,7 @@ class Policy(ABC):
             switch_step=clock.step,
             switch_epoch=round(clock.epoch, 4),
             note=why,
+            training=Training(self.frobenius_decay, self.lr_scale, self.rewarmup, self.freeze),
         )
 
 

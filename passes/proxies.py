@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, overrides
 from torch.fx import _symbolic_trace
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
@@ -193,6 +193,8 @@ def python_asks_the_values(tracer: Any) -> Iterator[None]:
         # The answer lets attention skip the mask for a faster kernel; without it the mask does the same.
         return bool(is_causal) if issubclass(type(mask), fx.Proxy) else detect(mask, is_causal, size)
 
+    for fill in _CACHED_FOR_GOOD:
+        fill()
     replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
     tracer.isinstance = (is_instance, of_value)
     replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
@@ -214,6 +216,14 @@ def python_asks_the_values(tracer: Any) -> Iterator[None]:
         log.disabled = was_disabled
 
 
+_CACHED_FOR_GOOD = (
+    overrides.get_ignored_functions,
+    overrides.get_testing_overrides,
+    overrides.get_overridable_functions,
+)
+"""Torch makes these lists of its functions once. Made in the middle of a trace, they would hold what stands in their place,
+and with it the tracer and every dense weight, to the end of the process.
+"""
 _CHECKPOINT_GENERATORS = (
     "_checkpoint_without_reentrant_generator",
     "_checkpoint_without_reentrant_generator_impl",

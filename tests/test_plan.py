@@ -121,6 +121,11 @@ def with_plan(**changes):
     return json.dumps(json.loads(EXAMPLE.to_json()) | changes)
 
 
+def with_training(**changes):
+    whole = {"frobenius_decay": "auto", "lr_scale": 1.0, "rewarmup": 0.0, "freeze": []}
+    return with_plan(training=whole | changes)
+
+
 def with_layer(**changes):
     data = json.loads(EXAMPLE.to_json())
     data["layers"][2] |= changes
@@ -144,6 +149,21 @@ KNOWN = sorted(LayerDecision.__dataclass_fields__)
             "this fxrank reads plans of version 1; got version 2. Install the fxrank that wrote it.",
         ),
         (with_plan(version=None), "this fxrank reads plans of version 1; got version None."),
+        (
+            with_plan(training={"lr_scale": 1.0}),
+            "the plan's training must be an object with frobenius_decay, lr_scale,",
+        ),
+        (
+            with_training(lr_scale=0),
+            "lr_scale above 0, rewarmup in [0, 1) and no negative frobenius_decay; got 0.0, 0.0 and auto.",
+        ),
+        (with_training(rewarmup=1.0), "rewarmup in [0, 1) and no negative frobenius_decay; got 1.0, 1.0 and auto."),
+        (with_training(frobenius_decay=-1), "got 1.0, 0.0 and -1.0."),
+        (
+            with_training(frobenius_decay="much"),
+            "the plan's training: frobenius_decay must be float or null; got 'much'.",
+        ),
+        (with_training(freeze="0.*"), "the plan's training: freeze must be a list of globs; got '0.*'."),
         (with_plan(layers={}), "a plan's layers must be a list; got dict."),
         (with_plan(policy=3), "plan: policy must be str; got 3."),
         (with_plan(note=None), "plan: note must be str; got None."),
@@ -187,7 +207,7 @@ json_values = st.recursive(
 
 
 @given(
-    st.sampled_from(["format", "version", "layers", "policy", "switch_step", "switch_epoch", "note"])
+    st.sampled_from(["format", "version", "layers", "policy", "switch_step", "switch_epoch", "note", "training"])
     | st.sampled_from(KNOWN),
     json_values,
 )

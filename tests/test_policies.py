@@ -115,7 +115,18 @@ def test_extra_bn_only_between_convolutions():
     assert not any(d.extra_bn for d in attached(linear, sgd(linear), fxrank.SpectralInit(extra_bn=True)).plan.layers)
 
 
-def test_a_fixed_plan_repeats_a_run_exactly(tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"frobenius_decay": None},
+        {"frobenius_decay": 0.3},
+        {"lr_scale": 0.5, "rewarmup": 0.2},
+        {"freeze": ("l0.*",), "extra_bn": True},
+    ],
+    ids=repr,
+)
+def test_a_fixed_plan_repeats_a_run_exactly(options, tmp_path):
     def run(policy):
         model = SixLayers()
         optimizer = sgd(model)
@@ -123,7 +134,7 @@ def test_a_fixed_plan_repeats_a_run_exactly(tmp_path):
         losses = train(model, optimizer, 20)
         return session.finish(), losses, model.state_dict()
 
-    policy = fxrank.Cuttlefish(speedup_threshold=None, latest=0.35, xi=1.0, rank_metric="energy", share=0.6)
+    policy = fxrank.Cuttlefish(speedup_threshold=None, latest=0.35, xi=1.0, rank_metric="energy", share=0.6, **options)
     plan, losses, state = run(policy)
     assert plan.switch_step == 7
     assert plan.R

@@ -1,6 +1,8 @@
 """What the switch needs beside the model: the factors, their optimizer state, and no more than one layer."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,3 +48,27 @@ def test_no_more_than_the_factors_and_one_layer(widths, kind, moments):
     factors = sum(p.nbytes for n, p in model.named_parameters() if ".u." in n or ".v." in n)
     assert len(session.plan.R) == len(widths) - 3
     assert found["peak"] <= factors * (1 + moments) + largest
+
+
+FRESH = """
+import gc, weakref, torch, fxrank
+model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+optimizer = torch.optim.AdamW(model.parameters())
+weights = [weakref.ref(model[i].weight) for i in (1, 2)]
+x = torch.randn(4, 8)
+policy = fxrank.Pufferfish(E=2, K=0, ratio=0.25)
+session = fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, total_steps=4, steps_per_epoch=1, policy=policy)
+for _ in range(4):
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert len(session.plan.R) == 2
+gc.collect()
+assert [w() for w in weights] == [None, None]
+assert torch.empty in torch.overrides.get_ignored_functions()
+"""
+
+
+def test_the_dense_weights_are_freed_also_after_the_first_trace_of_a_process():
+    done = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
