@@ -52,9 +52,17 @@ def test_no_more_than_the_factors_and_one_layer(widths, kind, moments):
 
 FRESH = """
 import gc, weakref, torch, fxrank
-model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(4)])
+    def forward(self, x):
+        for part in self.parts:
+            x = torch.relu(part(x)) + x
+        return x
+model = Net()
 optimizer = torch.optim.AdamW(model.parameters())
-weights = [weakref.ref(model[i].weight) for i in (1, 2)]
+weights = [weakref.ref(model.parts[i].weight) for i in (1, 2)]
 x = torch.randn(4, 8)
 policy = fxrank.Pufferfish(E=2, K=0, ratio=0.25)
 session = fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, total_steps=4, steps_per_epoch=1, policy=policy)
