@@ -38,7 +38,7 @@ from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, frozen_names
 from fxrank.state import restore_session, session_state
-from fxrank.surgery import check_plan, keep
+from fxrank.surgery import check_plan, has_plan, keep, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
@@ -313,6 +313,8 @@ class LowRankSession:
         self._collect_times()
         if self.plan is None:
             self.plan = self._never_switched()
+        if not self.plan.R and not has_plan(self.model):
+            remember_plan(self.model, self.plan)  # it can be saved like any other
         if not self.plan.R and not isinstance(self.policy, FullRank):
             listing = "".join(f"\n  {d.name} ({d.kind}): {d.reason}" for d in self.plan.layers)
             warnings.warn(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxrank.passes.calibrate import calibrate_on
 from fxrank.passes.calls import Example
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at
@@ -26,7 +27,7 @@ from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import TracedModule
 from fxrank.passes.weights import is_derived, stands_for
 from fxrank.plan import Plan
-from fxrank.surgery import Factors, Replacement, apply_plan, calibrate_norms, check_plan, remember_plan, take_hooks
+from fxrank.surgery import Factors, Replacement, apply_plan, check_plan, remember_plan, take_hooks
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class Shards:
             places.append(self._shard(made.pair, old))
             replacements.append(Replacement(decision.name, (old,), made.pair))
         _take_up(places)
-        calibrate_norms(self.model, replacements, example, share)
+        calibrate_on(example, self.model, [r.pair.extra_norm for r in replacements], share)
         self._reshard()
         for made, place in zip(replacements, places, strict=True):
             if made.pair.extra_norm is not None:  # a BatchNorm in shards could not be written into

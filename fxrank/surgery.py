@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.calibrate import calibrate
-from fxrank.passes.calls import Example, call_arguments
-from fxrank.passes.compiled import eagerly, uncompiled
+from fxrank.passes.calibrate import calibrate_on
+from fxrank.passes.calls import Example
+from fxrank.passes.compiled import uncompiled
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import PlanMismatchError, RankError, unknown_name
 from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in, remove_weight
@@ -121,25 +121,9 @@ def apply_plan(
             module.use_nested_tensor = False
     if share is not None:
         share(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight))
-    calibrate_norms(model, replacements, example, share)
+    calibrate_on(example, model, [r.pair.extra_norm for r in replacements], share)
     remember_plan(model, plan)
     return replacements
-
-
-def calibrate_norms(
-    model: nn.Module,
-    replacements: Iterable[Replacement],
-    example: Example,
-    share: Callable[[Iterable[Tensor]], None] | None = None,
-) -> None:
-    """Calibrate the pairs' extra BatchNorms, if there are any, on an example, if there is one."""
-    norms = [r.pair.extra_norm for r in replacements if r.pair.extra_norm is not None]
-    if norms and example is not None:
-        args, kwargs = call_arguments(model, example)
-        with eagerly(model):
-            calibrate(norms, model, lambda: model(*args, **kwargs))
-        if share is not None:
-            share(t for norm in norms for t in (*norm.parameters(), *norm.buffers()))
 
 
 def take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
@@ -202,6 +186,11 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
 def remember_plan(model: nn.Module, plan: Plan) -> None:
     """Keep the plan with the model: it survives deepcopy and pickle and is not in the state dict."""
     uncompiled(model).__dict__[_PLAN] = plan
+
+
+def has_plan(model: nn.Module) -> bool:
+    """Whether `plan_of` has an answer."""
+    return isinstance(uncompiled(model).__dict__.get(_PLAN), Plan)
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -26,7 +26,6 @@ from fxrank.progress import Bar, Totals, progress_bar
 from fxrank.report import Report
 from fxrank.resume import Keeper
 from fxrank.session import FULL, LOW, LowRankSession
-from fxrank.surgery import remember_plan
 
 log = logging.getLogger("fxrank")
 
@@ -161,8 +160,6 @@ class Trainer:
             self._train(session)
         plan = session.plan
         assert plan is not None
-        if not plan.R:
-            remember_plan(self.model, plan)
         report = self._report(session, plan, before, self.seconds_before + time.perf_counter() - self.started)
         monitor = session.scene.monitor
         curves: dict[str, list[Any]] = {} if monitor is None else {"steps": monitor.steps, **monitor.curves}

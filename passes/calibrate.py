@@ -10,8 +10,35 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from fxrank.passes.calls import Example, call_arguments
+from fxrank.passes.compiled import eagerly
 from fxrank.passes.factors import Norm
+
+
+def calibrate_on(
+    example: Example,
+    model: nn.Module,
+    norms: Iterable[Norm | None],
+    share: Callable[[Iterable[Tensor]], None] | None = None,
+) -> None:
+    """`calibrate` with a batch, if there is one, and with the norms that there are. `share` gives all processes the first
+    one's numbers.
+    """
+    listed = [norm for norm in norms if norm is not None]
+    if not listed or example is None:
+        return
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+    def as_model(tensor: Tensor) -> Tensor:  # which may have changed its dtype since
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    args, kwargs = pytree.tree_map_only(Tensor, as_model, call_arguments(model, example))
+    with eagerly(model):
+        calibrate(listed, model, lambda: model(*args, **kwargs))
+    if share is not None:
+        share(t for norm in listed for t in (*norm.parameters(), *norm.buffers()))
 
 
 def calibrate(norms: Iterable[Norm], model: nn.Module, run: Callable[[], object]) -> None:

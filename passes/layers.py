@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxrank.passes.errors import PlanMismatchError
 from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.weights import numbers_of, weight_of
 
@@ -94,6 +95,10 @@ def matrices_of(layer: Layer, model: nn.Module) -> Tensor:
 def _unrolled(layer: Layer, model: nn.Module, *, spectral: bool) -> Tensor:
     dense = dense_at(model, layer.name, layer.form)
     cls = pair_class(dense, layer.form)
-    assert cls is not None, layer.name
+    if cls is None:
+        raise PlanMismatchError(
+            f"a layer must be dense until its own session switches it; {layer.name!r} is {type(dense).__name__} now. Has another session switched it, "
+            "or has it been replaced? Finish the one before you attach the other."
+        )
     weight = numbers_of(weight_of(dense)).detach()
     return cls.spectral_view(dense, weight) if spectral else cls.unroll(dense, weight)
