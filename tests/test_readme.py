@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.readme import tables
+from fxrank.plan import LayerDecision, Plan, Training
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -35,3 +37,9 @@ def test_links_lead_somewhere():
     root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (root / target).exists(), target
+
+
+def test_every_field_of_a_plan_is_described():
+    for cls in (Plan, Training, LayerDecision):
+        for field in fields(cls):
+            assert f"`{field.name}`" in README, field.name
