@@ -17,6 +17,7 @@ from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.layers import Layer
 from fxrank.sharded import placed_like, whole
+from fxrank.steps import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.surgery import Replacement
 from fxrank.wrappers import unwrapped
 
@@ -172,7 +173,6 @@ class FactorRegime:
             p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in group_of and p.requires_grad
         ]
         self._lr_factor: Callable[[], float] = lambda: 1.0
-        self._scheduled: list[Any] = []
 
     def scale_lr(self, factor: Callable[[], float]) -> None:
         """Multiply the scheduled learning rate by `factor()` within each step; outside of it schedulers see only
@@ -182,29 +182,30 @@ class FactorRegime:
 
     def before_step(self, closure: Callable[[], Any] | None = None) -> Callable[[], Any] | None:
         """Set the learning rate and add the decay. A step with a `closure` makes its gradients inside: the closure
-        returned then adds the decay to them.
+        returned then does both after it, so that one that raises leaves nothing behind.
         """
-        self.after_step()  # of a step that failed
-        factor = self._lr_factor()
-        if factor != 1.0:
-            self._scheduled = [group["lr"] for group in self._optimizer.param_groups]
-            for group in self._optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
+        restore_after_failure(self._optimizer, self)
         if closure is None:
-            self.decay()
+            self._begin()
             return None
 
-        def decayed() -> Any:
+        def begun() -> Any:
             loss = closure()
-            self.decay()
+            self._begin()
             return loss
 
-        return decayed
+        return begun
 
     def after_step(self) -> None:
-        for group, lr in zip(self._optimizer.param_groups, self._scheduled, strict=False):
-            group["lr"] = lr
-        self._scheduled = []
+        unscale_lr(self._optimizer, self)
+
+    def _begin(self) -> None:
+        try:
+            scale_lr(self._optimizer, self, self._lr_factor)
+            self.decay()
+        except BaseException:
+            restore_lr(self._optimizer)
+            raise
 
     @torch.no_grad()
     def decay(self) -> None:

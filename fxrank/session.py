@@ -38,6 +38,7 @@ from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, frozen_names
 from fxrank.state import restore_session, session_state
+from fxrank.steps import is_outermost
 from fxrank.surgery import check_plan, has_plan, keep, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, own_forward
 
@@ -194,7 +195,7 @@ class LowRankSession:
         check_not_captured()
         check_outside_backward()
         regime = self._regimes.get(optimizer)
-        if regime is None:
+        if regime is None or not is_outermost(optimizer):
             return None
         if len(args) > 1 and callable(args[1]):
             return (args[0], regime.before_step(args[1]), *args[2:]), kwargs
@@ -204,6 +205,8 @@ class LowRankSession:
         return None
 
     def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
+        if not is_outermost(optimizer):
+            return
         if (regime := self._regimes.get(optimizer)) is not None:
             regime.after_step()
         if optimizer is not self.optimizers[-1]:
