@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.decays import Way, way_of_decay
 from fxrank.distributed import check_optimizer
 from fxrank.moments import NoProjectionError, projected
 from fxrank.passes.factors import FactorPair
@@ -20,8 +21,6 @@ from fxrank.sharded import placed_like, whole
 from fxrank.steps import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.surgery import Replacement
 from fxrank.wrappers import unwrapped
-
-_DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
 
 
 def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
@@ -150,6 +149,7 @@ class _Site:
     pair: FactorPair
     group: int
     strength: float | None
+    way: Way
 
 
 class FactorRegime:
@@ -158,21 +158,42 @@ class FactorRegime:
     Frobenius decay adds the gradient of `λ/2 ‖VU‖_F²`, that is `λ (VᵀV) U` and `λ V (U Uᵀ)`, through the `r × r`
     Gram matrices (Cuttlefish §3.5, Khodak et al. 2021), and cancels the group's own decay of the factors, in
     whichever way the optimizer decays: added to the gradient (SGD, Adam), or applied to the weights (AdamW).
-    `strength`: a number, or `"auto"` for the group's own weight decay.
+    `strength`: a number, or `"auto"` for the group's own weight decay. Where the optimizer decays in neither way, its decay
+    stays as it is, and `notes` says so.
     """
 
     def __init__(self, optimizer: Optimizer, replacements: Sequence[Replacement], strength: float | str | None) -> None:
         self._optimizer = optimizer
         self._sites: list[_Site] = []
+        self._ways: dict[str, Way | None] = {}
+        self.notes: list[str] = []
+        left: list[str] = []
         group_of = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
         for r in replacements:
             group = group_of.get(id(r.pair.u.weight))
             if strength is not None and strength is not False and group is not None:
-                self._sites.append(_Site(r.pair, group, None if strength == "auto" else float(strength)))
+                given, way = None if strength == "auto" else float(strength), self._way(group, r.pair)
+                if way is not None:
+                    self._sites.append(_Site(r.pair, group, given, way))
+                elif given or optimizer.param_groups[group].get("weight_decay"):
+                    left.append(r.name)
+        if left:
+            self.notes.append(
+                f"{', '.join(left)}: {type(optimizer).__name__} decays weights in a way of its own; its decay stays, without Frobenius decay"
+            )
         self._first = [
             p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in group_of and p.requires_grad
         ]
         self._lr_factor: Callable[[], float] = lambda: 1.0
+
+    def _way(self, index: int, pair: FactorPair) -> Way | None:
+        group = self._optimizer.param_groups[index]
+        # Found out once for groups that differ by their rates only, one for each layer say.
+        same = {k: v for k, v in group.items() if k not in ("params", "param_names", "weight_decay") and "lr" not in k}
+        key = repr(("weight_decay" in group, sorted(same.items())))
+        if key not in self._ways:
+            self._ways[key] = way_of_decay(self._optimizer, group, pair.u.weight.device)
+        return self._ways[key]
 
     def scale_lr(self, factor: Callable[[], float]) -> None:
         """Multiply the scheduled learning rate by `factor()` within each step; outside of it schedulers see only
@@ -240,7 +261,7 @@ class FactorRegime:
                 placed_like(pair.fold_u((vt @ v) @ u), first),
                 placed_like(pair.fold_v(v @ (u @ ut)), second),
             )
-            if _is_decoupled(self._optimizer, group):
+            if site.way == "weights":
                 # The step multiplies by 1 - lr·own; this makes the sum of both w - lr·strength·pull.
                 lr = float(group["lr"])
                 shrink = 1.0 - lr * own
@@ -257,9 +278,3 @@ class FactorRegime:
                         w.grad.add_(w, alpha=-sign * own)
                 else:
                     w.grad.add_(pull.mul_(strength).sub_(w, alpha=own) * grad_scale.to(w.device), alpha=sign)
-
-
-def _is_decoupled(optimizer: Optimizer, group: dict[str, Any]) -> bool:
-    flag = group.get("decoupled_weight_decay")
-    name = type(optimizer).__name__
-    return bool(flag) if flag is not None else name in _DECOUPLED or name.endswith("W")

@@ -305,6 +305,7 @@ class LowRankSession:
             if ramp or scale != 1.0:
                 regime.scale_lr(lambda: scale * (min(1.0, (self.clock.step - first + 1) / ramp) if ramp else 1.0))
             self._regimes[optimizer] = regime
+            self.notes += regime.notes
 
     # -- the end
 

@@ -10,6 +10,7 @@ from nets import mlp, train, vectors
 from torch import nn
 
 import fxrank
+from fxrank.decays import way_of_decay
 
 
 class Outer(torch.optim.AdamW):
@@ -176,3 +177,137 @@ def test_after_a_step_that_raises_the_state_dict_and_the_next_step_have_the_sche
         session.finish()
     assert optimizer.param_groups[0]["lr"] == 0.3
     assert not optimizer._optimizer_state_dict_pre_hooks
+
+
+# -- the way to decay
+
+
+class Outside(torch.optim.SGD):
+    """Not torch's, so it is tried out; with momentum the two ways differ."""
+
+
+class Sign(torch.optim.Optimizer):
+    """Someone's own, without a name or an option that says how it decays."""
+
+    def __init__(self, params, lr, weight_decay=0.0, maximize=False, on_weights=True, share=1.0):
+        super().__init__(
+            params,
+            {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "on_weights": on_weights, "share": share},
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            lr, decay = group["lr"], group["weight_decay"] * group["share"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                g = -p.grad if group["maximize"] else p.grad
+                if not group["on_weights"]:
+                    g = g.add(p, alpha=decay)
+                else:
+                    p.mul_(1 - lr * decay)
+                p.sub_(g / (1 + g.abs()), alpha=lr)
+
+
+class Narrow(torch.optim.AdamW):
+    """Cannot be built from groups."""
+
+    def __init__(self, model):
+        super().__init__(model.parameters(), lr=0.01, weight_decay=0.1)
+
+
+class Bare(torch.optim.Optimizer):
+    """Knows no decay at all."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad.sign(), alpha=group["lr"])
+
+
+def way(optimizer):
+    return way_of_decay(optimizer, optimizer.param_groups[0], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda ps: Outside(ps, lr=0.1, momentum=0.9, weight_decay=0.1), "gradient"),
+        (lambda ps: Outside(ps, lr=0.1, momentum=0.9, nesterov=True, maximize=True), "gradient"),
+        (lambda ps: Outer(ps, lr=0.1), "weights"),
+        (lambda ps: Sign(ps, lr=0.1), "weights"),
+        (lambda ps: Sign(ps, lr=0.1, maximize=True), "weights"),
+        (lambda ps: Sign(ps, lr=0.1, on_weights=False), "gradient"),
+        (lambda ps: Sign(ps, lr=0.1, on_weights=False, maximize=True), "gradient"),
+        (lambda ps: Sign(ps, lr=0.1, share=0.5), None),
+        (lambda ps: Sign(ps, lr=0.1, on_weights=False, share=0.5), None),
+        (lambda ps: Narrow(nn.ParameterList(ps)), "weights"),
+        (lambda ps: Bare(ps, lr=0.1), "gradient"),
+    ],
+)
+def test_how_an_optimizer_decays_is_tried_out(make, expected):
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer, state = make([parameter]), torch.random.get_rng_state()
+    assert way(optimizer) == expected
+    assert not optimizer.state and torch.equal(parameter, torch.ones(3, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+TIMM = {
+    "weights": "adan mars laprop adabelief adoptw adamwlegacy adafactorbv adafactor novogradw madgradw lion lambw sgdw",
+    "gradient": "adopt madgrad rmsproptf nadamlegacy",
+    "": "lamb lars adamp sgdp adamc lionc novograd lambc adahessian",  # trust ratios, angles, lr² / max_lr
+}
+
+
+@pytest.mark.parametrize(("expected", "name"), [(w, n) for w, names in TIMM.items() for n in names.split()])
+def test_how_timms_optimizers_decay(expected, name):
+    create = pytest.importorskip("timm.optim").create_optimizer_v2
+    assert (way(create(mlp(), opt=name, lr=0.02, weight_decay=0.05)) or "") == expected
+
+
+@pytest.mark.parametrize("name", ["adan", "laprop", "adabelief", "adamwlegacy", "novogradw", "adafactorbv"])
+def test_frobenius_decay_with_timms_optimizers_has_its_strength(name):
+    create, lr, decay = pytest.importorskip("timm.optim").create_optimizer_v2, 0.01, 0.1
+
+    def stepped(frobenius_decay, own):
+        model, (x, y) = mlp(dtype=torch.float64), vectors(dtype=torch.float64)
+        optimizer = create(model, opt=name, lr=lr, weight_decay=own, filter_bias_and_bn=False)
+        session = fxrank.LowRankSession.attach(
+            model,
+            optimizer,
+            example_inputs=x,
+            total_steps=4,
+            policy=fxrank.Pufferfish(E=0, ratio=0.25, frobenius_decay=frobenius_decay),
+        )
+        u, v = model[2].u.weight.detach().clone(), model[2].v.weight.detach().clone()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert session.notes == []
+        return u, v, model[2].u.weight.detach() - u
+
+    u, v, change = stepped("auto", decay)
+    _, _, without = stepped(None, 0.0)
+    pull = -lr * decay * v.T @ v @ u
+    # the two differ by lr · decay in relation to the update, no more
+    torch.testing.assert_close(change - without, pull, rtol=0, atol=0.02 * float(pull.norm()))
+
+
+def test_an_optimizer_with_its_own_way_keeps_its_decay_and_a_note_says_so():
+    def trained(frobenius_decay):
+        model = mlp()
+        optimizer = Sign(model.parameters(), lr=0.01, weight_decay=0.1, share=0.5)
+        session = attach(model, optimizer, frobenius_decay=frobenius_decay)
+        train(model, optimizer, 6)
+        return session, list(model.parameters())
+
+    session, weights = trained("auto")
+    _, expected = trained(None)
+    assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+    (note,) = session.notes
+    assert note == "2, 4: Sign decays weights in a way of its own; its decay stays, without Frobenius decay"
