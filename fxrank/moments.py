@@ -10,10 +10,11 @@ projection is brought to one of the two first:
 - a running maximum of magnitudes (Adamax): the root of its square's projection;
 - squares kept as the means of rows and columns (Adafactor; Shazeer & Stern 2018): their rank-one product is projected and its
   means taken;
-- an average of the weight itself (ASGD): fitted from the factors, as other averages are.
+- an average of the weight itself (ASGD, Lookahead): fitted from the factors, as other averages are.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ State = dict[str, Any]
 _LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}
 _SQUARED = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"}
 _MAGNITUDE = {"exp_inf"}
-_AVERAGED = {"ax"}
+_AVERAGED = {"ax", "lookahead_slow_buff"}
 _MEANS = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", False))
 """Names of the means of squares over rows and over columns, and whether their dimension is kept: torch's, transformers'."""
 
@@ -37,24 +38,35 @@ class NoProjectionError(Exception):
 
 
 @torch.no_grad()
-def projected(state: State, shape: torch.Size, pair: FactorPair) -> tuple[State, State]:
+def projected(state: State, shape: torch.Size, pair: FactorPair, smallest: int = 0) -> tuple[State, State]:
     """The states of `u.weight` and `v.weight` of a pair from that of the dense weight of this `shape`.
 
-    Moments have the shape of their parameter; numbers and one-element tensors (step counts) are copied. Raises
+    Moments have the shape of their parameter; numbers and one-element tensors (step counts) are copied. `smallest`: up to
+    this size of a dimension the optimizer keeps all squares, where it else keeps the means of rows and columns. Raises
     `NoProjectionError`.
     """
+    for key, value in state.items():
+        if _holds_tensors(value):
+            raise NoProjectionError(key)
     state = {key: whole(value) if isinstance(value, Tensor) else value for key, value in state.items()}
     u, v = pair.unfold_u(whole(pair.u.weight.detach())), pair.unfold_v(whole(pair.v.weight.detach()))
     left = dict(state)
     for row, column, kept in _MEANS:
         if isinstance(state.get(row), Tensor) and isinstance(state.get(column), Tensor):
+            of_rows, of_columns = (*shape[:-1], *([1] * kept)), (*shape[:-2], *([1] * kept), shape[-1])
+            if (
+                state[row].shape != of_rows or state[column].shape != of_columns
+            ):  # of other dimensions than the last two
+                raise NoProjectionError(row)
+            if min(*pair.u.weight.shape, *pair.v.weight.shape) <= smallest:
+                raise NoProjectionError(row)
             left[row] = _from_means(left.pop(row), left.pop(column), kept)
     new_u: State = {}
     new_v: State = {}
     for key, value in left.items():
         if not isinstance(value, Tensor) or (value.numel() == 1 and value.shape != shape):
-            new_u[key] = value.clone() if isinstance(value, Tensor) else value
-            new_v[key] = value.clone() if isinstance(value, Tensor) else value
+            duplicate = torch.clone if isinstance(value, Tensor) else copy.deepcopy
+            new_u[key], new_v[key] = duplicate(value), duplicate(value)
             continue
         if value.shape != shape or key not in _PROJECTIONS:
             raise NoProjectionError(key)
@@ -74,6 +86,12 @@ def projected(state: State, shape: torch.Size, pair: FactorPair) -> tuple[State,
                 squares = new[row]
                 new[row], new[column] = squares.mean(-1, keepdim=kept), squares.mean(-2, keepdim=kept)
     return new_u, new_v
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, (list, tuple, set)) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value)
 
 
 def _from_means(row: Tensor, column: Tensor, kept: bool) -> Tensor:

@@ -17,6 +17,7 @@ from fxrank.moments import NoProjectionError, projected
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.layers import Layer
+from fxrank.passes.raw import LowRankWeight
 from fxrank.sharded import placed_like, whole
 from fxrank.steps import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.surgery import Replacement
@@ -94,40 +95,64 @@ def _refusal(dense: nn.Module, layer: Layer, holder: Mapping[int, Optimizer]) ->
 def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -> list[str]:
     """Replace each dense weight by its factors at the same place of the same group, and project its state.
 
-    Number, order and options of `param_groups` stay. Returns notes about weights whose state could not be projected
-    and starts fresh. An extra BatchNorm's parameters join the first group without weight decay, or the weight's
-    own.
+    Number, order and options of `param_groups` stay; `param_names`, where groups have them, follow. Returns notes about
+    weights whose state could not be projected and starts fresh. An extra BatchNorm's parameters join the first group without
+    weight decay, or the weight's own.
     """
     by_weight = {id(r.weight): r for r in replacements}
+    by_part = {id(p): r for r in replacements for p in r.pair.parameters()}
     gone = {id(p) for r in replacements for p in r.parameters[1:]}
     for parameter in (p for r in replacements for p in r.parameters):
         # A list of the user's that holds it still, for clipping say, would count its gradient in every step.
         parameter.grad = None
     notes: list[str] = []
     plain = next((g for g in optimizer.param_groups if not g.get("weight_decay")), None)
-    for group in list(optimizer.param_groups):
-        swapped: list[nn.Parameter] = []
-        for parameter in group["params"]:
+    joining: list[tuple[nn.Parameter, str]] = []
+    for group in optimizer.param_groups:
+        swapped: list[tuple[nn.Parameter, str]] = []
+        names = group.get("param_names") or [""] * len(group["params"])
+        for parameter, name in zip(list(group["params"]), list(names), strict=True):
             replacement = by_weight.get(id(parameter))
             if id(parameter) in gone:
                 optimizer.state.pop(parameter, None)
                 continue
             if replacement is None:
-                swapped.append(parameter)
+                around = by_part.get(id(parameter))  # a bias, which the pair has taken over
+                swapped.append((parameter, name if around is None else _names_in(around, name)[id(parameter)]))
                 continue
             pair = replacement.pair
             u, v = pair.u.weight, pair.v.weight
             assert isinstance(u, nn.Parameter) and isinstance(v, nn.Parameter)
-            swapped += [u, v]
-            notes += _project_state(optimizer, replacement)
+            new_names = _names_in(replacement, name)
+            swapped += [(u, new_names[id(u)]), (v, new_names[id(v)])]
+            notes += _project_state(optimizer, replacement, group.get("min_dim_size_to_factor") or 0)
             if pair.extra_norm is not None:
-                target = swapped if plain is None or plain is group else plain["params"]
-                target += list(pair.extra_norm.parameters())
-        group["params"][:] = swapped
+                target = swapped if plain is None or plain is group else joining
+                target += [(p, new_names[id(p)]) for p in pair.extra_norm.parameters()]
+        _fill(group, swapped)
+    if plain is not None and joining:
+        names = plain.get("param_names") or [""] * len(plain["params"])
+        _fill(plain, [*zip(plain["params"], names, strict=True), *joining])
     return notes
 
 
-def _project_state(optimizer: Optimizer, replacement: Replacement) -> list[str]:
+def _fill(group: dict[str, Any], named: Sequence[tuple[nn.Parameter, str]]) -> None:
+    group["params"][:] = [parameter for parameter, _ in named]
+    if "param_names" in group:
+        group["param_names"][:] = [name for _, name in named]
+
+
+def _names_in(replacement: Replacement, name: str) -> dict[int, str]:
+    """The names of a pair's parameters, from that of the weight as the user gave it, under a wrapper's prefix maybe."""
+    if isinstance(replacement.pair, LowRankWeight):
+        path = name  # the pair is where the parameter was
+    else:
+        before, layer, _ = f".{name}".rpartition(f".{replacement.name}.")
+        path = f"{before}.{replacement.name}"[1:] if layer else name.rpartition(".")[0]
+    return {id(p): f"{path}.{inner}".lstrip(".") for inner, p in replacement.pair.named_parameters()}
+
+
+def _project_state(optimizer: Optimizer, replacement: Replacement, smallest: int) -> list[str]:
     state = optimizer.state.pop(replacement.weight, None)
     if not state:
         return []
@@ -135,7 +160,7 @@ def _project_state(optimizer: Optimizer, replacement: Replacement) -> list[str]:
         return [f"{replacement.name}: its weight was derived from other parameters; its factors start fresh"]
     pair = replacement.pair
     try:
-        new_u, new_v = projected(state, replacement.weight.shape, pair)
+        new_u, new_v = projected(state, replacement.weight.shape, pair, smallest)
     except NoProjectionError as key:
         return [
             f"{replacement.name}: optimizer state {str(key)!r} of {type(optimizer).__name__} has no known projection; its factors start fresh"

@@ -9,14 +9,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+_INSIDE = ("optimizer", "base_optimizer", "_base_optimizer")
+"""Where wrappers keep the optimizer inside: Accelerate and Lightning; sharpness-aware ones; timm's Lookahead."""
+
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers that hand `step` on to it and show its `param_groups` as theirs (Accelerate's,
-    Lightning's): the one whose step hooks are called.
+    """The optimizer inside wrappers that hand `step` on to it and show its `param_groups` as theirs: the one whose step
+    hooks are called, and which holds the state.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(inner, Optimizer) and inner is not optimizer and inner.param_groups is optimizer.param_groups:
-        return unwrapped(inner)
+    for name in _INSIDE:
+        inner = getattr(optimizer, name, None)
+        if isinstance(inner, Optimizer) and inner is not optimizer and inner.param_groups is optimizer.param_groups:
+            return unwrapped(inner)
     return optimizer
 
 
