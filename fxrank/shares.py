@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fxrank.distributed import Team, rewrap
+from fxrank.ddp import rewrap
+from fxrank.distributed import Team
 from fxrank.passes.errors import CheckpointError
 from fxrank.plainfile import pack, unpack
 

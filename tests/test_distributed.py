@@ -17,8 +17,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
+from fxrank.ddp import wrapper_around
 from fxrank.demo import DigitsNet
-from fxrank.distributed import Team, gradient_bytes, wrapper_around
+from fxrank.distributed import Team, gradient_bytes
 
 PUFFERFISH = fxrank.Pufferfish(E=4, K=0, ratio=0.25)
 STEPS = 10
