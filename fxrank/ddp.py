@@ -7,6 +7,7 @@ options, and its communication hooks move over. Torch has no public call for tha
 import gc
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +37,30 @@ def check_wrapper(wrapper: DistributedDataParallel) -> None:
             )
 
 
+def check_not_joined(wrapper: DistributedDataParallel) -> None:
+    """Raise `RuntimeError` inside `with wrapper.join()`, where a process that has left no longer answers."""
+    if wrapper._join_config.enable:
+        raise RuntimeError(
+            "all processes must take part in the rank samples and the switch; inside DistributedDataParallel.join() some may have left. Give all "
+            "equally many batches (DistributedSampler, drop_last) until the switch is made, and join() after it."
+        )
+
+
+def ignored_paths(wrapper: DistributedDataParallel, model: nn.Module) -> frozenset[str]:
+    """Paths in `model` of the modules and parameters that the wrapper was told to leave alone, and of all around them."""
+    ignored = {
+        id(p)
+        for name, p in wrapper.module.named_parameters(remove_duplicate=False)
+        if name in wrapper.parameters_to_ignore
+    }
+    paths = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False) if ignored else ():
+        while name and id(parameter) in ignored:
+            paths.add(name)
+            name = name.rpartition(".")[0]
+    return frozenset(paths)
+
+
 def rewrap(wrapper: DistributedDataParallel, keep_hooks: bool = True) -> None:
     """Let the wrapper average the gradients of the parameters that its module has now.
 
@@ -53,10 +78,35 @@ def rewrap(wrapper: DistributedDataParallel, keep_hooks: bool = True) -> None:
     wrapper._has_rebuilt_buckets = False
     if static:  # its first iteration is special, and comes again
         wrapper._set_static_graph()
+        _synchronise_first(wrapper)
     hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
     for hook, state in hooks if keep_hooks else ():
         _restart(state)
         wrapper.register_comm_hook(state, hook)
+
+
+def _synchronise_first(wrapper: DistributedDataParallel) -> None:
+    """Let the first backward average the gradients inside `no_sync` too: torch records a static graph in it, and fails if it
+    does not. What is averaged once more with the rest stays the same.
+    """
+    asked = True
+
+    def before(*_: Any) -> None:
+        nonlocal asked
+        asked = wrapper.require_backward_grad_sync
+        if not wrapper._static_graph_delay_allreduce_enqueued:  # set by that backward
+            wrapper.require_backward_grad_sync = asked or torch.is_grad_enabled()
+            return
+        for handle in handles:
+            handle.remove()
+
+    def after(*_: Any) -> None:
+        wrapper.require_backward_grad_sync = asked
+
+    handles = [
+        wrapper.register_forward_pre_hook(before),
+        wrapper.register_forward_hook(after, prepend=True, always_call=True),
+    ]
 
 
 def _restart(state: Any) -> None:

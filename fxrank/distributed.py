@@ -5,18 +5,23 @@ the timings, the rank samples, the plan, the factors.
 """
 
 import os
+import pickle
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from fxrank.ddp import check_wrapper, rewrap, wrapper_around
+from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap, wrapper_around
+from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.layers import Layer
@@ -43,6 +48,14 @@ class Team:
         self._group = wrapper.process_group if wrapper is not None else dist.group.WORLD if together else None
         self.size = dist.get_world_size(self._group) if together else 1
         self.rank = dist.get_rank(self._group) if together else 0
+        self._grouped, self._looked = together, wrapper is not None
+        if wrapper is None and self._shards is None and self.size > 1 and not self._has_one_model():
+            warnings.warn(
+                f"processes that train one model must start with the same parameters; those of these {self.size} differ, so each is taken to train "
+                "a model of its own. If it is one model, wrap it in DistributedDataParallel, or broadcast it, before attaching.",
+                stacklevel=4,
+            )
+            self._group, self.size, self.rank = None, 1, 0
         self.is_first = self.rank == 0
 
     @classmethod
@@ -86,7 +99,47 @@ class Team:
 
     def refused(self, layers: list[Layer]) -> list[Layer]:
         """The layers, with a reason for those that this engine does not let go."""
-        return layers if self._shards is None else self._shards.refused(layers)
+        if self._shards is not None:
+            return self._shards.refused(layers)
+        ignored = ignored_paths(self._wrapper, self._model) if self._wrapper is not None else frozenset()
+        reason = "DistributedDataParallel was told to ignore its parameters, and would average those of a pair"
+        return [replace(x, reason=reason) if x.reason is None and ignored & {*x.paths} else x for x in layers]
+
+    def check(self) -> None:
+        """Raise `RuntimeError` if the processes cannot make a switch together; before each step until it is made."""
+        now = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if now > 1 and not self._grouped:
+            raise RuntimeError(
+                f"a switch must be the same in all processes, which the session learns when it is attached; there was no process group then, and "
+                f"there is one of {now} now. Attach after init_process_group()."
+            )
+        if now > 1 and not self._looked:
+            self._looked = True  # a look at every object there is: once
+            if (late := wrapper_around(self._model)) is not None:
+                self._take_late(late)
+        if self.size > 1 and self._wrapper is not None:
+            check_not_joined(self._wrapper)
+
+    def _take_late(self, wrapper: DistributedDataParallel) -> None:
+        check_wrapper(wrapper)
+        size, ignored = dist.get_world_size(wrapper.process_group), ignored_paths(wrapper, self._model)
+        if self.size != size or ignored:
+            what = (
+                f"it ignores {min(ignored)!r}"
+                if ignored
+                else f"it is for {size} processes, the session for {self.size}"
+            )
+            raise RuntimeError(
+                f"a DistributedDataParallel made after the session was attached must suit it; {what}. Attach after wrapping the model."
+            )
+        self._wrapper = wrapper
+
+    def _has_one_model(self) -> bool:
+        """Whether all processes have the same parameters, to the last bit."""
+        mine = [(n, tuple(p.shape), _checksum(p)) for n, p in self._model.named_parameters() if not is_lazy(p)]
+        all_of_them: list[Any] = [None] * self.size
+        dist.all_gather_object(all_of_them, mine, group=self._group)
+        return all(theirs == mine for theirs in all_of_them)
 
     def apply(
         self, plan: Plan, gm: TracedModule, example: Example, factors: Factors, *, split: bool
@@ -105,13 +158,16 @@ class Team:
         """What `decide` returns in the first process, in every process. If it raises there, all raise."""
         if self.size == 1:
             return decide()
+        if self._wrapper is not None:
+            check_not_joined(self._wrapper)
+        own: Exception | None = None
         outcome: tuple[Any, Exception | None] = None, None
         if self.is_first:
             try:
                 with self._asking():
                     outcome = decide(), None
             except Exception as error:  # the others wait for an answer
-                outcome = None, error
+                own, outcome = error, (None, _sendable(error))
             self._tell((None, outcome))
         else:
             wanted: str | None = ""
@@ -121,7 +177,7 @@ class Team:
                     self._shards.gather(wanted)
         value, failure = outcome
         if failure is not None:
-            raise failure
+            raise own or failure
         return value  # type: ignore[no-any-return]
 
     def _asking(self) -> AbstractContextManager[None]:
@@ -160,11 +216,15 @@ class Team:
             value = act()
         except Exception as error:
             failure = error
-        failures = [error for error in self.gather(failure) if error is not None]
-        failure = self.agree(lambda: failures[0] if failures else None)
-        if failure is not None:
-            raise failure
+        failures = [error for error in self.gather(failure and _sendable(failure)) if error is not None]
+        theirs = self.agree(lambda: failures[0] if failures else None)
+        if theirs is not None:
+            raise failure or theirs
         return value
+
+    def logger(self, given: Logger | None) -> Logger | None:
+        """What all processes call: the first one's logger. If it raises, all raise."""
+        return given if self.size == 1 else _FirstLogger(self, given)
 
     def total(self, numbers: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -180,7 +240,9 @@ class Team:
             return None
         wrapper = self._wrapper or wrapper_around(self._model)
         if wrapper is None:
-            return "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
+            missing = "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
+            warnings.warn(missing, stacklevel=2)
+            return missing
         rewrap(wrapper, self._keep)
         return None
 
@@ -191,6 +253,34 @@ class Team:
     @property
     def _first(self) -> int:
         return 0 if self._group is None else dist.get_global_rank(self._group, 0)
+
+
+class _FirstLogger:
+    """The first process's logger, called in all."""
+
+    def __init__(self, team: Team, logger: Logger | None) -> None:
+        self._team = team
+        self._logger: Any = logger
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._team.agree(lambda: self._logger and self._logger.log(step, values))
+
+    def event(self, step: int, text: str) -> None:
+        self._team.agree(lambda: self._logger and self._logger.event(step, text))
+
+
+def _checksum(tensor: Tensor) -> int:
+    """The sum of its bytes: exact, whatever the order of summation."""
+    return int(tensor.detach().reshape(-1).view(torch.uint8).sum(dtype=torch.int64))
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error as another process can read it."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class of its own making may raise anything here
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:

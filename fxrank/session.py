@@ -75,7 +75,7 @@ class LowRankSession:
         self.seconds = {"monitor": 0.0, "profile": 0.0, "switch": 0.0}
         self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}
         self.gradient_bytes: dict[str, int | None] = {FULL: gradient_bytes(model), LOW: None}
-        self._example, self._listener = example, listener
+        self._example, self._listener = example, listener or (lambda *_: None)
         self._regimes: dict[Optimizer, FactorRegime] = {}
         self._watch = Stopwatch(next(model.parameters()).device)
         self._handles: list[Any] = []
@@ -151,7 +151,7 @@ class LowRankSession:
             model, optimizers, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
         )
         session._averages = averages
-        session._logger = logger if team.is_first else None
+        session._logger = team.logger(logger)
         session._start(amp, seed, state)
         return session
 
@@ -194,6 +194,8 @@ class LowRankSession:
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_not_captured()
         check_outside_backward()
+        if self.plan is None and not isinstance(self.policy, FullRank):
+            self.team.check()
         regime = self._regimes.get(optimizer)
         if regime is None or not is_outermost(optimizer):
             return None
@@ -252,8 +254,8 @@ class LowRankSession:
 
     def _switch(self, why: str) -> None:
         check_not_graphed(self.model)
-        if self._listener is not None:
-            self._listener("before_switch", self)
+        self.team.check()
+        self.team.together(lambda: self._listener("before_switch", self))
         start = time.perf_counter()
         profiled = self.scene.profiler.seconds if self.scene.profiler else 0.0
         plan = self.team.agree(lambda: self.policy.plan(self.scene, self.clock, why))
@@ -264,8 +266,7 @@ class LowRankSession:
         if self._logger is not None:
             self._logger.log(self.clock.step, {f"rank/{name}": float(rank) for name, rank in plan.R.items()})
             self._logger.event(self.clock.step, f"{len(plan.R)} of {len(plan.layers)} layers factorized ({plan.note})")
-        if self._listener is not None:
-            self._listener("after_switch", self)
+        self.team.together(lambda: self._listener("after_switch", self))
 
     def install(self, plan: Plan, *, split: bool = True) -> None:
         """Make the switch that `plan` describes: model, graph and optimizer. `split=False` leaves the factors for a
