@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.factors import FactorPair
+from fxrank.passes.names import module_at, own_name
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.weights import weight_of
 from fxrank.plan import Plan
@@ -72,7 +73,7 @@ def _unwrapping(module: nn.Module | None) -> Iterator[nn.Module]:
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in module.named_parameters()}
+    return {own_name(name): tuple(p.shape) for name, p in module.named_parameters()}
 
 
 def check_average(average: nn.Module, plan: Plan) -> None:
@@ -91,13 +92,13 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
     factors = {}
     if split:
         for name, layer in dense.items():
-            pair = model.get_submodule(name)
+            pair = module_at(model, name)
             assert isinstance(pair, FactorPair)
             own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
             factors[name] = fitted(type(pair).unroll(pair, weight_of(layer)), *own)
     apply_plan(average, plan, split=False, factors=factors)
     for name in dense:
-        mine, theirs = average.get_submodule(name), model.get_submodule(name)
+        mine, theirs = module_at(average, name), module_at(model, name)
         assert isinstance(mine, FactorPair) and isinstance(theirs, FactorPair)
         if mine.extra_norm is not None and theirs.extra_norm is not None:
             mine.extra_norm.load_state_dict(theirs.extra_norm.state_dict())

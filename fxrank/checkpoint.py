@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.kinds import dense_at, holders, pair_class
+from fxrank.passes.names import load_own_state, own_name, own_state
 from fxrank.passes.weights import is_derived
 from fxrank.plan import Plan
 from fxrank.sharded import is_sharded, whole
@@ -46,7 +47,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     writes = not is_sharded(model) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in own_state(model).items():
         if id(value) not in seen:  # a shared parameter is stored once
             seen.add(id(value))
             tensor = whole(value.detach())
@@ -97,7 +98,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     aliases = check_names(inner, plan, stored)
     apply_plan(inner, plan, split=False)
     state = safetensors.torch.load_file(str(folder / WEIGHTS))
-    inner.load_state_dict(state | {name: state[same] for name, same in aliases.items()}, strict=True)
+    load_own_state(inner, state | {name: state[same] for name, same in aliases.items()})
     return model
 
 
@@ -146,12 +147,12 @@ def check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]
     """Compare what the file holds with what the rewritten model will ask for, before the model is touched. Of
     tensors that the model shares, the file holds one: returns its name by the names of the others.
     """
-    dense = model.state_dict(keep_vars=True)
+    dense = own_state(model)
     expected = {name: tuple(value.shape) for name, value in dense.items()}
     identity: dict[str, object] = {name: id(value) for name, value in dense.items()}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
+        paths.setdefault(id(module), []).append(own_name(path))
     for decision in plan.layers:
         if decision.rank is None:
             continue

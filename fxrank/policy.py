@@ -16,6 +16,7 @@ from fxrank.monitor import Detector, RankMonitor
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
+from fxrank.passes.names import own_name
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
@@ -162,12 +163,13 @@ def frozen_names(model: nn.Module, globs: Iterable[str]) -> list[str]:
     Raises `ValueError` for a glob that matches none.
     """
     names = [name for name, _ in model.named_parameters()]
+    known = {name: (name, own_name(name), *_names_before(own_name(name))) for name in names}
     frozen: set[str] = set()
     for glob in globs:
-        hits = {name for name in names if fnmatch.filter((name, *_names_before(name)), glob)}
+        hits = {name for name in names if fnmatch.filter(known[name], glob)}
         if not hits:
             raise ValueError(
-                f"each glob in freeze must match a parameter; {glob!r} matches none of {len(names)}. Names look like {names[0]!r}."
+                f"each glob in freeze must match a parameter; {glob!r} matches none of {len(names)}. Names look like {own_name(names[0])!r}."
             )
         frozen |= hits
     return [name for name in names if name in frozen]

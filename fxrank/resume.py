@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fxrank.checkpoint import check_names
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import CheckpointError
+from fxrank.passes.names import load_own_state, own_state
 from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policy import Clock
@@ -143,7 +144,7 @@ class Keeper:
             self.write(trainer, session)
             return
         assert trainer.optimizer is not None
-        uncompiled(trainer.model).load_state_dict(saved["model"])
+        load_own_state(uncompiled(trainer.model), saved["model"])
         trainer.optimizer.load_state_dict(saved["optimizer"])
         if trainer.scheduler is not None:
             trainer.scheduler.load_state_dict(saved["scheduler"])
@@ -213,7 +214,7 @@ class Keeper:
         team = trainer.team
         elapsed = trainer.seconds_before + time.perf_counter() - trainer.started
         now = random_state(_loaders(trainer))
-        model, optimizer = uncompiled(trainer.model).state_dict(keep_vars=True), trainer.optimizer.state_dict()
+        model, optimizer = own_state(uncompiled(trainer.model)), trainer.optimizer.state_dict()
         own = {
             "first_random": self._first_random,
             "random": now,
@@ -337,7 +338,7 @@ def _tensors_of(model: nn.Module) -> dict[str, str]:
     """Shape and dtype of each entry of the state dict, and the name under which a shared one came first."""
     first: dict[int, str] = {}
     tensors = {}
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in own_state(model).items():
         what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         shared = first.setdefault(id(value), name)
         tensors[name] = what if shared == name else f"{what}, shared with {shared}"

@@ -23,6 +23,7 @@ from fxrank.passes.calls import Example
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at
 from fxrank.passes.layers import Layer
+from fxrank.passes.names import module_at, own_name
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import TracedModule
 from fxrank.passes.weights import is_derived, stands_for
@@ -96,7 +97,7 @@ class Shards:
 
     def refused(self, layers: Iterable[Layer]) -> list[Layer]:
         """The layers, with a reason for those that cannot be replaced inside their unit."""
-        units = {path for path, module in self.model.named_modules() if _is_unit(module)}
+        units = {own_name(path) for path, module in self.model.named_modules() if _is_unit(module)}
         answer = []
         for layer in layers:
             if layer.reason is None and units.intersection(layer.paths):
@@ -243,7 +244,7 @@ def _take_up(places: Iterable[_Place]) -> None:
 
 def _weight_name(model: nn.Module, name: str) -> str:
     owner, _, attribute = name.rpartition(".")
-    return name if model.get_submodule(owner)._parameters.get(attribute) is not None else f"{name}.weight"
+    return name if module_at(model, owner)._parameters.get(attribute) is not None else f"{name}.weight"
 
 
 def _is_unit(module: nn.Module) -> bool:

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fxrank.ddp import rewrap
 from fxrank.distributed import Team
 from fxrank.passes.errors import CheckpointError
+from fxrank.passes.names import own_name
 from fxrank.plainfile import pack, unpack
 
 OWN: dict[str, type] = {
@@ -131,7 +132,7 @@ def buckets_of(team: Team) -> Buckets | None:
     # nothing is left to do.
     if wrapper.reducer._rebuild_buckets():
         wrapper._has_rebuilt_buckets = True
-    names = {id(parameter): name for name, parameter in team.model.named_parameters()}
+    names = {id(parameter): own_name(name) for name, parameter in team.model.named_parameters()}
     buckets = wrapper.reducer._get_zeros_like_grad_buckets()
     return [[names[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
 
@@ -162,7 +163,7 @@ def hooks_with_memory(team: Team) -> list[str]:
 
 
 def _reduced(wrapper: DistributedDataParallel, model: nn.Module) -> list[str]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): own_name(name) for name, parameter in model.named_parameters()}
     return [names[id(parameter)] for parameter in wrapper._build_params_for_reducer()[0]]
 
 

@@ -14,10 +14,11 @@ from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import PlanMismatchError, RankError, unknown_name
-from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in, remove_weight
+from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in, remove_weight, uncompile_parts
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import FORMS, dense_at, holders, pair_class
 from fxrank.passes.layers import Layer
+from fxrank.passes.names import own_name
 from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite
@@ -213,7 +214,7 @@ def factorize(
     form: str = "channel",
     extra_bn: bool = False,
 ) -> nn.Module:
-    """A factorized copy of `model`, same class; the original is untouched. Of a compiled model, the copy is not compiled.
+    """A factorized copy of `model`, same class; the original is untouched. No part of the copy is compiled.
 
     `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
     full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
@@ -322,8 +323,8 @@ def _given(layer: Layer, rank: int | float, form: str, extra_bn: bool) -> LayerD
 def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> dict[str, int | float]:
     by_path = {path: layer for layer in layers for path in layer.paths}
     chosen = {}
-    for name, rank in ranks.items():
-        if name not in by_path:
+    for given, rank in ranks.items():
+        if (name := own_name(given)) not in by_path:
             known = ", ".join(layer.name for layer in layers if layer.reason is None)
             raise ValueError(
                 f"each name in rank= must be a layer of the model; {name!r} is none. Layers that can be factorized: {known}."
@@ -352,7 +353,7 @@ def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDec
 
 def merge(model: nn.Module) -> nn.Module:
     """A dense copy: every factor pair becomes one dense layer of the original class with the product as its weight.
-    The original is untouched; the copy of a compiled model is not compiled.
+    The original is untouched; of what is compiled, the whole or parts, the copy is not.
 
     Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
     The state dict fits the untouched original class, and layers that shared a weight share it again. A weight that
@@ -378,10 +379,10 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy, also of models with legacy weight or spectral norm, whose weights are no leaves."""
+    """A deep copy with no compiled parts, also of models with legacy weight or spectral norm, whose weights are no leaves."""
     memo: dict[int, object] = {}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return uncompile_parts(copy.deepcopy(model, memo))

@@ -22,6 +22,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
             return model
 
 
+def compiled_parts(model: nn.Module) -> dict[int, nn.Module]:
+    """What is inside each `torch.compile(part)` of a model, by the wrapper's `id`."""
+    parts = {}
+    for module in model.modules():
+        inner = module
+        while _is_wrapper(inner):
+            inner = inner._modules["_orig_mod"]  # type: ignore[assignment]
+        if inner is not module:
+            parts[id(module)] = inner
+    return parts
+
+
 @contextmanager
 def eagerly(model: nn.Module) -> Iterator[None]:
     """Run the modules of `model` as Python, whatever was compiled among them."""

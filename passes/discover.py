@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_type, pair_class
 from fxrank.passes.layers import Layer
+from fxrank.passes.names import own_name
 from fxrank.passes.raw import RawWeight
 from fxrank.passes.reads import uses
 from fxrank.passes.trace import WHOLE, TracedModule
@@ -28,7 +29,7 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     """Every weight with two or more dimensions, in graph order, then those that the traced calls do not reach.
 
     `gm` comes from `trace(model, …)`. A weight that cannot be factorized is in the list too, with its `reason`;
-    biases and normalization weights, of one dimension, are not.
+    biases and normalization weights, of one dimension, are not. Names are those of the user's own class (`names`).
     """
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -49,7 +50,7 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
                 reason = "the traced call does not reach it"
                 found[id(weight)] = _unsupported(own, type(module).__name__, weight, reason)
                 layers.append(found[id(weight)])
-    return layers
+    return [_by_own_names(layer) for layer in layers]
 
 
 def _check_owners(model: nn.Module, found: dict[int, Layer]) -> None:
@@ -69,7 +70,7 @@ def _check_owners(model: nn.Module, found: dict[int, Layer]) -> None:
             known = {p.removesuffix(".weight") for p in layer.paths}
             fits = cls is not None and tuple(cls.unroll(dense, weight).shape) == (layer.groups, layer.rows, layer.cols)
             if not fits or (own not in known and not whole):
-                reason = f"its weight is shared with {own!r} ({type(module).__name__})"
+                reason = f"its weight is shared with {own_name(own)!r} ({type(module).__name__})"
                 found[id(weight)] = replace(layer, reason=reason, supported=False)
 
 
@@ -254,6 +255,10 @@ class _Search:
                 yield child.u.weight, _done(_join(path, name), child, node.name)
 
 
+def _by_own_names(layer: Layer) -> Layer:
+    return replace(layer, name=own_name(layer.name), paths=tuple(dict.fromkeys(own_name(p) for p in layer.paths)))
+
+
 def _above(model: nn.Module, path: str) -> Iterator[nn.Module]:
     """The modules on the way down to a path."""
     module = model
@@ -321,7 +326,7 @@ def _merge(known: Layer, again: Layer) -> Layer:
     reason = known.reason or again.reason
     unlike = shape != (again.groups, again.rows, again.cols) or not (known.supported and again.supported)
     if unlike and reason is None:
-        reason = f"its weight is shared with {again.name!r} ({again.kind})"
+        reason = f"its weight is shared with {own_name(again.name)!r} ({again.kind})"
     # A decoder tied to an embedding: the embedding's kind, so that it is left dense unless asked for.
     kind, positions = known.kind, known.positions + again.positions
     if "embedding" in (known.kind, again.kind) and known.kind != again.kind:

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
-from fxrank.passes.compiled import follow_change
+from fxrank.passes.compiled import compiled_parts, follow_change
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
+from fxrank.passes.names import own_name
 from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.weights import drop_norm_hooks
 
@@ -155,10 +156,25 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
             model.set_submodule(path, replacement)
             follow_change(model.get_submodule(path.rpartition(".")[0]))
             done.append(path)
+    _swap_held(model, replacements)
+    return done
+
+
+def uncompile_parts(model: nn.Module) -> nn.Module:
+    """Put what is inside in the place of every compiled part, so that names and classes are the user's own. Returns the
+    model.
+    """
+    if inside := compiled_parts(model):
+        for module in list(model.modules()):
+            module._modules.update({n: inside[id(c)] for n, c in module._modules.items() if id(c) in inside})
+        _swap_held(model, inside)
+    return model
+
+
+def _swap_held(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     for module in model.modules():
         held = vars(module)
         held.update({name: _swapped(value, replacements, set()) for name, value in held.items() if name not in _OWN})
-    return done
 
 
 def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: FactorPair) -> list[str]:
@@ -215,8 +231,8 @@ def _swapped(value: Any, replacements: Mapping[int, nn.Module], seen: set[int]) 
 
 
 def pairs_in(model: nn.Module) -> dict[str, FactorPair]:
-    """Every factor pair of a model, by its first path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FactorPair)}
+    """Every factor pair of a model, by its first name."""
+    return {own_name(path): module for path, module in model.named_modules() if isinstance(module, FactorPair)}
 
 
 def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:

@@ -16,6 +16,7 @@ from fxrank.passes.convolutions import (
 )
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.factors import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
+from fxrank.passes.names import module_at
 from fxrank.passes.raw import LowRankWeight, RawWeight
 from fxrank.passes.weights import standardizes, weight_of
 
@@ -80,12 +81,14 @@ def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: b
 
 
 def dense_at(model: nn.Module, name: str, form: str = "channel") -> nn.Module:
-    """The layer of that name: a module, or a raw parameter dressed as one. Raises `AttributeError` if there is none."""
+    """The layer of that name, wrapped or not: a module, or a raw parameter dressed as one. Raises `AttributeError` if there
+    is none.
+    """
     owner_path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(owner_path)
+    owner = module_at(model, owner_path)
     if owner._parameters.get(attribute) is not None:
         return RawWeight(owner, attribute, form)
-    return model.get_submodule(name)
+    return module_at(model, name)
 
 
 def holders(model: nn.Module, weight: torch.Tensor, form: str = "channel") -> Iterator[tuple[nn.Module, str, nn.Module]]:

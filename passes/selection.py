@@ -10,6 +10,7 @@ from torch import nn
 
 from fxrank.passes.errors import NothingToFactorizeError
 from fxrank.passes.layers import Layer
+from fxrank.passes.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
 """A name or glob (`"layer4.*"`), a regular expression (`re.compile(…)` or `"re:…"`), a module class, or a module."""
@@ -67,10 +68,11 @@ def _selected(
     if isinstance(selectors, (str, re.Pattern, type, nn.Module)):
         selectors = [selectors]
     chosen: set[str] = set()
-    modules = dict(model.named_modules(remove_duplicate=False))
+    # What is inside a wrapper comes after it, under the same name.
+    modules = {own_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
     for selector in selectors:
         if isinstance(selector, str) and not selector.startswith("re:"):
-            pattern = selector
+            pattern = own_name(selector)
             hits = {a.name for a in layers if any(p == pattern or fnmatch.fnmatchcase(p, pattern) for p in a.paths)}
         elif isinstance(selector, (str, re.Pattern)):
             expression = re.compile(selector.removeprefix("re:")) if isinstance(selector, str) else selector
