@@ -133,7 +133,20 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
     if plain is not None and joining:
         names = plain.get("param_names") or [""] * len(plain["params"])
         _fill(plain, [*zip(plain["params"], names, strict=True), *joining])
+    if isinstance(optimizer, torch.optim.Adagrad):
+        _complete(optimizer)
     return notes
+
+
+def _complete(optimizer: torch.optim.Adagrad) -> None:
+    """Adagrad makes its state when it is built, and older torch then takes it for granted."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.get_default_dtype()),
+                    "sum": torch.full_like(parameter, group.get("initial_accumulator_value", 0.0), requires_grad=False),
+                }
 
 
 def _fill(group: dict[str, Any], named: Sequence[tuple[nn.Parameter, str]]) -> None:
