@@ -39,7 +39,12 @@ def check_wrapper(wrapper: DistributedDataParallel) -> None:
 
 def check_not_joined(wrapper: DistributedDataParallel) -> None:
     """Raise `RuntimeError` inside `with wrapper.join()`, where a process that has left no longer answers."""
-    if wrapper._join_config.enable:
+    from torch.distributed.algorithms.join import Join
+
+    # the mark stays on the wrapper after the block; what made it does not
+    if wrapper._join_config.enable and any(
+        type(thing) is Join and thing._enable and wrapper in thing._joinables for thing in gc.get_objects()
+    ):
         raise RuntimeError(
             "all processes must take part in the rank samples and the switch; inside DistributedDataParallel.join() some may have left. Give all "
             "equally many batches (DistributedSampler, drop_last) until the switch is made, and join() after it."
