@@ -30,10 +30,17 @@ def in_torchscript_trace() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
-_ASSIGNING = {"__setitem__", "__set__", "__delitem__"} | {
+_ASSIGNING = {"__setitem__", "__delitem__"} | {
     f"__i{name}__"
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 }
+_WRITERS = {
+    getattr(place, name): name
+    for place in (Tensor, torch, torch.nn.functional, torch.nn.init, torch._C._nn)
+    for name in dir(place)
+    if name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
+}
+"""What writes into its first operand. A table, because dynamo (of torch 2.14) cannot read the name of a function."""
 _NAMES = {"input", "self", "tensor", "other", "mat1", "mat2", "vec", "dims", "weight"}
 """Names that torch gives to leading arguments, here taken by position."""
 
@@ -111,12 +118,13 @@ class Factored:
             result = _by_position(product, args, kwargs)
             if result is not NotImplemented:
                 return result
-        name = getattr(func, "__name__", "")
-        assigns = name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
+        writer = _WRITERS.get(func)
+        if writer is None and issubclass(cls, Tensor) and getattr(func, "__name__", "") == "__set__":
+            writer = "__set__"  # of any attribute
         first = args[0] if args else next(iter(kwargs.values()), None)
-        if (assigns and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
+        if (writer is not None and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
             raise RuntimeError(
-                f"a factored weight is the product of two parameters, so {name} cannot write into it; "
+                f"a factored weight is the product of two parameters, so {writer or 'out='} cannot write into it; "
                 "change the pair's u.weight and v.weight, or merge the pair first."
             )
         dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, kwargs))

@@ -325,8 +325,8 @@ def test_recurrent_layers_are_compiled_around(kind):
         compiled[name] = counter.frame_count
         called = {node.target for graph in counter.graphs for node in graph.graph.nodes}
         assert not called & {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
-    # What is around it, and that once more for any length; around a dense RNN torch 2.8 compiles nothing at all.
-    assert compiled["small"] <= max(compiled["dense"], int(OLD)) <= 4
+    # What is around it, and that once more for any length; around a dense RNN torch 2.8 and 2.14 compile nothing at all.
+    assert compiled["small"] <= max(compiled["dense"], 1) <= 4
 
 
 def test_wide_recurrent_layers_are_compiled_around():

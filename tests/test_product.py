@@ -356,7 +356,7 @@ WRITES = {
     "__set__": lambda w: type(w).data.__set__(w, torch.zeros(4, 5)),
     "relu_": lambda w: torch.relu_(w),
     "add_": lambda w: operator.iadd(w, 1),
-    "add": lambda w: torch.add(torch.zeros(4, 5), 1, out=w),
+    "out=": lambda w: torch.add(torch.zeros(4, 5), 1, out=w),
 }
 
 
