@@ -1,11 +1,17 @@
 """The README's example runs, and its numbers are those in benchmarks/results."""
 
+import functools
 import re
 import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from nets import HALFWAY, Net, clusters
+
+import fxrank
 from benchmarks.readme import tables
 from fxrank.plan import LayerDecision, Plan, Training
 
@@ -27,6 +33,35 @@ def test_the_example_runs(tmp_path):
     layers = [line.split()[0] for line in shown.splitlines()[2:13]]
     assert [line.split()[0] for line in printed.splitlines()[2:13]] == layers
     assert (tmp_path / "run/digits/plan.json").exists()
+
+
+def block_after(heading):
+    return re.search(rf"## {heading}\n.*?```python\n(.*?)```", README, re.DOTALL)[1]
+
+
+def test_a_loop_of_ones_own_then_saved_loaded_merged_and_repeated(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    x, y = clusters()
+    model, loader = Net(), [(x[i : i + 8], y[i : i + 8]) for i in range(0, 48, 8)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    names = {"fxrank": fxrank, "Net": Net, "model": model, "optimizer": optimizer, "batch": loader[0], "n": 12}
+    names |= {"loader": loader}
+    with monkeypatch.context() as patch:
+        patch.setattr("fxrank.session.as_policy", lambda _: HALFWAY)  # so that it switches in so short a run
+        exec(block_after("In a loop of your own"), names)
+    for inputs, targets in loader * 2:
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plan = names["session"].finish()
+    assert plan.R
+    short = functools.partial(fxrank.auto_lowrank, epochs=2, progress=False, device="cpu")
+    monkeypatch.setattr(fxrank, "auto_lowrank", short)
+    exec(block_after("Saved, loaded, exported, repeated"), names)
+    assert names["again"].plan.R == plan.R and names["again"].plan.switch_step == plan.switch_step
+    assert fxrank.plan_of(names["model"]).R == plan.R
+    Net().load_state_dict(names["dense"].state_dict())
 
 
 def test_the_tables_are_the_results():
