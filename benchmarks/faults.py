@@ -1,16 +1,19 @@
-"""What was done to a training run, and what was lost: kills, processes, frameworks, optimizers, schedulers, bad files.
+"""What was done to training runs (kills, processes, frameworks, optimizers, schedulers, bad files), and what was lost.
 
-    python -m benchmarks.faults            # the tests that do it to the real thing, most of a quarter of an hour
-    python -m benchmarks.faults --kills    # and fifty kills around the switch
+    python -m benchmarks.faults            # the tests that do it to the real thing, most of half an hour
+    python -m benchmarks.faults --kills    # and 150 more kills around the switch and elsewhere
 
-Each test asserts that nothing is lost; a failed one is counted as lost here, a skipped one is named with its reason.
+Each test asserts that nothing is lost; one that fails is counted as lost here, one that is skipped is named with its reason.
 """
 
 import argparse
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -21,36 +24,59 @@ from tabulate import tabulate
 from benchmarks import record
 
 TESTS = Path(__file__).parent.parent / "tests"
-KINDS = {
-    "killed and resumed": ("resume*", "session_state"),
-    "several processes": ("distributed", "session_team", "sharded*"),
-    "frameworks": ("integrations_*",),
-    "optimizers, schedulers, loops": (
-        "averages",
-        "learning_rate",
-        "loops",
-        "moments",
-        "optim",
-        "optimizer_steps",
-        "session",
-        "several_optimizers",
-    ),
-    "compiled and exported": ("compile", "export"),
-    "damaged and foreign files": ("checkpoint*", "plan", "plainfile"),
-}
-"""What is tried, and the test files that do it."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done, the tests that do it (`file::function`, without `test_`), and those whose cases are named by what they try."""
+
+    what: str
+    tests: tuple[str, ...]
+    named: str = ""
+
+
+FAULTS = (
+    Fault("one process killed (SIGKILL) and resumed", ("resume::*",)),
+    Fault("2 and 3 processes killed and resumed, also by torchrun", ("resume_team::*",)),
+    Fault("resumed by another number of processes", ("resume_another_team::*", "session_team::*")),
+    Fault("resumed with other loaders, optimizers, schedulers, precisions", ("resume_settings::*",)),
+    Fault("resumed as another run (refused)", ("resume_refusals::*",)),
+    Fault("stopped and gone on in a loop of one's own", ("session_state::*", "session_ends::*")),
+    Fault("`DistributedDataParallel`, 2 and 4 processes", ("distributed::*",), "options_outlive_the_switch"),
+    Fault("one of several processes fails, leaves or differs", ("distributed_faults::*",)),
+    Fault("`fully_shard` (FSDP2)", ("sharded::*", "sharded_states::*")),
+    Fault("data parallelism of Transformers, Lightning, Accelerate", ("integrations_torchrun::*",)),
+    Fault("Transformers", ("integrations_huggingface::*",)),
+    Fault("Lightning", ("integrations_lightning::*",)),
+    Fault("Accelerate, timm's script, loggers", ("integrations_loops::*",)),
+    Fault("torch's optimizers", ("optimizer_steps::*", "moments::*", "optim::*"), "every_optimizer_goes_on*"),
+    Fault("optimizers that are not torch's", ("foreign_*::*",), "how_timms_optimizers_decay"),
+    Fault("several optimizers, hooks, CUDA graphs", ("several_optimizers::*",)),
+    Fault("torch's schedulers", ("learning_rate::*",), "every_scheduler_goes_on*"),
+    Fault("averages of the weights", ("averages::*",), "averages_go_on*"),
+    Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
+    Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
+    Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
+    Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
+)
+
+
+def files_of(fault: Fault) -> list[Path]:
+    """The test files behind a row."""
+    return [f for pattern in fault.tests for f in sorted(TESTS.glob(f"test_{pattern.partition('::')[0]}.py"))]
 
 
 def outcomes(report: Path) -> list[dict[str, Any]]:
-    """The cases of a JUnit report: file, name, seconds, and what became of each."""
+    """The cases of a JUnit report: test (`file::function`), what it was tried with, and what became of it."""
     found = []
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         verdict = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        function, _, tried = case.attrib["name"].partition("[")
+        file = case.attrib["classname"].rpartition(".")[2]
         found.append(
             {
-                "file": case.attrib["classname"].rpartition(".")[2],
-                "name": case.attrib["name"],
-                "seconds": round(float(case.attrib["time"]), 2),
+                "test": f"{file.removeprefix('test_')}::{function.removeprefix('test_')}",
+                "with": tried.removesuffix("]"),
                 "outcome": "nothing lost" if verdict is None else "skipped" if verdict.tag == "skipped" else "lost",
                 "reason": None if verdict is None else verdict.attrib.get("message", "").partition("\n")[0],
             }
@@ -58,36 +84,43 @@ def outcomes(report: Path) -> list[dict[str, Any]]:
     return found
 
 
+def row(fault: Fault, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was tried and lost of one kind of fault; every test with the number of its cases."""
+    own = [c for c in cases if any(fnmatch(c["test"], pattern) for pattern in fault.tests)]
+    done = [c for c in own if c["outcome"] != "skipped"]
+    named = [c["with"] for c in done if fnmatch(c["test"].partition("::")[2], fault.named)]
+    return {
+        "tried": len(done),
+        "lost": sum(c["outcome"] == "lost" for c in own),
+        "skipped": len(own) - len(done),
+        "named": list(dict.fromkeys(named)),
+        "tests": dict(Counter(c["test"] for c in done)),
+        "not as hoped": [c for c in own if c["outcome"] != "nothing lost"],
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Run and write. Returns the path of the JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kind", action="append", choices=sorted(KINDS), default=None)
+    p.add_argument("--only", action="append", default=None, help="rows whose text has this in it")
     p.add_argument("--kills", action="store_true", help="the long series of kills as well")
     p.add_argument("--results", default=None, help="folder for the JSON (default benchmarks/results)")
     options = p.parse_args(arguments)
-    results = {}
-    for kind, names in KINDS.items():
-        files = [str(f) for name in names for f in sorted(TESTS.glob(f"test_{name}.py"))]
-        if not files or (options.kind and kind not in options.kind):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            report = Path(scratch) / "report.xml"
-            chosen = ["-m", "not zoo" if options.kills else "not zoo and not kills"]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
-            code = subprocess.run(
-                [*command, *files], cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False
-            ).returncode
-            if code not in (0, 1):  # all passed, or some did not
-                raise RuntimeError(f"pytest must run through; it ended with {code} on {', '.join(files)}.")
-            cases = outcomes(report)
-        counts = {what: sum(c["outcome"] == what for c in cases) for what in ("nothing lost", "lost", "skipped")}
-        results[kind] = {"tried": len(cases) - counts["skipped"], **counts, "cases": cases}
-    print(
-        tabulate(
-            [(k, r["tried"], r["lost"], r["skipped"]) for k, r in results.items()],
-            headers=("", "tried", "lost", "skipped"),
-        )
-    )
+    faults = [f for f in FAULTS if options.only is None or any(text in f.what for text in options.only)]
+    if not faults:
+        p.error(f"--only must be part of a row's text; the rows are: {', '.join(f.what for f in FAULTS)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        chosen = ["-m", "not zoo" if options.kills else "not zoo and not kills"]
+        files = dict.fromkeys(str(file) for fault in faults for file in files_of(fault))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
+        code = subprocess.run([*command, *files], cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False).returncode
+        if code not in (0, 1):  # all passed, or some did not
+            raise RuntimeError(f"pytest must run through; it ended with {code} on {', '.join(files)}.")
+        cases = outcomes(report)
+    results = {fault.what: row(fault, cases) for fault in faults}
+    columns = ("tried", "lost", "skipped")
+    print(tabulate([(what, *(r[c] for c in columns)) for what, r in results.items()], headers=("", *columns)))
     return record.write(
         "faults",
         {"configuration": {"kills": options.kills}, "results": results},

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import tarfile
 import warnings
 
@@ -194,7 +195,36 @@ def test_cifar10_benchmark_runs_every_method(tmp_path, capsys):
         cifar10.main(["--methods", "magic"])
 
 
-def test_every_pattern_of_the_fault_table_is_a_test_file():
-    for names in faults.KINDS.values():
-        for name in names:
-            assert [*faults.TESTS.glob(f"test_{name}.py")], name
+REPORT = """<testsuites><testsuite>
+<testcase classname="tests.test_learning_rate" name="test_every_scheduler_goes_on[StepLR]" time="0.1"/>
+<testcase classname="tests.test_learning_rate" name="test_every_scheduler_goes_on[CyclicLR]" time="0.1"><failure message="1 != 2&#10;more"/></testcase>
+<testcase classname="tests.test_learning_rate" name="test_lr_scale" time="0.1"/>
+<testcase classname="tests.test_learning_rate" name="test_other" time="0.1"><skipped message="no GPU"/></testcase>
+<testcase classname="tests.test_loops" name="test_a" time="0.1"/>
+</testsuite></testsuites>"""
+
+
+def test_the_fault_table_counts_what_a_report_says(tmp_path):
+    (tmp_path / "report.xml").write_text(REPORT)
+    (fault,) = (f for f in faults.FAULTS if f.what == "torch's schedulers")
+    found = faults.row(fault, faults.outcomes(tmp_path / "report.xml"))
+    assert (found["tried"], found["lost"], found["skipped"]) == (3, 1, 1)
+    assert found["named"] == ["StepLR", "CyclicLR"]
+    assert found["tests"] == {"learning_rate::every_scheduler_goes_on": 2, "learning_rate::lr_scale": 1}
+    assert [(c["with"], c["outcome"], c["reason"]) for c in found["not as hoped"]] == [
+        ("CyclicLR", "lost", "1 != 2"),
+        ("", "skipped", "no GPU"),
+    ]
+
+
+def test_every_row_of_the_fault_table_has_tests():
+    for fault in faults.FAULTS:
+        texts = "".join(file.read_text(encoding="utf-8") for file in faults.files_of(fault))
+        assert texts and re.search(rf"def test_{fault.named.rstrip('*')}", texts), fault.what
+    with pytest.raises(SystemExit):
+        faults.main(["--only", "meteorites"])
+
+
+def test_no_row_of_the_fault_table_takes_what_another_counts():
+    files = [file for fault in faults.FAULTS for file in faults.files_of(fault)]
+    assert len(files) == len(set(files))
