@@ -189,6 +189,16 @@ def compiled_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def faults_table() -> str:
+    """What was done to training runs, and what was lost."""
+    rows = [
+        (f"{what}: {', '.join(r['named'])}" if r["named"] else what, r["tried"], r["lost"], r["skipped"])
+        for what, r in load("faults")["results"].items()
+    ]
+    headers = ("done to training runs", "tried", "lost", "skipped")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
 def tables() -> str:
     """All of them, as they stand in the README."""
     return (
@@ -199,7 +209,8 @@ def tables() -> str:
         f"{parallel_table()}\n\n"
         "`torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled "
         f"low-rank model against the eager one:\n\n{compiled_table()}\n\n"
-        f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}"
+        f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}\n\n"
+        f"Faults, each tried on the real thing; lost is every case in which anything differed from a run without the fault:\n\n{faults_table()}"
     )
 
 

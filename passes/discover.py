@@ -38,10 +38,14 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     _check_owners(model, found)
     layers = list(found.values())
     # Of a pair, and of a layer that derives its weight, one parameter stands for all.
-    together = [m for m in model.modules() if isinstance(m, FactorPair) or (dense_type(m) is not None and is_derived(m))]
+    together = [
+        m for m in model.modules() if isinstance(m, FactorPair) or (dense_type(m) is not None and is_derived(m))
+    ]
     in_pairs = {id(p) for m in together for p in m.parameters()}
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) and hasattr(module, "_packed_params"):
+        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) and hasattr(
+            module, "_packed_params"
+        ):
             reason = "its weight is quantized; factorize before quantizing"
             layers.append(Layer(path, type(module).__name__, (), paths=(path,), reason=reason, supported=False))
         for name, weight in module.named_parameters(recurse=False):
@@ -113,9 +117,7 @@ class _Search:
             at = edges.get(hole, (False, False))
             for i, path in enumerate(regions):
                 inner = f"{prefix}.{path}".lstrip(".")
-                self.run(
-                    gm.regions[path], inner, first and at[0] and i == 0, last and at[1] and i == len(regions) - 1
-                )
+                self.run(gm.regions[path], inner, first and at[0] and i == 0, last and at[1] and i == len(regions) - 1)
 
     def _used_at(self, gm: TracedModule, node: fx.Node, prefix: str) -> Iterator[tuple[Tensor, Layer]]:
         path = prefix if node.target == WHOLE else f"{prefix}.{node.target}".lstrip(".")
@@ -185,7 +187,9 @@ class _Search:
             kind = str(weight.dtype).removeprefix("torch.")
             reason = f"its weight is {kind}; only real floating-point weights have a low-rank split here"
         elif weight.layout != nn.Parameter().layout:
-            reason = f"its weight is {str(weight.layout).removeprefix('torch.')}; only dense memory has a low-rank split"
+            reason = (
+                f"its weight is {str(weight.layout).removeprefix('torch.')}; only dense memory has a low-rank split"
+            )
         key = weight
         if is_derived(dense):
             key = next(p for p in dense.parameters() if p.ndim >= 2)

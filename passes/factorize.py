@@ -75,7 +75,9 @@ class Factorize(Pass):
         for user in list(node.users):
             straight = len(pair.dense_shape) == 2 and pair.unfold_u(pair.u.weight).shape[0] == 1
             linear = user.target is F.linear and user.args[1:2] == (node,)
-            matmul = user.target in (operator.matmul, torch.matmul) and user.args[1] is node and user.args[0] is not node
+            matmul = (
+                user.target in (operator.matmul, torch.matmul) and user.args[1] is node and user.args[0] is not node
+            )
             product = user.target
             if not callable(product) or not straight or not (linear or matmul) or isinstance(pair, LowRankEmbedding):
                 continue

@@ -201,7 +201,12 @@ class LowRankLinear(FactorPair):
     def to_dense(self) -> nn.Module:
         weight = self.fold_dense(self.unfold_v(self.v.weight.detach()) @ self.unfold_u(self.u.weight.detach()))
         dense = nn.utils.skip_init(
-            getattr(self, "dense_class", nn.Linear), self.in_features, self.out_features, bias=False, device=weight.device, dtype=weight.dtype
+            getattr(self, "dense_class", nn.Linear),
+            self.in_features,
+            self.out_features,
+            bias=False,
+            device=weight.device,
+            dtype=weight.dtype,
         )
         return fill_dense(dense, self, weight, self.bias)
 
@@ -288,7 +293,15 @@ class LowRankEmbedding(FactorPair):
     """
 
     kind = "embedding"
-    geometry = ("num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    geometry = (
+        "num_embeddings",
+        "embedding_dim",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    )
     children_in_order = ("v", "u")
     num_embeddings: int
     embedding_dim: int
@@ -299,7 +312,9 @@ class LowRankEmbedding(FactorPair):
         return tensor[None]
 
     def _table(self, width: int, place: dict[str, Any]) -> nn.Embedding:
-        options = {n: self.__dict__[n] for n in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")}
+        options = {
+            n: self.__dict__[n] for n in ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        }
         table: nn.Embedding = nn.utils.skip_init(nn.Embedding, self.num_embeddings, width, **options, **place)
         return table
 

@@ -91,7 +91,9 @@ def dense_at(model: nn.Module, name: str, form: str = "channel") -> nn.Module:
     return module_at(model, name)
 
 
-def holders(model: nn.Module, weight: torch.Tensor, form: str = "channel") -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def holders(
+    model: nn.Module, weight: torch.Tensor, form: str = "channel"
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Everything that holds this parameter: `(owner, attribute, layer)`; the attribute is empty where the layer is the
     owner itself.
     """

@@ -86,12 +86,7 @@ def _addmm(bias: Any, left: Any, right: Any, *, beta: Any = 1, alpha: Any = 1, o
 
 def _grouped_mm(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
     """`x[group g] @ W[g]` for stacked experts."""
-    if (
-        not isinstance(weight, Factored)
-        or isinstance(x, Factored)
-        or not weight.is_matrix
-        or bias is not None
-    ):
+    if not isinstance(weight, Factored) or isinstance(x, Factored) or not weight.is_matrix or bias is not None:
         return NotImplemented
     first, second = (weight.u.mT, weight.v.mT) if weight.flipped else (weight.v, weight.u)
     rank = weight.u.shape[1]

@@ -7,6 +7,7 @@ Rounds are interleaved: each round times every variant once, so that a drifting 
 median over the rounds counts.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -48,8 +49,8 @@ class Stopwatch:
         marks, self._marks = self._marks, []
         if self._cuda and marks:
             marks[-1].synchronize()
-            return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
-        return [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+            return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+        return [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:

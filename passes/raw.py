@@ -182,7 +182,6 @@ class LowRankWeight(FactorPair):
         return product
 
 
-
 def _with_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     args, kwargs = pytree.tree_map_only(LowRankWeight, lambda pair: pair.weight, (args, dict(kwargs)))
     return func(*args, **kwargs)

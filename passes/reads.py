@@ -170,7 +170,9 @@ def _einsum(user: fx.Node, weight: fx.Node) -> Any:
         operands = tuple(operands[0])
     plain = isinstance(user.args[0], str) and "." not in user.args[0] and "->" in user.args[0]
     others = [a for a in operands if a is not weight]
-    return others[0] if plain and len(operands) == 2 and len(others) == 1 and weight.meta["val"].ndim in (2, 3) else None
+    return (
+        others[0] if plain and len(operands) == 2 and len(others) == 1 and weight.meta["val"].ndim in (2, 3) else None
+    )
 
 
 _CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)

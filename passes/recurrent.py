@@ -65,7 +65,9 @@ def _run(args: tuple[Any, ...], packed: bool, states: list[Tensor], cell: Any) -
         outs = []
         for direction in range(directions):
             i = layer * directions + direction
-            out, final = _direction(x, weights[i * per : (i + 1) * per], has_biases, [s[i] for s in states], sizes, bool(direction), cell)
+            out, final = _direction(
+                x, weights[i * per : (i + 1) * per], has_biases, [s[i] for s in states], sizes, bool(direction), cell
+            )
             outs.append(out)
             finals.append(final)
         x = outs[0] if directions == 1 else torch.cat(outs, -1)
@@ -78,7 +80,13 @@ def _run(args: tuple[Any, ...], packed: bool, states: list[Tensor], cell: Any) -
 
 
 def _direction(
-    x: Tensor, weights: Sequence[Any], has_biases: bool, states: list[Tensor], sizes: Sequence[int], reverse: bool, cell: Any
+    x: Tensor,
+    weights: Sequence[Any],
+    has_biases: bool,
+    states: list[Tensor],
+    sizes: Sequence[int],
+    reverse: bool,
+    cell: Any,
 ) -> tuple[Tensor, list[Tensor]]:
     """One direction of one layer: outputs in the order of `x`, and the final states. At each step the first `n` sequences
     are at work, the others have ended, or have not begun.

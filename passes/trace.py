@@ -119,7 +119,7 @@ def trace(
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
-class _Untraceable(TraceError):
+class _UntraceableError(TraceError):
     """The model runs, but cannot be a graph."""
 
 
@@ -135,7 +135,7 @@ def _trace(
     values = Values()
     try:
         graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values)
-    except _Untraceable as error:
+    except _UntraceableError as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
     else:
@@ -198,7 +198,7 @@ def _graph(
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
             where = f"{names.get(culprit)!r} ({type(culprit).__name__})" if culprit is not None else "its own forward"
-            wrong = _Untraceable(
+            wrong = _UntraceableError(
                 f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
                 f"{where} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
                 "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."

@@ -4,6 +4,7 @@ Computing one takes torch half a millisecond. A model repeats its blocks, and th
 again, so results are remembered by what they depend on.
 """
 
+import contextlib
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -69,10 +70,8 @@ class Values:
             return compute()
         if key not in self._known:
             result = compute()
-            try:
+            with contextlib.suppress(_UnknownError):
                 self._known[key] = _described(result)
-            except _UnknownError:
-                pass
             return result
         return self._again(self._known[key])
 

@@ -73,7 +73,9 @@ def largest_difference(a: Any, b: Any) -> float:
             x, y = x.detach().double(), y.detach().double()
             same = (x == y) | (x.isnan() & y.isnan())
             # A NaN would pass unseen: max(0.0, nan) is 0.0.
-            difference = float((x - y).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).masked_fill(same, 0).max())
+            difference = float(
+                (x - y).abs().nan_to_num(nan=float("inf"), posinf=float("inf")).masked_fill(same, 0).max()
+            )
             scale = float(x.abs().nan_to_num(nan=0, posinf=0).max())
             worst = max(worst, difference / scale if scale > 0 else difference)
     return worst
