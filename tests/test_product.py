@@ -238,6 +238,7 @@ def test_everything_else_is_the_dense_result(name, case):
     assert not any(isinstance(t, FactoredWeight) for t in _flat(found))
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 has no grouped product on a CPU")
 @pytest.mark.parametrize("multiple", [4, 1], ids=["aligned rank", "any rank"])
 @settings(max_examples=10)
 @given(case=cases("stack"), public=st.booleans())
