@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap, wrapper_around
@@ -291,17 +290,19 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
         model = model._modules.get("_orig_mod") or model._modules["module"]  # type: ignore[assignment]
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise `TypeError` for an optimizer whose parameters are spread over processes."""
+def check_optimizer(optimizer: Any) -> None:
+    """Raise `TypeError` for an optimizer whose parameters are spread over processes, or lie flat, whatever is around it."""
     if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
         raise TypeError(
             "ZeroRedundancyOptimizer fixes which process owns which parameter when it is built, so they cannot be swapped; use the "
             "optimizer it wraps: after the switch its state is smaller by itself."
         )
-    if type(optimizer).__module__.startswith("deepspeed"):
-        raise TypeError(
-            f"{type(optimizer).__name__} of DeepSpeed keeps flat copies of the parameters; use a torch optimizer with DistributedDataParallel."
-        )
+    for part in (optimizer, getattr(optimizer, "optimizer", None)):  # Accelerate puts its own around it
+        if type(part).__module__.startswith("deepspeed"):
+            raise TypeError(
+                f"DeepSpeed keeps flat copies of the parameters, so they cannot be swapped; got its {type(part).__name__}. Use a torch optimizer with "
+                "DistributedDataParallel or fully_shard, or start DeepSpeed on a model from fxrank.factorize."
+            )
 
 
 @contextmanager

@@ -32,11 +32,11 @@ def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> t
     """
     listed: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for optimizer in listed:
+        check_optimizer(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch optimizer, or a list of some in the order in which they step; got {type(optimizer).__name__}."
             )
-        check_optimizer(optimizer)
     optimizers = tuple(map(unwrapped, listed))
     if len(set(map(id, optimizers))) < max(1, len(optimizers)):
         found = "none" if not optimizers else "the same one twice"

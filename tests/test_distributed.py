@@ -1,6 +1,8 @@
 """Several processes on gloo, with torch's own DistributedDataParallel: real groups, not simulated ones."""
 
 import hashlib
+import importlib
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import fxrank
 from fxrank.ddp import wrapper_around
 from fxrank.demo import DigitsNet
 from fxrank.distributed import Team, gradient_bytes
+from fxrank.optim import optimizers_of
 
 PUFFERFISH = fxrank.Pufferfish(E=4, K=0, ratio=0.25)
 STEPS = 10
@@ -353,8 +356,39 @@ def test_engines_that_are_known_by_name():
     class DeepSpeedEngine(nn.Module):
         pass
 
+    flat = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    around = type("AcceleratedOptimizer", (), {"optimizer": flat})()
     with pytest.raises(TypeError, match=re.escape("DeepSpeed keeps flat copies of the parameters")):
         Team.of(DeepSpeedEngine())
+    for optimizer in (flat, around):
+        with pytest.raises(
+            TypeError, match=re.escape("so they cannot be swapped; got its DeepSpeedZeroOptimizer. Use a torch")
+        ):
+            optimizers_of(optimizer, mlp())
+
+
+def started_by_deepspeed(rank, size, stage):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"}
+    deepspeed = importlib.import_module("deepspeed")
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = {"train_batch_size": 4, "zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    engine, flat, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    texts = []
+    for given in ((engine, optimizer), (engine, flat), (engine.module, flat)):
+        with pytest.raises(TypeError) as error:
+            fxrank.LowRankSession.attach(*given, example_inputs=vectors()[0], total_steps=4)
+        texts.append(str(error.value))
+    return texts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepspeed_itself_is_refused(stage):
+    """Where it is installed: it builds a part of its own first, which takes a minute."""
+    pytest.importorskip("deepspeed")
+    for texts in team(started_by_deepspeed, 2, stage, timeout=600):
+        assert all(text.startswith("DeepSpeed keeps flat copies of the parameters") for text in texts)
 
 
 def test_data_parallel_is_the_model_in_it():
