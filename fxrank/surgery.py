@@ -23,7 +23,7 @@ from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import WHOLE, TracedModule, trace
-from fxrank.passes.weights import is_derived, weight_of
+from fxrank.passes.weights import check_not_computed, is_derived, weight_of
 from fxrank.plan import LayerDecision, Plan
 from fxrank.ranks import ratio_rank
 
@@ -168,6 +168,7 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
         raise PlanMismatchError(
             f"a plan's forms must be among {', '.join(FORMS)}; {decision.name!r} has {decision.form!r}. Install the fxrank that wrote the plan."
         )
+    check_not_computed(layer, decision.name)
     cls = pair_class(layer, decision.form)
     shape = () if cls is None else tuple(weight_of(layer).shape)
     if cls is None or cls.kind != decision.kind.removeprefix("tied ") or shape != tuple(decision.weight_shape):

@@ -20,7 +20,7 @@ from fxrank.passes.names import own_name
 from fxrank.passes.raw import RawWeight
 from fxrank.passes.reads import uses
 from fxrank.passes.trace import WHOLE, TracedModule
-from fxrank.passes.weights import is_derived, weight_of
+from fxrank.passes.weights import computed_part, is_derived, weight_of
 
 Found = Iterable[tuple[Tensor, Layer]]
 
@@ -248,7 +248,9 @@ class _Search:
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2 and not isinstance(module.get_submodule(name.rpartition(".")[0]), FactorPair):
                 own = _join(path, name).removesuffix(".weight")
-                if parametrize.is_parametrized(module):
+                if dense_type(module) is not None and (part := computed_part(module)) is not None:
+                    reason = f"its {part} is no parameter, as after pruning; make it one first, after pruning with prune.remove"
+                elif parametrize.is_parametrized(module):
                     reason = "it is an original of a parametrization that has no factor pair"
                 else:
                     options = " with max_norm or scale_grad_by_freq" if isinstance(module, nn.Embedding) else ""

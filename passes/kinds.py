@@ -18,7 +18,7 @@ from fxrank.passes.errors import unknown_name
 from fxrank.passes.factors import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
 from fxrank.passes.names import module_at
 from fxrank.passes.raw import LowRankWeight, RawWeight
-from fxrank.passes.weights import standardizes, weight_of
+from fxrank.passes.weights import computed_part, standardizes, weight_of
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {
     nn.Linear: {"channel": LowRankLinear, "qkv": LowRankFusedLinear},
@@ -60,6 +60,8 @@ def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | No
         raise unknown_name("form", form, FORMS)
     kind = dense_type(dense)
     if kind is None or (kind is nn.Embedding and (dense.max_norm is not None or dense.scale_grad_by_freq)):
+        return None
+    if computed_part(dense) is not None:
         return None
     return PAIRS[kind].get(form)
 

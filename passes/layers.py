@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fxrank.passes.errors import PlanMismatchError
 from fxrank.passes.kinds import dense_at, pair_class
-from fxrank.passes.weights import numbers_of, weight_of
+from fxrank.passes.weights import check_not_computed, numbers_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def matrices_of(layer: Layer, model: nn.Module) -> Tensor:
 
 def _unrolled(layer: Layer, model: nn.Module, *, spectral: bool) -> Tensor:
     dense = dense_at(model, layer.name, layer.form)
+    check_not_computed(dense, layer.name)
     cls = pair_class(dense, layer.form)
     if cls is None:
         raise PlanMismatchError(

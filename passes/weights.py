@@ -14,6 +14,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
+from fxrank.passes.errors import PlanMismatchError
+
 
 def weight_of(layer: nn.Module) -> Tensor:
     """The weight that the layer multiplies with; for layers that are known to have one.
@@ -52,6 +54,27 @@ _READ = "_fxrank_read"
 def is_derived(layer: nn.Module) -> bool:
     """Whether the layer's weight is computed from other parameters."""
     return parametrize.is_parametrized(layer, "weight") or _old_norm(layer) is not None or standardizes(layer)
+
+
+def computed_part(layer: nn.Module) -> str | None:
+    """Which of weight and bias the layer multiplies with and does not hold as a parameter, as after pruning; a weight that
+    `is_derived` is none of them. Nothing is read: that would leave a node in a graph being traced.
+    """
+    for name in ("weight", "bias"):
+        computed = vars(layer).get(name) is not None or layer._buffers.get(name) is not None
+        if computed or parametrize.is_parametrized(layer, name):
+            if name == "bias" or not is_derived(layer):
+                return name
+    return None
+
+
+def check_not_computed(layer: nn.Module, name: str) -> None:
+    """Raise `PlanMismatchError` for a layer with a `computed_part`."""
+    if (part := computed_part(layer)) is not None:
+        raise PlanMismatchError(
+            f"a layer must hold the parameters that its pair replaces; the {part} of {name!r} is none, as after pruning. Make it one first, after "
+            "pruning with prune.remove."
+        )
 
 
 def drop_norm_hooks(layer: nn.Module) -> None:

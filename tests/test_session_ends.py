@@ -1,8 +1,14 @@
-"""`LowRankSession` where something else has happened in between: another dtype, another session, too many steps, no pair."""
+"""`LowRankSession` where something else has happened in between: another dtype, another session, too many steps, no pair,
+pruning.
+"""
+
+import re
 
 import pytest
 import torch
-from nets import ConvNet, attach, images, sgd, train
+from nets import SOON, ConvNet, attach, images, mlp, sgd, snapshot, train
+from torch import nn
+from torch.nn.utils import prune
 
 import fxrank
 
@@ -52,3 +58,34 @@ def test_more_steps_than_announced_are_saved_and_gone_on_with():
     fresh = ConvNet(1)
     again = attach(fresh, sgd(fresh), policy, batch[0], total_steps=4, steps_per_epoch=1, state=state)
     assert again.clock.step == 6 and again.plan == session.plan
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_pruned_layers_stay_dense_until_their_parts_are_parameters(part):
+    model, policy = mlp(), fxrank.Pufferfish(E=2, ratio=0.25)
+    prune.l1_unstructured(model[4], part, 0.3)
+    optimizer = sgd(model)
+    session = attach(model, optimizer, policy, steps_per_epoch=1)
+    train(model, optimizer, 3)
+    plan = session.finish()
+    assert plan.R == {"2": 4} and (getattr(model[4], part) == 0).any()
+    assert f"its {part} is no parameter, as after pruning" in next(d for d in plan.layers if d.name[0] == "4").reason
+    prune.remove(model[4], part)
+    optimizer = sgd(model)
+    session = attach(model, optimizer, policy, steps_per_epoch=1)
+    train(model, optimizer, 3)
+    assert session.finish().R == {"4": 4}
+
+
+@pytest.mark.parametrize("policy", [SOON, fxrank.Pufferfish(E=2, ratio=0.25)], ids=["watched", "unwatched"])
+def test_a_layer_that_is_pruned_before_the_switch_is_named_and_nothing_is_changed(policy):
+    model = mlp()
+    optimizer = sgd(model)
+    attach(model, optimizer, policy, total_steps=4, steps_per_epoch=1)
+    train(model, optimizer, 1)
+    prune.l1_unstructured(model[4], "weight", 0.3)
+    before = snapshot(model)["types"]
+    text = "a layer must hold the parameters that its pair replaces; the weight of '4' is none, as after pruning."
+    with pytest.raises(fxrank.PlanMismatchError, match=re.escape(text)):
+        train(model, optimizer, 3)
+    assert snapshot(model)["types"] == before and type(model[2]) is nn.Linear
