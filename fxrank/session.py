@@ -174,8 +174,10 @@ class LowRankSession:
                 self._observe(exact=True)
         if state is not None:
             restore_session(self, state)
-        self._handles = [o.register_step_pre_hook(self._before_step) for o in self.optimizers]
-        self._handles += [o.register_step_post_hook(self._after_step) for o in self.optimizers]
+        # A user's compiled step calls them as they are: to compile what they do would take minutes, and again at each change.
+        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
+        self._handles = [o.register_step_pre_hook(before) for o in self.optimizers]
+        self._handles += [o.register_step_post_hook(after) for o in self.optimizers]
         if state is None:
             self._consider_switch()
         self._watch.mark()

@@ -1,6 +1,7 @@
 """`torch.compile` before, during and after the switch; factored weights inside a whole graph."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -49,18 +50,17 @@ def wrapped_layers(model, counter):
     return model
 
 
+def watched(model, optimizer, x=X, policy=HALFWAY):
+    return fxrank.LowRankSession.attach(
+        model, optimizer, example_inputs=x, total_steps=10, steps_per_epoch=1, policy=policy
+    )
+
+
 def run(model, batch=None, attached=None):
     """Ten steps, switch after the fifth; plan and final weights."""
     batch = vectors() if batch is None else batch
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    session = fxrank.LowRankSession.attach(
-        model if attached is None else attached,
-        optimizer,
-        example_inputs=batch[0],
-        total_steps=10,
-        steps_per_epoch=1,
-        policy=HALFWAY,
-    )
+    session = watched(model if attached is None else attached, optimizer, batch[0])
     compiled = []
     for _ in range(10):
         train(model, optimizer, 1, batch)
@@ -137,6 +137,34 @@ def test_the_one_call_takes_a_compiled_model():
     assert result.model is model
     assert result.plan.R == {"2": 4, "4": 4}
     assert fxrank.plan_of(model) == result.plan
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["optimizer.step", "training step"])
+def test_a_compiled_step_is_compiled_once_more_at_the_switch(whole):
+    runs, counts, counter = [], [], CompileCounterWithBackend("eager")
+    for compiled in (False, True):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01), weight_decay=0.1, foreach=False)
+        policy = dataclasses.replace(HALFWAY, lr_scale=0.5)
+        watched(model, optimizer, policy=policy)
+
+        def step(optimizer=optimizer, model=model):
+            F.cross_entropy(model(X), Y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if compiled and whole:
+            step = torch.compile(step, backend=counter)
+        elif compiled:
+            optimizer.step = torch.compile(optimizer.step, backend=counter)
+        for _ in range(10):
+            step()
+            counts.append(counter.frame_count)
+        runs.append([p.detach().clone() for p in model.parameters()])
+    parts = 2 if whole else 1  # what is before the session's hooks, and the step itself
+    assert counts == [0] * 10 + [parts] * 5 + [2 * parts] * 5
+    for mine, theirs in zip(*runs, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_wrappers_in_wrappers():
