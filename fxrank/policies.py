@@ -23,6 +23,9 @@ class FullRank(Policy):
     def decide(self, scene: Scene) -> list[LayerDecision]:
         return [keep(layer, layer.reason or "policy FullRank keeps every layer dense") for layer in scene.layers]
 
+    def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:
+        return Plan(self.name, tuple(self.decide(scene)), note="full rank as asked")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pufferfish(Policy):

@@ -20,7 +20,7 @@ from fxrank.passes.names import own_name
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
-from fxrank.surgery import Factors
+from fxrank.surgery import Factors, keep
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,22 @@ class Policy(ABC):
             switch_epoch=round(clock.epoch, 4),
             note=why,
             training=Training(self.frobenius_decay, self.lr_scale, self.rewarmup, self.freeze),
+        )
+
+    def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:
+        """The plan of a run that ended at `clock` without a switch: every layer dense, with the reason."""
+        kept = self.eligible(scene)
+        decisions = []
+        for layer in scene.layers:
+            waiting = f"no switch within {clock.step} steps"
+            if scene.monitor is not None:
+                settled = layer.name in scene.monitor.settled
+                waiting += "; its rank had settled, others had not" if settled else "; its rank had not settled"
+            decisions.append(keep(layer, layer.reason or kept.get(layer.name) or waiting))
+        return Plan(
+            self.name,
+            tuple(decisions),
+            note=f"the policy did not switch within {clock.step} of {clock.total_steps} steps",
         )
 
 

@@ -39,7 +39,7 @@ from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, frozen_names
 from fxrank.state import restore_session, session_state
 from fxrank.steps import is_outermost
-from fxrank.surgery import check_plan, has_plan, keep, remember_plan
+from fxrank.surgery import check_plan, has_plan, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
@@ -319,7 +319,7 @@ class LowRankSession:
         self._detach()
         self._collect_times()
         if self.plan is None:
-            self.plan = self._never_switched()
+            self.plan = self.policy.plan_without_switch(self.scene, self.clock)
         if not self.plan.R and not has_plan(self.model):
             remember_plan(self.model, self.plan)  # it can be saved like any other
         if not self.plan.R and not isinstance(self.policy, FullRank):
@@ -337,26 +337,6 @@ class LowRankSession:
         self._handles = []
         for regime in self._regimes.values():
             regime.after_step()
-
-    def _never_switched(self) -> Plan:
-        if isinstance(self.policy, FullRank):
-            return Plan(self.policy.name, tuple(self.policy.decide(self.scene)), note="full rank as asked")
-        kept = self.policy.eligible(self.scene)
-        settled = self.scene.monitor.settled if self.scene.monitor else frozenset()
-        decisions = []
-        for layer in self.scene.layers:
-            waiting = "its rank had settled, others had not" if layer.name in settled else "its rank had not settled"
-            decisions.append(
-                keep(
-                    layer,
-                    layer.reason or kept.get(layer.name) or f"no switch within {self.clock.step} steps; {waiting}",
-                )
-            )
-        return Plan(
-            self.policy.name,
-            tuple(decisions),
-            note=f"the policy did not switch within {self.clock.step} of {self.clock.total_steps} steps",
-        )
 
     def __enter__(self) -> "LowRankSession":
         return self

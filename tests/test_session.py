@@ -348,6 +348,13 @@ def test_reasons_of_waiting_layers():
     assert plan.layer("4").reason == "no switch within 0 steps; its rank had not settled"
 
 
+def test_nothing_is_said_of_ranks_that_nobody_watched():
+    model = mlp()
+    session = attach(model, sgd(model), fxrank.Pufferfish(E=20, ratio=0.25), steps_per_epoch=1)
+    with pytest.warns(fxrank.NothingFactorizedWarning, match=r"4 \(linear\): no switch within 0 steps\n"):
+        session.finish()
+
+
 # -- time
 
 
