@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from fxrank.averages import averaged_in, check_average, switch_average
 from fxrank.distributed import Team, gradient_bytes
@@ -78,7 +79,8 @@ class LowRankSession:
         self._example, self._listener = example, listener or (lambda *_: None)
         self._regimes: dict[Optimizer, FactorRegime] = {}
         self._watch = Stopwatch(next(model.parameters()).device)
-        self._handles: list[Any] = []
+        self._handles: list[RemovableHandle] = []
+        self._after: dict[Optimizer, RemovableHandle] = {}
         self._averages: list[nn.Module] = []
         self._logger: Logger | None = None
 
@@ -177,7 +179,7 @@ class LowRankSession:
         # A user's compiled step calls them as they are: to compile what they do would take minutes, and again at each change.
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         self._handles = [o.register_step_pre_hook(before) for o in self.optimizers]
-        self._handles += [o.register_step_post_hook(after) for o in self.optimizers]
+        self._after = {o: o.register_step_post_hook(after) for o in self.optimizers}
         if state is None:
             self._consider_switch()
         self._watch.mark()
@@ -201,6 +203,9 @@ class LowRankSession:
         regime = self._regimes.get(optimizer)
         if regime is None or not is_outermost(optimizer):
             return None
+        # The first of all: a user's hook, one that steps a scheduler say, finds the learning rate as scheduled.
+        hooks: Any = optimizer._optimizer_step_post_hooks
+        hooks.move_to_end(self._after[optimizer].id, last=False)
         if len(args) > 1 and callable(args[1]):
             return (args[0], regime.before_step(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
@@ -332,9 +337,9 @@ class LowRankSession:
         return self.plan
 
     def _detach(self) -> None:
-        for handle in self._handles:
+        for handle in (*self._handles, *self._after.values()):
             handle.remove()
-        self._handles = []
+        self._handles, self._after = [], {}
         for regime in self._regimes.values():
             regime.after_step()
 

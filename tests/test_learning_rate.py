@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from nets import mlp, train, vectors
+from nets import attach, mlp, train, vectors
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -150,3 +150,20 @@ def test_every_scheduler_goes_on_across_the_switch(name):
         plan = session.finish()
     assert plan.R == {"1": 2}
     assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("name", ["ExponentialLR", "LambdaLR", "OneCycleLR"])
+def test_a_scheduler_that_steps_in_a_hook_of_the_optimizer_is_heard(name):
+    rates = []
+    for policy in (fxrank.FullRank(), fxrank.Pufferfish(E=3, ratio=0.25, lr_scale=0.5, rewarmup=0.2)):
+        model, inside = mlp(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        optimizer.register_step_post_hook(lambda *_, scheduler=scheduler: scheduler.step())
+        session = attach(model, optimizer, policy, steps_per_epoch=1)
+        for _ in range(10):
+            train(model, optimizer, 1)
+            inside.append(optimizer.param_groups[0]["lr"])
+        session.finish()
+        rates.append(inside)
+    assert rates[0] == rates[1] and len(set(rates[0])) == 10
