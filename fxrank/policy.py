@@ -191,6 +191,16 @@ def frozen_names(model: nn.Module, globs: Iterable[str]) -> list[str]:
     return [name for name in names if name in frozen]
 
 
+def freeze(model: nn.Module, globs: tuple[str, ...]) -> list[str]:
+    """Stop training the parameters that the globs match. Returns a note, or nothing."""
+    frozen = set(frozen_names(model, globs))
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+    return [f"frozen after the switch: {len(frozen)} parameters ({', '.join(globs)})"] if frozen else []
+
+
 def _names_before(name: str) -> tuple[str, ...]:
     """What a factor's weight was called as a layer's and as a raw parameter."""
     factor = re.fullmatch(r"(.*)\.[uv]\.(weight|bias)", name)

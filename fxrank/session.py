@@ -29,6 +29,7 @@ from fxrank.optim import FactorRegime, optimizers_of, refused_by, swap_parameter
 from fxrank.passes.calls import Example
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import NothingFactorizedWarning
+from fxrank.passes.factorize import pairs_in
 from fxrank.passes.layers import stack_of
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import Selector, candidates, require_some
@@ -37,7 +38,7 @@ from fxrank.passes.stacks import stacks
 from fxrank.passes.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies import FixedPlan, FullRank, as_policy
-from fxrank.policy import Clock, Policy, Scene, frozen_names
+from fxrank.policy import Clock, Policy, Scene, freeze, frozen_names
 from fxrank.state import restore_session, session_state
 from fxrank.steps import is_outermost
 from fxrank.surgery import check_plan, has_plan, remember_plan
@@ -82,6 +83,7 @@ class LowRankSession:
         self._handles: list[RemovableHandle] = []
         self._after: dict[Optimizer, RemovableHandle] = {}
         self._averages: list[nn.Module] = []
+        self._broken: BaseException | None = None
         self._logger: Logger | None = None
 
     @classmethod
@@ -196,6 +198,7 @@ class LowRankSession:
     # -- inside optimizer.step()
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._check_whole()
         check_not_captured()
         check_outside_backward()
         if self.plan is None and not isinstance(self.policy, FullRank):
@@ -284,24 +287,20 @@ class LowRankSession:
             return
         for average in self._averages:
             check_average(average, plan)
+        pairs = pairs_in(self.model).keys()
+        try:
+            self._install(plan, split)
+        except BaseException as error:
+            if pairs_in(self.model).keys() != pairs:  # else nothing is changed yet, and the next step may try again
+                self._broken = error
+            raise
+
+    def _install(self, plan: Plan, split: bool) -> None:
         replacements = self.team.apply(plan, self.graph_module, self._example, self.scene.factors, split=split)
         for average in self._averages:
             switch_average(average, self.model, plan, split=split)
         self.plan, self.phase = plan, LOW
-        frozen = set(frozen_names(self.model, self.policy.freeze))
-        for name, parameter in self.model.named_parameters():
-            if name in frozen:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-        if frozen:
-            self.notes.append(f"frozen after the switch: {len(frozen)} parameters ({', '.join(self.policy.freeze)})")
-        for r in filter(lambda r: r.hooked, replacements):
-            now = (
-                "are gone with the parameters that it was derived from"
-                if r.derived
-                else "get the gradients of its factors now"
-            )
-            self.notes.append(f"{r.name}: the hooks on its weight {now}")
+        self.notes += freeze(self.model, self.policy.freeze) + [r.hook_note for r in replacements if r.hooked]
         self.notes += [note for o in self.optimizers for note in swap_parameters(o, replacements)]
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
         if (missing := self.team.rewrap()) is not None:
@@ -315,6 +314,13 @@ class LowRankSession:
             self._regimes[optimizer] = regime
             self.notes += regime.notes
 
+    def _check_whole(self) -> None:
+        if self._broken is not None:
+            raise RuntimeError(
+                f"a switch must be made whole; the one after step {self.clock.step} broke off with {type(self._broken).__name__}, and some of the "
+                "optimizer's parameters are no longer the model's. Go on from a checkpoint, with a freshly built model."
+            ) from self._broken
+
     # -- the end
 
     def finish(self) -> Plan:
@@ -322,6 +328,7 @@ class LowRankSession:
         every layer was left dense.
         """
         self._detach()
+        self._check_whole()
         self._collect_times()
         if self.plan is None:
             self.plan = self.policy.plan_without_switch(self.scene, self.clock)
@@ -366,6 +373,7 @@ class LowRankSession:
         """Plain data and small tensors: clock, plan, rank histories and the tracker's state, timings, notes. Save it
         beside the model's and the optimizer's own state; `torch.load(…, weights_only=True)` reads it.
         """
+        self._check_whole()
         self.pause()
         return session_state(self)
 

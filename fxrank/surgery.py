@@ -56,6 +56,14 @@ class Replacement:
         """Whether the user has hooks on what is gone. Those of one dense weight are on both factors now."""
         return any(getattr(parameter, name, None) for parameter in self.parameters for name in _WEIGHT_HOOKS)
 
+    @property
+    def hook_note(self) -> str:
+        """What has become of these hooks."""
+        gone = "are gone with the parameters that it was derived from"
+        return (
+            f"{self.name}: the hooks on its weight {gone if self.derived else 'get the gradients of its factors now'}"
+        )
+
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """`(U, V)` by layer name, where a policy has already computed them."""

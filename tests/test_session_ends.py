@@ -2,6 +2,7 @@
 pruning.
 """
 
+import pkgutil
 import re
 
 import pytest
@@ -89,3 +90,42 @@ def test_a_layer_that_is_pruned_before_the_switch_is_named_and_nothing_is_change
     with pytest.raises(fxrank.PlanMismatchError, match=re.escape(text)):
         train(model, optimizer, 3)
     assert snapshot(model)["types"] == before and type(model[2]) is nn.Linear
+
+
+@pytest.mark.parametrize("where", ["fxrank.session.swap_parameters", "fxrank.surgery.install"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_switch_that_breaks_off_half_way_is_not_trained_on_with(where, error, monkeypatch):
+    model, policy = mlp(), fxrank.Pufferfish(E=2, ratio=0.25)
+    optimizer = sgd(model)
+    session = attach(model, optimizer, policy, steps_per_epoch=1)
+    train(model, optimizer, 1)
+    real, calls = pkgutil.resolve_name(where), []
+
+    def breaks(*args):
+        calls.append(args)
+        if len(calls) == (1 if "swap" in where else 2):
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr(where, breaks)
+    with pytest.raises(error):
+        train(model, optimizer, 1)
+    text = f"a switch must be made whole; the one after step 2 broke off with {error.__name__}, and some of the optimizer's parameters"
+    before = [p.detach().clone() for p in model.parameters()]
+    for go_on in (lambda: train(model, optimizer, 1), session.state_dict, session.finish):
+        with pytest.raises(RuntimeError, match=text):
+            go_on()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_switch_that_breaks_off_before_anything_is_changed_is_tried_again(monkeypatch):
+    model, policy = mlp(), fxrank.Pufferfish(E=2, ratio=0.25)
+    optimizer = sgd(model)
+    session = attach(model, optimizer, policy, steps_per_epoch=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("fxrank.surgery.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, 2)
+    train(model, optimizer, 2)
+    assert session.finish().R == {"2": 4, "4": 4} and session.plan.switch_step == 3
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
