@@ -182,8 +182,12 @@ class LowRankSession:
         before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
         self._handles = [o.register_step_pre_hook(before) for o in self.optimizers]
         self._after = {o: o.register_step_post_hook(after) for o in self.optimizers}
-        if state is None:
-            self._consider_switch()
+        try:
+            if state is None:
+                self._consider_switch()
+        except BaseException:  # `attach` has failed
+            self._detach()
+            raise
         self._watch.mark()
 
     def follow(self, average: nn.Module) -> None:

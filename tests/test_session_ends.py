@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from nets import SOON, ConvNet, attach, images, mlp, sgd, snapshot, train
+from nets import SOON, ConvNet, attach, images, mlp, settings_of, sgd, snapshot, train
 from torch import nn
 from torch.nn.utils import prune
 
@@ -129,3 +129,15 @@ def test_a_switch_that_breaks_off_before_anything_is_changed_is_tried_again(monk
     train(model, optimizer, 2)
     assert session.finish().R == {"2": 4, "4": 4} and session.plan.switch_step == 3
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
+def test_an_attach_that_fails_leaves_no_hooks():
+    def interrupted(event, session):
+        raise KeyboardInterrupt
+
+    model = mlp()
+    optimizer = sgd(model)
+    settings = settings_of(optimizer)
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, optimizer, fxrank.SpectralInit(ratio=0.25), listener=interrupted)
+    assert settings_of(optimizer) == settings and type(model[2]) is nn.Linear
