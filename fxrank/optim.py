@@ -4,7 +4,7 @@ step. (Its state: `moments`.)
 
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -182,14 +182,6 @@ def _project_state(optimizer: Optimizer, replacement: Replacement, smallest: int
     return []
 
 
-@dataclass(frozen=True)
-class _Site:
-    pair: FactorPair
-    group: int
-    strength: float | None
-    way: Way
-
-
 class FactorRegime:
     """What happens inside every `optimizer.step()` after the switch: Frobenius decay, and the learning-rate factor.
 
@@ -202,36 +194,44 @@ class FactorRegime:
 
     def __init__(self, optimizer: Optimizer, replacements: Sequence[Replacement], strength: float | str | None) -> None:
         self._optimizer = optimizer
-        self._sites: list[_Site] = []
-        self._ways: dict[str, Way | None] = {}
+        self._strength = None if strength == "auto" or strength is None else float(strength)
+        decayed = [] if strength is None or strength is False else [r.pair for r in replacements]
+        self._pairs = {id(pair.u.weight): pair for pair in decayed}
+        self._ways: dict[FactorPair, Way | None] = {}
+        self._known: dict[str, Way | None] = {}
         self.notes: list[str] = []
-        left: list[str] = []
-        group_of = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-        for r in replacements:
-            group = group_of.get(id(r.pair.u.weight))
-            if strength is not None and strength is not False and group is not None:
-                given, way = None if strength == "auto" else float(strength), self._way(group, r.pair)
-                if way is not None:
-                    self._sites.append(_Site(r.pair, group, given, way))
-                elif given or optimizer.param_groups[group].get("weight_decay"):
-                    left.append(r.name)
+        names = {r.pair: r.name for r in replacements}
+        left = [
+            names[pair]
+            for pair, group in self._held()
+            if self._way(pair, group) is None and (self._strength or group.get("weight_decay"))
+        ]
         if left:
             self.notes.append(
                 f"{', '.join(left)}: {type(optimizer).__name__} decays weights in a way of its own; its decay stays, without Frobenius decay"
             )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._first = [
-            p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in group_of and p.requires_grad
+            p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in held and p.requires_grad
         ]
         self._lr_factor: Callable[[], float] = lambda: 1.0
 
-    def _way(self, index: int, pair: FactorPair) -> Way | None:
-        group = self._optimizer.param_groups[index]
-        # Found out once for groups that differ by their rates only, one for each layer say.
-        same = {k: v for k, v in group.items() if k not in ("params", "param_names", "weight_decay") and "lr" not in k}
-        key = repr(("weight_decay" in group, sorted(same.items())))
-        if key not in self._ways:
-            self._ways[key] = way_of_decay(self._optimizer, group, pair.u.weight.device)
-        return self._ways[key]
+    def _held(self) -> list[tuple[FactorPair, dict[str, Any]]]:
+        """The pairs that the optimizer holds now, with their groups: the user may add and remove some."""
+        groups = self._optimizer.param_groups
+        return [(self._pairs[id(p)], group) for group in groups for p in group["params"] if id(p) in self._pairs]
+
+    def _way(self, pair: FactorPair, group: dict[str, Any]) -> Way | None:
+        if pair not in self._ways:
+            # Found out once for groups that differ by their rates only, one for each layer say.
+            same = {
+                k: v for k, v in group.items() if k not in ("params", "param_names", "weight_decay") and "lr" not in k
+            }
+            key = repr(("weight_decay" in group, sorted(same.items())))
+            if key not in self._known:
+                self._known[key] = way_of_decay(self._optimizer, group, pair.u.weight.device)
+            self._ways[pair] = self._known[key]
+        return self._ways[pair]
 
     def scale_lr(self, factor: Callable[[], float]) -> None:
         """Multiply the scheduled learning rate by `factor()` within each step; outside of it schedulers see only
@@ -279,13 +279,11 @@ class FactorRegime:
         self._first = []
         # Both are set by GradScaler when a fused step unscales, and leaves out overflown gradients, by itself.
         grad_scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
-        for site in self._sites:
-            group = self._optimizer.param_groups[site.group]
-            own = float(group.get("weight_decay", 0.0))
-            strength = own if site.strength is None else site.strength
-            if strength == 0 and own == 0:
+        for pair, group in self._held():
+            way, own = self._way(pair, group), float(group.get("weight_decay", 0.0))
+            strength = own if self._strength is None else self._strength
+            if way is None or (strength == 0 and own == 0):
                 continue
-            pair = site.pair
             first, second = pair.u.weight, pair.v.weight
             assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
             if first.grad is None or second.grad is None:
@@ -299,7 +297,7 @@ class FactorRegime:
                 placed_like(pair.fold_u((vt @ v) @ u), first),
                 placed_like(pair.fold_v(v @ (u @ ut)), second),
             )
-            if site.way == "weights":
+            if way == "weights":
                 # The step multiplies by 1 - lr·own; this makes the sum of both w - lr·strength·pull.
                 lr = float(group["lr"])
                 shrink = 1.0 - lr * own

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from nets import ConvNet, Tied, images, mlp, train, vectors
+from nets import ConvNet, Tied, attach, images, mlp, train, vectors
 from torch import nn
 
 import fxrank
@@ -235,6 +235,28 @@ def test_decay_follows_a_gradient_scaler():
     FactorRegime(optimizer, replaced, 0.5).decay()
     u, v = pair.u.weight.detach(), pair.v.weight.detach()
     torch.testing.assert_close(pair.u.weight.grad, before + 8 * 0.5 * v.T @ v @ u, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("change", ["removed before", "joins later"])
+def test_decay_is_that_of_the_group_that_holds_the_factors_now(cls, change):
+    finals = []
+    for changed in (False, True):
+        model = mlp()
+        inside, rest = list(model[2].parameters()), [*model[0].parameters(), *model[4:].parameters()]
+        for p in rest:
+            p.requires_grad_(False)
+        optimizer = cls(inside if not changed or change != "joins later" else rest, lr=0.1, weight_decay=0.5)
+        if changed and change == "removed before":
+            optimizer = cls([{"params": rest, "weight_decay": 0.0}, {"params": inside}], lr=0.1, weight_decay=0.5)
+        attach(model, optimizer, fxrank.SpectralInit(ratio=0.25))
+        if changed and change == "removed before":
+            del optimizer.param_groups[0]
+        elif changed:
+            optimizer.add_param_group({"params": model[2].parameters()})
+        train(model, optimizer, 3)
+        finals.append(model[2].weight.detach() + 0)
+    assert torch.equal(*finals)
 
 
 def test_no_frobenius_decay_leaves_the_gradient():
