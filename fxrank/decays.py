@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 Way = Literal["gradient", "weights"]
 _FLAGS = ("decoupled_weight_decay", "decoupled_decay", "decoupled")
 _DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
-_LR, _DECAY, _SHAPE, _WARM, _STEPS = 0.0123, 0.1, (8, 12), 3, 2
+_LR, _DECAY, _SHAPE, _DTYPE, _WARM, _STEPS = 0.0123, 0.1, (8, 12), torch.float32, 3, 2
 """Of a probe. A small decay, for implementations that differ in its square; steps before it, for those whose first do nothing;
 a rate that is nobody's, because decay relative to the first rate (lr² / max_lr) must not pass for one of the two ways.
 """
@@ -79,7 +79,7 @@ def _run(optimizer: Optimizer, group: dict[str, Any], device: torch.device, way:
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     scale = 0.2 if orthogonal else 1.0
-    weight = torch.nn.Parameter(torch.randn(_SHAPE, generator=generator).mul_(scale).to(device))
+    weight = torch.nn.Parameter(torch.randn(_SHAPE, generator=generator, dtype=_DTYPE).mul_(scale).to(device))
     options = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
     known = inspect.signature(type(optimizer)).parameters
     given = optimizer.defaults | {"lr": 2 * _LR, "weight_decay": _NONE}
@@ -87,7 +87,7 @@ def _run(optimizer: Optimizer, group: dict[str, Any], device: torch.device, way:
     probe: Any = type(optimizer)([options | {"params": [weight], "lr": _LR, "weight_decay": _NONE}], **given)
     sign = -1.0 if group.get("maximize") else 1.0
     for step in range(_WARM + _STEPS):
-        gradient = torch.randn(_SHAPE, generator=generator).to(device)
+        gradient = torch.randn(_SHAPE, generator=generator, dtype=_DTYPE).to(device)
         if orthogonal:
             old = weight.detach()
             gradient -= (gradient * old).sum(1, keepdim=True) / old.square().sum(1, keepdim=True) * old

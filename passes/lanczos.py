@@ -171,7 +171,7 @@ class StableRankTracker:
             )
 
     def _start(self, key: tuple[int, int], matrix: Tensor) -> Tensor:
-        start = torch.randn(len(matrix), generator=self._generator).to(matrix.device)
+        start = torch.randn(len(matrix), generator=self._generator, dtype=matrix.dtype).to(matrix.device)
         start /= torch.linalg.vector_norm(start)
         ritz = self._ritz.get(key)
         if ritz is not None:

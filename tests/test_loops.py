@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from nets import BERT, HALFWAY, ConvNet, Net, attach, clusters, images, train, vectors
+from nets import BERT, HALFWAY, ConvNet, Net, attach, clusters, images, mlp, train, vectors
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -247,3 +247,19 @@ def test_mixed_precision_with_a_scaler_and_channels_last(dtype):
     assert session.finish().R == {"conv2": 2, "conv3": 4} and session.plan.switch_step == 3
     assert model.conv3.u.weight.is_contiguous(memory_format=torch.channels_last)
     assert all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype):
+    (x, y), runs = vectors(), []
+    for default in (torch.float32, dtype):
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        torch.set_default_dtype(default)
+        try:
+            session = attach(model, optimizer, HALFWAY)
+            losses = train(model, optimizer, 10, (x, y))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        runs.append((losses, session.finish(), session.scene.monitor.curves))
+    assert runs[0] == runs[1] and runs[0][1].switch_step == 5
