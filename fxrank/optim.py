@@ -21,7 +21,7 @@ from fxrank.passes.raw import LowRankWeight
 from fxrank.sharded import placed_like, whole
 from fxrank.steps import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.surgery import Replacement
-from fxrank.wrappers import unwrapped
+from fxrank.wrappers import outside_autocast, unwrapped
 
 
 def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
@@ -267,6 +267,7 @@ class FactorRegime:
             raise
 
     @torch.no_grad()
+    @outside_autocast
     def decay(self) -> None:
         """Add the Frobenius decay of this step. Warns if this is the first, and no factor has a gradient."""
         if self._first and all(p.grad is None for p in self._first):

@@ -42,7 +42,7 @@ from fxrank.policy import Clock, Policy, Scene, freeze, frozen_names
 from fxrank.state import restore_session, session_state
 from fxrank.steps import is_outermost
 from fxrank.surgery import check_plan, has_plan, remember_plan
-from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, own_forward
+from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
 Listener = Callable[[str, "LowRankSession"], None]
@@ -247,6 +247,7 @@ class LowRankSession:
             self._consider_switch()
         return self.phase == LOW
 
+    @outside_autocast
     def _observe(self, exact: bool = False) -> None:
         assert self.scene.monitor is not None
         start = time.perf_counter()
@@ -266,6 +267,7 @@ class LowRankSession:
         if why is not None and self.phase == FULL and self.plan is None:
             self._switch(why)
 
+    @outside_autocast
     def _switch(self, why: str) -> None:
         check_not_graphed(self.model)
         self.team.check()

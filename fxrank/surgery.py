@@ -26,6 +26,7 @@ from fxrank.passes.trace import WHOLE, TracedModule, trace
 from fxrank.passes.weights import check_not_computed, is_derived, weight_of
 from fxrank.plan import LayerDecision, Plan
 from fxrank.ranks import ratio_rank
+from fxrank.wrappers import outside_autocast
 
 _PLAN = "_fxrank_plan"
 _NESTED = "_fxrank_use_nested_tensor"
@@ -213,6 +214,7 @@ def plan_of(model: nn.Module) -> Plan:
     return plan
 
 
+@outside_autocast
 def factorize(
     model: nn.Module,
     example_inputs: Example,
@@ -356,10 +358,11 @@ def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDec
         warnings.warn(
             f"ranks at or above break-even make a layer no smaller: {listing}. They are used as given.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
+@outside_autocast
 def merge(model: nn.Module) -> nn.Module:
     """A dense copy: every factor pair becomes one dense layer of the original class with the product as its weight.
     The original is untouched; of what is compiled, the whole or parts, the copy is not.

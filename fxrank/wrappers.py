@@ -1,9 +1,12 @@
-"""What frameworks wrap around a model's forward and around an optimizer, and what is inside; and the one wrapping that
-cannot be looked through, a CUDA graph, which goes on with the memory of the weights that it was captured with.
+"""What frameworks wrap around a model's forward and around an optimizer, and what is inside; what a user wraps around a whole
+step; and the one wrapping that cannot be looked through, a CUDA graph, which goes on with the memory of the weights that it was
+captured with.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +14,24 @@ from torch.optim import Optimizer
 
 _INSIDE = ("optimizer", "base_optimizer", "_base_optimizer")
 """Where wrappers keep the optimizer inside: Accelerate and Lightning; sharpness-aware ones; timm's Lookahead."""
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, as if it were called outside of any autocast: what is computed of weights keeps their precision."""
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ExitStack() as stack:
+            for device in filter(torch.is_autocast_enabled, _AUTOCAST):
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return called
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -1,6 +1,7 @@
 """`LowRankSession` in plain loops: with accumulation, a gradient scaler, frozen layers, an optimizer of some parameters."""
 
 import copy
+import dataclasses
 import math
 import re
 
@@ -263,3 +264,41 @@ def test_the_default_dtype_does_not_matter(dtype):
             torch.set_default_dtype(torch.float32)
         runs.append((losses, session.finish(), session.scene.monitor.curves))
     assert runs[0] == runs[1] and runs[0][1].switch_step == 5
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_step_inside_autocast_is_the_step_outside_of_it(closure):
+    (x, y), runs = images(), []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        model = ConvNet()
+        average = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        session = attach(model, optimizer, dataclasses.replace(HALFWAY, extra_bn=True), x, followers=[average])
+
+        def loss_of(model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(x), y)
+            with torch.autocast("cpu", enabled=False):
+                loss.backward()
+            return loss
+
+        for _ in range(8):
+            if not closure:
+                loss_of()
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                optimizer.step(*[loss_of] * closure)
+        assert session.finish().switch_step == 5
+        state = [*model.state_dict().values(), *average.state_dict().values()]
+        runs.append([*state, *(moment for state in optimizer.state.values() for moment in state.values())])
+    assert all(map(torch.equal, *runs))
+
+
+def test_weights_keep_their_precision_inside_autocast():
+    model, x = mlp(), vectors()[0]
+    small = fxrank.factorize(model, x, rank=0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, dense = fxrank.factorize(model, x, rank=0.25), fxrank.merge(small)
+    assert torch.equal(dense[2].weight, fxrank.merge(small)[2].weight)
+    assert all(map(torch.equal, again.parameters(), small.parameters()))
