@@ -52,9 +52,9 @@ Listener = Callable[[str, "LowRankSession"], None]
 class LowRankSession:
     """One model, its optimizer or optimizers, one policy, from attach to the end of training. Made by `attach`.
 
-    Public state: `phase` (`"full-rank"` or `"low-rank"`), `plan` (None before the switch), `monitor` (rank
-    histories), `clock`, `graph_module`, `seconds` (time spent in monitor, profile and switch), `step_ms` (recent
-    step times by phase), `notes`.
+    Public state: `phase` (`"full-rank"` or `"low-rank"`), `plan` (None before the switch), `scene` (layers,
+    profiles and, where ranks are watched, their histories: `scene.monitor.curves`), `clock`, `graph_module`,
+    `seconds` (time spent in monitor, profile and switch), `step_ms` (recent step times by phase), `notes`.
     """
 
     def __init__(
