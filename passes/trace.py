@@ -19,10 +19,12 @@ own, from a real run's inputs, and stands in `regions`.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -109,10 +111,16 @@ def trace(
     With `verify`, the graph of the present mode is run beside the model on another batch size (2 or 3 rows, which is
     cheap), and given up, as if the model could not be traced, if the outputs differ by more than 1e-4 relative.
 
-    Raises `TraceError`, naming the innermost module at fault, where the model refuses the example, and `TypeError`
-    where the example does not fit its signature.
+    Raises `TraceError`, naming the innermost module at fault, where the model refuses the example, or a parameter that a lazy
+    module has yet to make, and `TypeError` where the example does not fit its signature.
     """
     model = uncompiled(model)
+    # A forward makes them for good, but what it notes beside them (in_features, …) would be put back.
+    lazy = next((name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)), None)
+    if lazy is not None:
+        raise TraceError(
+            f"a model must have all of its parameters before it is traced; {lazy!r} has no shape yet. Call the lazy model once, on a batch, before."
+        )
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     with restored(model), eagerly(model), torch.random.fork_rng(devices=list(devices)):

@@ -336,3 +336,14 @@ def test_a_trace_draws_no_random_number_for_a_model_that_does():
     assert torch.equal(state, torch.random.get_rng_state())
     assert not torch.equal(gm(x), gm(x))
     assert gm(torch.randn(7, 4)).shape == (7, 4)
+
+
+def test_a_lazy_model_is_refused_until_it_has_been_called():
+    model = nn.Sequential(nn.Linear(6, 8), nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
+    with pytest.raises(
+        fxrank.TraceError, match=r"'1\.weight' has no shape yet\. Call the lazy model once, on a batch,"
+    ):
+        trace(model, torch.randn(4, 6))
+    assert type(model[1]) is nn.LazyLinear
+    model(torch.randn(4, 6))
+    assert trace(model, torch.randn(4, 6)).whole and model[1].in_features == 8
