@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -214,6 +215,7 @@ class FactorRegime:
         self._first = [
             p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in held and p.requires_grad
         ]
+        self._gone = [(r.name, ref(p)) for r in replacements if id(r.pair.u.weight) in held for p in r.parameters]
         self._lr_factor: Callable[[], float] = lambda: 1.0
 
     def _held(self) -> list[tuple[FactorPair, dict[str, Any]]]:
@@ -266,18 +268,31 @@ class FactorRegime:
             restore_lr(self._optimizer)
             raise
 
-    @torch.no_grad()
-    @outside_autocast
-    def decay(self) -> None:
-        """Add the Frobenius decay of this step. Warns if this is the first, and no factor has a gradient."""
+    def _check_first_step(self) -> None:
+        """Warn, in the first step after the switch, of gradients that are missing or that no optimizer meets."""
         if self._first and all(p.grad is None for p in self._first):
             warnings.warn(
                 "the factors must have gradients in the step after the switch; none of them has any. Does the loop run something that was made "
                 "from the model before, a CUDA graph or a copy? Make it anew after the switch.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._first = []
+        used = [name for name, gone in self._gone if (weight := gone()) is not None and weight.grad is not None]
+        if used:
+            warnings.warn(
+                f"a weight must not be used after the switch has replaced it; {', '.join(dict.fromkeys(used))} got gradients in the step after it, "
+                "and no optimizer holds them. Does another model share them, or the loop keep them in a list or dict? Attach to a module that holds "
+                "both models, and ask the model for its parameters in each step.",
+                UserWarning,
+                stacklevel=3,
+            )
+        self._first, self._gone = [], []
+
+    @torch.no_grad()
+    @outside_autocast
+    def decay(self) -> None:
+        """Add the Frobenius decay of this step."""
+        self._check_first_step()
         # Both are set by GradScaler when a fused step unscales, and leaves out overflown gradients, by itself.
         grad_scale, found_inf = (getattr(self._optimizer, name, None) for name in ("grad_scale", "found_inf"))
         for pair, group in self._held():

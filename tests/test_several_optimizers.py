@@ -312,6 +312,28 @@ def test_factors_that_a_replayed_graph_does_not_reach_are_noticed():
         optimizer.step()  # once is enough
 
 
+@pytest.mark.parametrize("how", ["tied to another model", "held in a list"])
+def test_a_replaced_weight_that_is_still_used_is_noticed(how):
+    model, other, (x, y) = ConvNet(), ConvNet(1), images()
+    other.conv3.weight = model.conv3.weight
+    held = [*(other if how == "tied to another model" else model).parameters()]
+    optimizer = torch.optim.SGD(nn.ModuleList([model, other]).parameters(), lr=0.05)
+    watched(model, optimizer, x)
+    train(model, optimizer, 3, (x, y))
+
+    def step():
+        penalty = 0.01 * sum(p.square().sum() for p in held)
+        (nn.functional.cross_entropy(model(x), y) + penalty).backward()
+        optimizer.step()
+
+    names = "conv3" if how == "tied to another model" else "conv2, conv3"
+    with pytest.warns(UserWarning, match=f"has replaced it; {names} got gradients in the step after it"):
+        step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step()  # once is enough
+
+
 def test_an_optimizer_that_steps_inside_the_backward_pass_is_refused():
     model, (x, y) = ConvNet(), images()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
