@@ -98,7 +98,7 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
 
     Number, order and options of `param_groups` stay; `param_names`, where groups have them, follow. Returns notes about
     weights whose state could not be projected and starts fresh. An extra BatchNorm's parameters join the first group without
-    weight decay, or the weight's own.
+    weight decay at the weight's learning rate, or the weight's own.
     """
     by_weight = {id(r.weight): r for r in replacements}
     by_part = {id(p): r for r in replacements for p in r.pair.parameters()}
@@ -107,8 +107,7 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
         # A list of the user's that holds it still, for clipping say, would count its gradient in every step.
         parameter.grad = None
     notes: list[str] = []
-    plain = next((g for g in optimizer.param_groups if not g.get("weight_decay")), None)
-    joining: list[tuple[nn.Parameter, str]] = []
+    joining: list[tuple[dict[str, Any], nn.Parameter, str]] = []
     for group in optimizer.param_groups:
         swapped: list[tuple[nn.Parameter, str]] = []
         names = group.get("param_names") or [""] * len(group["params"])
@@ -128,15 +127,27 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
             swapped += [(u, new_names[id(u)]), (v, new_names[id(v)])]
             notes += _project_state(optimizer, replacement, group.get("min_dim_size_to_factor") or 0)
             if pair.extra_norm is not None:
-                target = swapped if plain is None or plain is group else joining
-                target += [(p, new_names[id(p)]) for p in pair.extra_norm.parameters()]
+                plain, norm = (
+                    _without_decay(optimizer, group),
+                    [(p, new_names[id(p)]) for p in pair.extra_norm.parameters()],
+                )
+                if plain is group:
+                    swapped += norm
+                else:
+                    joining += [(plain, *named) for named in norm]
         _fill(group, swapped)
-    if plain is not None and joining:
-        names = plain.get("param_names") or [""] * len(plain["params"])
-        _fill(plain, [*zip(plain["params"], names, strict=True), *joining])
+    for group, parameter, name in joining:
+        group["params"].append(parameter)
+        if "param_names" in group:
+            group["param_names"].append(name)
     if isinstance(optimizer, torch.optim.Adagrad):
         _complete(optimizer)
     return notes
+
+
+def _without_decay(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    others = (g for g in optimizer.param_groups if not g.get("weight_decay") and g.get("lr") == group.get("lr"))
+    return next(others, group) if group.get("weight_decay") else group
 
 
 def _complete(optimizer: torch.optim.Adagrad) -> None:

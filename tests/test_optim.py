@@ -309,6 +309,19 @@ def test_extra_norm_parameters_join_a_group_without_decay():
     assert {id(pair.u.weight), id(pair.v.weight)} <= {id(p) for p in optimizer.param_groups[0]["params"]}
 
 
+@pytest.mark.parametrize("decay", [0.0, 1e-4])
+def test_extra_norm_parameters_train_at_the_rate_of_their_weight(decay):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 3))
+    groups = [
+        {"params": model[2].parameters(), "lr": 1.0, "weight_decay": 0.0},
+        {"params": model[:2].parameters(), "weight_decay": decay},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    attach(model, optimizer, fxrank.SpectralInit(K=0, ratio=0.5, extra_bn=True), torch.randn(2, 3, 8, 8))
+    held = [{id(p) for p in group["params"]} for group in optimizer.param_groups]
+    assert {id(p) for p in model[1].parameters()} <= held[1] and held[0] == {id(p) for p in model[2].parameters()}
+
+
 def test_weights_that_are_gone_leave_no_gradient_to_clip():
     """A list of parameters made before the switch holds the old weights; their last gradients do not count for ever."""
     torch.manual_seed(0)
