@@ -23,6 +23,7 @@ from fxrank.passes.trace import WHOLE, TracedModule
 from fxrank.passes.weights import computed_part, is_derived, weight_of
 
 Found = Iterable[tuple[Tensor, Layer]]
+_COMPUTED = "its layer's weight or bias is computed, as after pruning; make it a parameter first, after pruning with prune.remove"
 
 
 def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
@@ -230,17 +231,23 @@ class _Search:
                     own = sum(tokens) / 3 if name[0] == "i" else tokens["qkv".index(name[0])]
                     yield from self._layer(RawWeight(module, name), _join(path, name), node.name, shape, own)
                 elif parameter.ndim >= 2:
-                    reason = "it is a learned key or value, not the matrix of a layer"
+                    learned = name in ("bias_k", "bias_v")
+                    reason = "it is a learned key or value, not the matrix of a layer" if learned else _COMPUTED
                     yield parameter, _unsupported(_join(path, name), "parameter", parameter, reason, node.name)
             if isinstance(module.out_proj, nn.Linear):
-                yield from self._layer(module.out_proj, _join(path, "out_proj"), node.name, shape, tokens[0])
+                if pair_class(module.out_proj) is None:
+                    yield from self._inside(module.out_proj, _join(path, "out_proj"), node)
+                else:
+                    yield from self._layer(module.out_proj, _join(path, "out_proj"), node.name, shape, tokens[0])
             return
         if isinstance(module, nn.RNNBase):
             steps = 1
             for size in shape[:-1]:
                 steps *= size
             for name, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2:
+                if name not in module._flat_weights_names and parameter.ndim >= 2:
+                    yield parameter, _unsupported(_join(path, name), "parameter", parameter, _COMPUTED, node.name)
+                elif parameter.ndim >= 2:
                     dense = RawWeight(module, name)
                     width = (steps, parameter.shape[1])
                     yield from self._layer(dense, _join(path, name), node.name, width, steps)
@@ -248,8 +255,8 @@ class _Search:
         for name, parameter in module.named_parameters():
             if parameter.ndim >= 2 and not isinstance(module.get_submodule(name.rpartition(".")[0]), FactorPair):
                 own = _join(path, name).removesuffix(".weight")
-                if dense_type(module) is not None and (part := computed_part(module)) is not None:
-                    reason = f"its {part} is no parameter, as after pruning; make it one first, after pruning with prune.remove"
+                if dense_type(module) is not None and computed_part(module) is not None:
+                    reason = _COMPUTED
                 elif parametrize.is_parametrized(module):
                     reason = "it is an original of a parametrization that has no factor pair"
                 else:
