@@ -62,9 +62,8 @@ def computed_part(layer: nn.Module) -> str | None:
     """
     for name in ("weight", "bias"):
         computed = vars(layer).get(name) is not None or layer._buffers.get(name) is not None
-        if computed or parametrize.is_parametrized(layer, name):
-            if name == "bias" or not is_derived(layer):
-                return name
+        if (computed or parametrize.is_parametrized(layer, name)) and (name == "bias" or not is_derived(layer)):
+            return name
     return None
 
 
