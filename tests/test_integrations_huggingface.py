@@ -260,9 +260,11 @@ def test_a_generating_model_round_trip_with_tied_weights(tmp_path):
         vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
     )
     model = transformers.GPT2LMHeadModel(config).eval()
+    model.generation_config.max_new_tokens, model.generation_config.repetition_penalty = 5, 1.5
     small = fxrank.factorize(model, {"input_ids": TOKENS}, rank=0.25)
     save_pretrained(small, tmp_path)
     back = from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
+    assert (back.generation_config.max_new_tokens, back.generation_config.repetition_penalty) == (5, 1.5)
     assert back.lm_head.weight is back.transformer.wte.weight
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones(2, 4)}
     assert torch.equal(back.generate(TOKENS[:2, :4], **options), small.generate(TOKENS[:2, :4], **options))

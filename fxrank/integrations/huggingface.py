@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, Trainer, TrainerCallback
+from transformers import AutoConfig, GenerationConfig, Trainer, TrainerCallback
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from fxrank.batches import to_device
 from fxrank.checkpoint import PLAN, load, save
@@ -206,7 +207,7 @@ def save_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
 
 def from_pretrained(cls: Any, path: str | os.PathLike[str]) -> nn.Module:
     """The factorized model in a folder that `save_pretrained`, or a `Trainer` with `LowRankCallback`, wrote; in
-    evaluation mode.
+    evaluation mode, with the settings of its `generate`.
 
     `cls` is a model class or an auto class (`AutoModelForSequenceClassification`). Strict: raises `CheckpointError` for a
     missing or damaged file, `PlanMismatchError` for a plan or weights of another model.
@@ -215,7 +216,10 @@ def from_pretrained(cls: Any, path: str | os.PathLike[str]) -> nn.Module:
     build = getattr(cls, "from_config", None) or cls._from_config
     with random_untouched():
         model: nn.Module = build(config)
-    return load(model, path).eval()
+    load(model, path)
+    if (Path(path) / GENERATION_CONFIG_NAME).is_file():  # the configuration alone gives the default one
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()
 
 
 def _saved_session(folder: str | os.PathLike[str]) -> dict[str, Any]:
