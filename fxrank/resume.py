@@ -4,21 +4,19 @@ A checkpoint holds everything that the rest of the run depends on: the states of
 scaler and session, the sums of the epoch, the history, and all random numbers: as they are, and as they were when the
 epoch began. From those the loader deals the epoch's batches again; the ones already taken are passed over, and the
 numbers as they are put back. Batches are dealt alike if they come from random numbers known here: torch's, numpy's,
-Python's, and generators that the loader, its samplers or its data set hold.
+Python's, and generators that the loader, its samplers, its data set or the parts of these hold (see `randoms`). What else
+a sampler or a data set remembers from epoch to epoch is not known, nor are random numbers in workers that persist.
 
 A team of processes has one checkpoint; see `shares`. As many processes as before go on to the last bit. Another number
 goes on with the same model, optimizer, schedule and session, and a note, as the batches are divided in another way.
 """
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fxrank.checkpoint import check_names
@@ -28,6 +26,7 @@ from fxrank.passes.names import load_own_state, own_state
 from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policy import Clock
+from fxrank.randoms import begun_from, generators_of, random_state, restore_random
 from fxrank.session import LowRankSession
 from fxrank.shares import (
     OWN,
@@ -84,9 +83,9 @@ class Keeper:
         self._as_before = True
         """Whether as many processes go on as there were."""
 
-    def before_first(self, loaders: Iterable[Any]) -> None:
+    def before_first(self, trainer: Any) -> None:
         """Note the random numbers from which the example batch is dealt."""
-        self._first_random = random_state(loaders)
+        self._first_random = random_state(_holders(trainer))
 
     def read(self, trainer: Any) -> dict[str, Any] | None:
         """This process's share of the checkpoint, checked against the run that is to go on from it; None if there is
@@ -135,7 +134,7 @@ class Keeper:
         """The example batch that the run was started with; the one at hand if the batches are divided anew."""
         if not self._as_before:
             return trainer.first
-        restore_random(self._first_random, _loaders(trainer))
+        restore_random(self._first_random, _holders(trainer))
         return deal(trainer.loader)
 
     def start(self, trainer: Any, session: LowRankSession, saved: dict[str, Any] | None) -> None:
@@ -165,18 +164,23 @@ class Keeper:
                 f"at step {session.clock.step} the communication hook {hook} began anew: a checkpoint does not hold its memory, so losses and weights are not "
                 "those of an uninterrupted run"
             )
-        restore_random(self._now, _loaders(trainer))
+        if trainer.epoch < trainer.epochs and getattr(trainer.loader, "persistent_workers", False):
+            session.notes.append(
+                f"at step {session.clock.step} the loader's persistent workers began anew: random numbers drawn in them, for augmentation say, are others than "
+                "in an uninterrupted run; with persistent_workers=False they are the same"
+            )
+        restore_random(self._now, _holders(trainer))
 
     def _divide_anew(self, trainer: Any, session: LowRankSession, saved: dict[str, Any]) -> None:
         """Fit the random numbers of one team to another, and say what that means."""
         before, now = 1 + len(saved["others"]), trainer.team.size
         if saved["run"][_DEALT] != self._run[_DEALT]:
-            own = random_state(_loaders(trainer))["generators"]
+            own = random_state(_holders(trainer))["generators"]
             self._epoch_random = self._epoch_random | {"generators": own}
             self._now = saved["random"] | {"generators": own}
         if trainer.team.rank >= before:
             assert self._now is not None
-            self._now = _begun_from(self._now, trainer.team.rank, _loaders(trainer))
+            self._now = begun_from(self._now, trainer.team.rank, _holders(trainer))
         session.notes.append(
             f"at step {session.clock.step} {now} process{'es' * (now > 1)} went on from a checkpoint of {before}: batches and random numbers are divided in "
             "another way since, so losses and weights are not those of an uninterrupted run; where processes had buffers of their own, the first one's are kept"
@@ -186,16 +190,16 @@ class Keeper:
         """The batches of the epoch, from the first that was not taken yet."""
         skipped = trainer.taken
         if skipped:
-            restore_random(self._epoch_random, _loaders(trainer))
+            restore_random(self._epoch_random, _holders(trainer))
         else:
-            self._epoch_random = random_state(_loaders(trainer))
+            self._epoch_random = random_state(_holders(trainer))
         number = 0
         for number, batch in enumerate(trainer.loader, 1):
             if number > skipped:
                 yield batch
             elif number == skipped:
                 assert self._now is not None
-                restore_random(self._now, _loaders(trainer))
+                restore_random(self._now, _holders(trainer))
                 self._now = None
         if number < skipped and self._as_before:
             raise CheckpointError(
@@ -213,7 +217,7 @@ class Keeper:
         assert trainer.optimizer is not None
         team = trainer.team
         elapsed = trainer.seconds_before + time.perf_counter() - trainer.started
-        now = random_state(_loaders(trainer))
+        now = random_state(_holders(trainer))
         model, optimizer = own_state(uncompiled(trainer.model)), trainer.optimizer.state_dict()
         own = {
             "first_random": self._first_random,
@@ -243,69 +247,13 @@ class Keeper:
         session.pause()
 
 
-def random_state(loaders: Iterable[Any] = ()) -> dict[str, Any]:
-    """The states of all random numbers: torch's on the CPU and the GPUs, numpy's, Python's, and those of the generators
-    that these loaders hold.
-    """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": np.random.get_state(legacy=False),
-        "python": random.getstate(),
-        "generators": [_state_of(generator) for generator in generators_of(loaders)],
-    }
-
-
-def restore_random(state: dict[str, Any], loaders: Iterable[Any] = ()) -> None:
-    """Inverse of `random_state`, with loaders that hold as many generators."""
-    torch.set_rng_state(state["torch"])
-    for device, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(cuda, device)
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-    for generator, saved in zip(generators_of(loaders), state["generators"], strict=True):
-        if isinstance(generator, torch.Generator):
-            generator.set_state(saved)
-        elif isinstance(generator, random.Random):
-            generator.setstate(saved)
-        else:
-            generator.bit_generator.state = saved
-
-
-def _begun_from(state: dict[str, Any], number: int, loaders: Iterable[Any]) -> dict[str, Any]:
-    """Random numbers for a process that there was not before: others in each, but generators, by which processes may
-    agree on an order, are as in the first.
-    """
-    restore_random(state, loaders)
-    seed = int(torch.randint(2**31, (number,))[-1])
-    torch.manual_seed(seed)
-    np.random.seed(seed)
-    random.seed(seed)
-    return random_state(loaders)
-
-
-def generators_of(loaders: Iterable[Any]) -> list[torch.Generator | np.random.Generator | random.Random]:
-    """The random generators that loaders, their samplers and their data sets hold, each once."""
-    found: dict[int, Any] = {}
-    for loader in loaders:
-        batch_sampler = getattr(loader, "batch_sampler", None)
-        samplers = (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
-        for holder in (loader, *samplers, getattr(loader, "dataset", None)):
-            for value in getattr(holder, "__dict__", {}).values():
-                if isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
-                    found[id(value)] = value
-    return list(found.values())
-
-
-def _state_of(generator: torch.Generator | np.random.Generator | random.Random) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else dict(generator.bit_generator.state)
-
-
 def _loaders(trainer: Any) -> list[Any]:
     return [trainer.loader, trainer.val_loader]
+
+
+def _holders(trainer: Any) -> list[Any]:
+    """Where the user's generators may be."""
+    return [*_loaders(trainer), uncompiled(trainer.model)]
 
 
 def _run_of(trainer: Any) -> dict[str, Any]:
@@ -321,7 +269,7 @@ def _run_of(trainer: Any) -> dict[str, Any]:
         _STEPS: str(trainer.steps_per_epoch),
         "policy": described(trainer.policy),
         "amp": str(trainer.amp),
-        _DEALT: ", ".join(type(g).__name__ for g in generators_of(_loaders(trainer))),
+        _DEALT: ", ".join(type(g).__name__ for g in generators_of(_loaders(trainer)).values()),
     }
 
 

@@ -89,9 +89,10 @@ class Trainer:
             raise ValueError(f"the model must have parameters to train; {type(model).__name__} has none.")
         self.amp = _amp_type(amp)
         self.steps_per_epoch = _length(loader) if steps_per_epoch is None else steps_per_epoch
+        self.model, self.loader, self.val_loader, self.loss_fn = model, loader, val_loader, loss_fn
         self.keeper = keeper
         if keeper is not None:
-            keeper.before_first([loader, val_loader])
+            keeper.before_first(self)
         self.first = first_batch(loader)
         self.epochs = DEFAULT_EPOCHS if epochs is None else epochs
         if epochs is None and progress:
@@ -99,7 +100,6 @@ class Trainer:
         self.total_steps = self.epochs * self.steps_per_epoch
         self.team = Team.of(model)
         progress = progress and self.team.is_first
-        self.model, self.loader, self.val_loader, self.loss_fn = model, loader, val_loader, loss_fn
         self.policy, self.seed, self.progress, self.logger = policy, seed, progress, logger
         here = next(model.parameters()).device
         self.device = (

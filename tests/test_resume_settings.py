@@ -1,6 +1,7 @@
 """What a resumable run may consist of: optimizers, schedulers, policies, loaders."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from interrupted import EPOCHS, STEPS, Killed, points, run
 from nets import UNTIMED, ConvNet, Tied, batches, images, mlp
 from torch.optim import lr_scheduler
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 import fxrank
 from fxrank.monitor import ReferenceDetector, SlopeDetector
@@ -128,19 +129,42 @@ def test_what_was_timed_decides_after_the_resume_too(tmp_path):
     assert again["session"]["seconds"]["profile"] >= saved["session"]["seconds"]["profile"]
 
 
-class Augmented(torch.utils.data.Dataset):
-    """Draws from generators of its own."""
+class Jitter:
+    """Draws from generators of its own, one of which it makes when it is first called."""
 
     def __init__(self):
-        self.rng = np.random.default_rng(5)
-        self.points = points()
+        self.rngs = [np.random.default_rng(5), random.Random(6), np.random.RandomState(7)]
+        self.late = None
+
+    def __call__(self, x):
+        self.late = self.late or torch.Generator().manual_seed(8)
+        numpys, pythons, older = self.rngs
+        return (
+            x + (numpys.normal() + pythons.random() + older.rand()) * 0.01 + torch.rand(12, generator=self.late) * 0.01
+        )
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __init__(self):
+        self.jitter, self.points = Jitter(), points()
 
     def __len__(self):
         return len(self.points)
 
     def __getitem__(self, i):
         x, y = self.points[i]
-        return x + float(self.rng.normal()) * 0.01, y
+        return self.jitter(x), y
+
+
+class Noised(torch.nn.Module):
+    """Draws noise from a generator of its own, in training mode."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.net, self.noise = mlp(seed), torch.Generator().manual_seed(3)
+
+    def forward(self, x):
+        return self.net(x + 0.1 * torch.randn(x.shape, generator=self.noise) if self.training else x)
 
 
 def sampler(make):
@@ -154,12 +178,33 @@ LOADERS = {
     "sampler": lambda make: DataLoader(points(), 8, sampler=sampler(make)),
     "workers": lambda make: DataLoader(points(), 8, shuffle=True, num_workers=2),
     "data set": lambda make: DataLoader(Augmented(), 8, shuffle=True),
+    "part of it": lambda make: DataLoader(Subset(ConcatDataset([Augmented()]), range(40)), 8, shuffle=True),
 }
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n == "workers" else []) for n in LOADERS])
 def test_loaders(name, tmp_path):
     same_when_resumed(tmp_path, [9, 8], loader=LOADERS[name])
+
+
+@pytest.mark.slow
+def test_workers_that_persist(tmp_path):
+    def loader(make):
+        return DataLoader(points(), 8, shuffle=True, num_workers=1, persistent_workers=True)
+
+    whole = run(tmp_path / "whole", loader=loader)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", die=9, loader=loader)
+    result = run(tmp_path / "killed", loader=loader)
+    assert result.report.notes == [
+        "at step 6 the loader's persistent workers began anew: random numbers drawn in them, for augmentation say, are others than in an uninterrupted run; "
+        "with persistent_workers=False they are the same"
+    ]
+    assert all(map(torch.equal, result.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_a_model_with_a_generator(tmp_path):
+    same_when_resumed(tmp_path, [9, 8], make=Noised)
 
 
 def test_an_epoch_shorter_than_the_loader(tmp_path):

@@ -13,7 +13,7 @@ from fxrank.loggers import Logger
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policy import Policy
-from fxrank.resume import random_state, restore_random
+from fxrank.randoms import random_state, restore_random
 
 
 def session_options(
