@@ -264,10 +264,18 @@ def _run_of(trainer: Any) -> dict[str, Any]:
     return {
         "model": _tensors_of(uncompiled(trainer.model)),
         "optimizer": "the default" if optimizer is None else f"{type(optimizer).__name__} of {sizes} parameters",
+        "optimizer's option": {
+            name: described(value)
+            for name, value in getattr(optimizer, "defaults", {}).items()
+            if not isinstance(value, Tensor)  # a learning rate that schedulers write into
+        },
         "scheduler": f"{type(scheduler).__name__}, stepped by {trainer.scheduler_per}",
         "number of epochs": str(trainer.epochs),
         _STEPS: str(trainer.steps_per_epoch),
         "policy": described(trainer.policy),
+        "include": ", ".join(map(described, trainer.include)) or "()",
+        "exclude": ", ".join(map(described, trainer.exclude)) or "()",
+        "seed": str(trainer.seed),
         "amp": str(trainer.amp),
         _DEALT: ", ".join(type(g).__name__ for g in generators_of(_loaders(trainer)).values()),
     }

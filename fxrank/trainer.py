@@ -19,7 +19,7 @@ from fxrank.measure import StepMemory, median, parameter_count, planned_macs, pr
 from fxrank.passes.calls import call_arguments
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.profile import autocast
-from fxrank.passes.selection import Selector
+from fxrank.passes.selection import Selector, listed
 from fxrank.plan import Plan
 from fxrank.policy import Policy
 from fxrank.progress import Bar, Totals, progress_bar
@@ -120,6 +120,7 @@ class Trainer:
 
     def run(self, include: Iterable[Selector] | Selector, exclude: Iterable[Selector] | Selector) -> Result:
         self.started = time.perf_counter()
+        self.include, self.exclude = listed(include), listed(exclude)
         saved = None if self.keeper is None else self.keeper.read(self)
         if self.keeper is not None and saved is not None:
             self.first = self.keeper.deal_again(self, first_batch)
@@ -141,8 +142,8 @@ class Trainer:
                 total_steps=self.total_steps,
                 steps_per_epoch=self.steps_per_epoch,
                 policy=self.policy,
-                include=include,
-                exclude=exclude,
+                include=self.include,
+                exclude=self.exclude,
                 amp=self.amp,
                 seed=self.seed or 0,
                 listener=self._at_switch,

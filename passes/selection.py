@@ -50,6 +50,11 @@ def candidates(
     return result
 
 
+def listed(selectors: Iterable[Selector] | Selector) -> tuple[Selector, ...]:
+    """What a user gives for `include` or `exclude`, one or several, as several."""
+    return (selectors,) if isinstance(selectors, (str, re.Pattern, type, nn.Module)) else tuple(selectors)
+
+
 def require_some(layers: Sequence[Layer]) -> None:
     """Raise `NothingToFactorizeError`, with each layer's reason, if all have one."""
     if all(layer.reason for layer in layers):
@@ -65,12 +70,10 @@ def require_some(layers: Sequence[Layer]) -> None:
 def _selected(
     layers: Sequence[Layer], model: nn.Module, selectors: Iterable[Selector] | Selector, argument: str
 ) -> set[str]:
-    if isinstance(selectors, (str, re.Pattern, type, nn.Module)):
-        selectors = [selectors]
     chosen: set[str] = set()
     # What is inside a wrapper comes after it, under the same name.
     modules = {own_name(path): module for path, module in model.named_modules(remove_duplicate=False)}
-    for selector in selectors:
+    for selector in listed(selectors):
         if isinstance(selector, str) and not selector.startswith("re:"):
             pattern = own_name(selector)
             hits = {a.name for a in layers if any(p == pattern or fnmatch.fnmatchcase(p, pattern) for p in a.paths)}

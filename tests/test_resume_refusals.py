@@ -71,6 +71,13 @@ STARTED = "a run goes on as it was started; in "
             "its optimizer was SGD of [8] parameters, now it is Adam of [8]",
         ),
         (
+            {"optimizer": lambda m: torch.optim.SGD(m.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)},
+            "its optimizer's option was 'lr' 0.1, now it is 0.3.",
+        ),
+        ({"seed": 1}, "its seed was None, now it is 1."),
+        ({"exclude": ["2"]}, "its exclude was (), now it is '2'."),
+        ({"include": re.compile("head|0")}, "its include was (), now it is re.compile('head|0')."),
+        (
             {"epochs": 5},
             "its number of epochs was 4, now it is 5. Pass the same, or start afresh: with another output_dir",
         ),
