@@ -159,7 +159,19 @@ def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:
 
 def check_plan(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
     """The dense layers that the plan factorizes, by name. Raises `PlanMismatchError` or `RankError` for the first misfit."""
-    return {d.name: _dense_layer(model, d) for d in plan.layers if d.factorized}
+    dense: dict[str, nn.Module] = {}
+    first: dict[object, str] = {}
+    for place, decision in enumerate(plan.layers):
+        layer = _dense_layer(model, decision) if decision.factorized else None
+        for thing in (decision.name, place if layer is None else id(layer if is_derived(layer) else layer.weight)):
+            if thing in first:
+                raise PlanMismatchError(
+                    f"a plan must have each weight once; {first[thing]!r} and {decision.name!r} are one in this {type(model).__name__}. Use the plan of this very architecture."
+                )
+            first[thing] = decision.name
+        if layer is not None:
+            dense[decision.name] = layer
+    return dense
 
 
 def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:

@@ -144,7 +144,7 @@ def test_a_merged_model_has_no_plan_to_save(tmp_path):
         (
             False,
             True,
-            "a tensor that the model shares must be stored once; the file holds 'a.u.weight' and 'b.u.weight' apart.",
+            "a plan must have each weight once; 'a' and 'b' are one in this Tied. Use the plan of this very architecture.",
         ),
     ],
 )

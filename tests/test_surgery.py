@@ -2,13 +2,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nets import ConvNet, Tied, images, snapshot, vectors
+from nets import ConvNet, Tied, images, sgd, snapshot, vectors
 from torch import nn
 
 import fxrank
@@ -106,6 +107,34 @@ def test_a_plan_for_another_model_names_the_first_mismatch():
         fxrank.factorize(nn.Sequential(nn.Linear(6, 12)), X, rank=plan)
     with pytest.raises(fxrank.PlanMismatchError, match="is already a factor pair"):
         fxrank.factorize(fxrank.factorize(net(), X, rank=0.25), X, rank=plan)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "a plan must have each weight once; '4' and '4' are one in this Sequential. Use the plan of"),
+        ({"rank": None}, "a plan must have each weight once; '4' and '4' are one in this Sequential."),
+        ({"name": "4_again"}, "a plan must have each weight once; '4' and '4_again' are one in this Sequential."),
+    ],
+)
+def test_a_plan_with_a_weight_twice(change, message):
+    def made():
+        model = net()
+        model.register_module("4_again", model[4])
+        return model
+
+    plan = fxrank.plan_of(fxrank.factorize(net(), X, rank={"2": 3, "4": 2}))
+    plan = replace(plan, layers=(*plan.layers, replace(plan.layer("4"), **change)))
+    model = made()
+    before = snapshot(model)
+    for call in (
+        lambda: fxrank.factorize(model, X, plan),
+        lambda: fxrank.surgery.apply_plan(model, plan),
+        lambda: fxrank.LowRankSession.attach(model, sgd(model), example_inputs=X, total_steps=4, policy=plan),
+    ):
+        with pytest.raises(fxrank.PlanMismatchError, match=re.escape(message)):
+            call()
+        assert snapshot(model) == before
 
 
 def test_merge_gives_a_checkpoint_for_the_untouched_class():
