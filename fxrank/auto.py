@@ -11,8 +11,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.batches import LossFn
-from fxrank.checkpoint import save
+from fxrank.checkpoint import check_storable, save
 from fxrank.loggers import Logger
+from fxrank.passes.compiled import uncompiled
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies import as_policy
@@ -109,6 +110,7 @@ def auto_lowrank(
     if output_dir is not None:
         folder = Path(output_dir)  # one that is refused is refused before the training
         trainer.team.agree(lambda: folder.mkdir(parents=True, exist_ok=True))
+        check_storable(uncompiled(model))
     result = trainer.run(include, exclude)
     if output_dir is not None and trainer.team.is_first:
         write_run(result, output_dir, trainer.steps_per_epoch)

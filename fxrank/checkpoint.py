@@ -4,6 +4,8 @@ The weights' metadata hold a digest, `sha256:<hex>`: of the plan as JSON with so
 bytes of the weights' file, with zeros in the place of the digest itself. It tells files that belong together and are whole
 from any others. It is in the weights and not in the plan so that saving again, with the same plan, and being killed
 between the two files leaves a good folder. Files without one, of an earlier fxrank or another tool, are read as they are.
+
+What is no tensor in a state dict (`get_extra_state`) is JSON in the metadata, `extra_state`.
 """
 
 import hashlib
@@ -24,14 +26,17 @@ from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.kinds import dense_at, holders, pair_class
 from fxrank.passes.names import load_own_state, own_name, own_state
 from fxrank.passes.weights import is_derived
+from fxrank.plainfile import pack, unpack, unstorable
 from fxrank.plan import Plan
 from fxrank.sharded import is_sharded, whole
 from fxrank.surgery import apply_plan, check_plan, plan_of
 
-WEIGHTS, PLAN = "model.safetensors", "plan.json"
+WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}
 ALGORITHM = "sha256:"
 _BLANK = ALGORITHM + "0" * 64
+Shapes = dict[str, tuple[int, ...] | None]
+"""Of tensors; None for what is no tensor."""
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -40,30 +45,54 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Each file is written beside its place and moved into it, weights first. Of a model in shards (`fully_shard`) all
     processes must call; one weight at a time is gathered, and the first process writes. Raises `ValueError` for a model
-    without a plan.
+    without a plan, and `TypeError` for one whose state dict holds what is neither a dense tensor nor plain data.
     """
     model = uncompiled(model)
     plan = plan_of(model)
+    extra = check_storable(model)
     writes = not is_sharded(model) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
+    memory: set[int] = set()
     for name, value in own_state(model).items():
-        if id(value) not in seen:  # a shared parameter is stored once
+        if isinstance(value, Tensor) and id(value) not in seen:  # a shared parameter is stored once
             seen.add(id(value))
             tensor = whole(value.detach())
             if writes:
-                tensors[name] = tensor.contiguous().cpu()
+                tensor = tensor.contiguous().cpu()
+                place = tensor.untyped_storage().data_ptr()  # of a view the one of what it is a part of
+                tensors[name] = tensor.clone() if place in memory else tensor
+                memory.add(place)
     if not writes:
         return
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         weights = Path(scratch) / WEIGHTS
-        safetensors.torch.save_file(tensors, str(weights), metadata=WRITER | {"digest": _BLANK})
+        safetensors.torch.save_file(tensors, str(weights), metadata=WRITER | {"digest": _BLANK} | extra)
         plan.save(Path(scratch) / PLAN)
         _sign(weights, Path(scratch) / PLAN)
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
+
+
+def check_storable(model: nn.Module) -> dict[str, str]:
+    """The metadata for what is no tensor in a model's state dict (`get_extra_state`). Raises `TypeError` for what a
+    checkpoint can not hold.
+    """
+    fix = "Give it another form, or keep it out of the state dict (persistent=False)"
+    extra = {}
+    for name, value in own_state(model).items():
+        if not isinstance(value, Tensor):
+            extra[name] = value
+        elif (found := unstorable(value)) is not None:
+            raise TypeError(f"a checkpoint holds dense tensors with numbers; {name!r} is {found}. {fix}.")
+    text, tensors = pack(extra)
+    if tensors:
+        raise TypeError(
+            f"beside tensors a checkpoint holds plain data; the state {next(iter(extra))!r} has tensors inside. {fix}."
+        )
+    return {EXTRA: text} if extra else {}
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -71,8 +100,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     one stays compiled.
 
     Strict: both files must be as they were saved, and plan, names, shapes must fit; the first mismatch is named and
-    nothing is changed. Raises `CheckpointError` for a missing, damaged or foreign file and for files of two saves,
-    `PlanMismatchError` for a plan of another model.
+    nothing is changed. Devices and dtypes stay the model's own. Raises `CheckpointError` for a missing, damaged or foreign
+    file and for files of two saves, `PlanMismatchError` for a plan of another model, `ValueError` for a model on the meta
+    device.
     """
     folder = Path(path)
     for name in (PLAN, WEIGHTS):
@@ -86,19 +116,26 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{PLAN} must be UTF-8 JSON; {error}.") from error
     try:
         with safe_open(str(folder / WEIGHTS), "pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            stored: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             metadata = file.metadata() or {}
         check_digest(folder, metadata)
-    except (SafetensorError, OSError) as error:
+        extra = dict(unpack(metadata[EXTRA], {})) if EXTRA in metadata else {}
+        state = safetensors.torch.load_file(str(folder / WEIGHTS))
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
         ) from error
     inner = uncompiled(model)
+    if meta := [name for name, value in own_state(inner).items() if getattr(value, "is_meta", False)]:
+        raise ValueError(
+            f"a model to load into must have memory; {meta[0]!r} is on the meta device. Build it on a real one, or move it with model.to_empty(device=…) first."
+        )
     check_plan(inner, plan)
-    aliases = check_names(inner, plan, stored)
+    aliases = check_names(inner, plan, stored | dict.fromkeys(extra))
     apply_plan(inner, plan, split=False)
-    state = safetensors.torch.load_file(str(folder / WEIGHTS))
-    load_own_state(inner, state | {name: state[same] for name, same in aliases.items()})
+    load_own_state(inner, state | extra | {name: state[same] for name, same in aliases.items()})
     return model
 
 
@@ -143,13 +180,16 @@ def _digest(weights: Path, plan: Path, claimed: str) -> str:
     return digest.hexdigest()
 
 
-def check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]) -> dict[str, str]:
+def check_names(
+    model: nn.Module, plan: Plan, stored: Shapes, memory: Mapping[str, object] | None = None
+) -> dict[str, str]:
     """Compare what the file holds with what the rewritten model will ask for, before the model is touched. Of
-    tensors that the model shares, the file holds one: returns its name by the names of the others.
+    tensors that the model shares, the file holds one: returns its name by the names of the others. `memory` tells which
+    names have the same tensor in a file that has it under all of them.
     """
     dense = own_state(model)
-    expected = {name: tuple(value.shape) for name, value in dense.items()}
-    identity: dict[str, object] = {name: id(value) for name, value in dense.items()}
+    expected: Shapes = {n: tuple(v.shape) if isinstance(v, Tensor) else None for n, v in dense.items()}
+    identity: dict[str, object] = {n: id(v) if isinstance(v, Tensor) else n for n, v in dense.items()}
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(own_name(path))
@@ -195,7 +235,7 @@ def check_names(model: nn.Module, plan: Plan, stored: dict[str, tuple[int, ...]]
             raise PlanMismatchError(
                 f"every tensor of the model must be stored; {names[0]!r} is not in the file. Build the architecture that was saved."
             )
-        if len(held) > 1:
+        if len({(memory or {}).get(name, name) for name in held}) > 1:
             raise PlanMismatchError(
                 f"a tensor that the model shares must be stored once; the file holds {held[0]!r} and {held[1]!r} apart. Build the architecture that was saved."
             )

@@ -96,6 +96,19 @@ def unpack(text: str, tensors: dict[str, Tensor]) -> Any:
     return _unpacked(json.loads(text), tensors)
 
 
+def unstorable(value: Any) -> str | None:
+    """What a tensor is that safetensors cannot hold; None for one that it can."""
+    if value.layout is not torch.strided:
+        return f"a {value.layout} tensor"
+    if value.is_meta:
+        return "a tensor on the meta device"
+    try:
+        safetensors.torch.save({"": torch.empty(0, dtype=value.dtype)})
+    except (KeyError, RuntimeError):  # there is no name for its dtype; a quantized one can not even be made
+        return f"a {value.dtype} tensor"
+    return None
+
+
 def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
@@ -119,7 +132,7 @@ def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where
 
 
 def _packed_tensor(value: Tensor, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:
-    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+    if unstorable(value) is not None:
         raise _not_plain(where, value)
     value = value.detach()
     # Dimensions from the longest stride to the shortest: the numbers come back in the same order in memory.
@@ -159,7 +172,7 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def _not_plain(where: str, value: Any) -> TypeError:
-    found = f"a {value.layout} tensor" if isinstance(value, Tensor) else type(value).__name__
+    found = unstorable(value) if isinstance(value, Tensor) else type(value).__name__
     return TypeError(
         f"a checkpoint holds numbers, strings, lists, dicts and dense tensors; its entry {where or 'itself'} is or has as a key {found}. "
         "Give what it belongs to a state_dict of plain data, or train without resume=True."

@@ -124,11 +124,10 @@ class Keeper:
         clock = Clock(0, trainer.total_steps, trainer.steps_per_epoch)
         model = uncompiled(trainer.model)
         plan, _ = check_state(saved["session"], trainer.policy, clock, None, model)
-        stored: dict[Any, tuple[str, tuple[int, ...]]] = {}
-        for name, value in saved["model"].items():
-            if isinstance(value, Tensor):
-                stored.setdefault(value.data_ptr() if value.numel() else name, (name, tuple(value.shape)))
-        check_names(model, plan or Plan("", ()), dict(stored.values()))
+        tensors = {name: value for name, value in saved["model"].items() if isinstance(value, Tensor)}
+        shapes = dict.fromkeys(saved["model"]) | {name: tuple(value.shape) for name, value in tensors.items()}
+        memory = {name: value.data_ptr() for name, value in tensors.items() if value.numel()}
+        check_names(model, plan or Plan("", ()), shapes, memory)
 
     def deal_again(self, trainer: Any, deal: Callable[[Iterable[Any]], Any]) -> Any:
         """The example batch that the run was started with; the one at hand if the batches are divided anew."""

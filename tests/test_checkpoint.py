@@ -57,6 +57,27 @@ class Alias(nn.Module):
         return self.head(self.other_name(self.stem(self.embedding(x))) * self.scale)
 
 
+class Counting(nn.Module):
+    """Has a state that is no tensor, and buffers that are one in memory, in part and as a whole."""
+
+    def __init__(self, seed=0, **buffers):
+        super().__init__()
+        self.net, self.extra = mlp(seed), {"calls": seed, "names": ["a"]}
+        table = torch.arange(6.0) + seed
+        buffers = buffers or {"table": table, "head": table[:2], "again": table.detach()}
+        for name, value in buffers.items():
+            self.register_buffer(name, value)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
 CASES = {
     "mlp": (mlp, X),
     "conv": (lambda: ConvNet().eval(), IMAGES),
@@ -98,6 +119,61 @@ def test_shared_tensors_are_stored_once(tmp_path):
     fxrank.save(small, tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert sum(t.numel() for t in stored.values()) == sum(p.numel() for p in small.parameters()) + 1
+
+
+def test_a_state_that_is_no_tensor_and_views_come_back(tmp_path):
+    small = fxrank.factorize(Counting(3), X, rank=0.25)
+    fxrank.save(small, tmp_path)
+    back = fxrank.load(Counting(1), tmp_path)
+    assert back.extra == {"calls": 3, "names": ["a"]}
+    assert [b.tolist() for b in back.buffers()] == [[3, 4, 5, 6, 7, 8], [3, 4], [3, 4, 5, 6, 7, 8]]
+    assert torch.equal(back(X), small(X))
+    weights = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(weights), weights)
+    model = Counting(1)
+    with pytest.raises(fxrank.PlanMismatchError, match=re.escape("'_extra_state' is not in the file. Build the")):
+        fxrank.load(model, tmp_path)
+    assert (model.extra["calls"], type(model.net[2])) == (1, nn.Linear)
+    fxrank.save(fxrank.factorize(mlp(), X, rank=0.25), tmp_path)
+    tensors = safetensors.torch.load_file(weights)
+    for text in ("[", "5", '{"dict": 3}', '{"tensor": 0}', '{"dict": [["net", 1]]}'):
+        safetensors.torch.save_file(tensors, weights, {"extra_state": text})
+        with pytest.raises(fxrank.FxrankError, match=r"must be a whole safetensors file|'net' has none"):
+            fxrank.load(mlp(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("strange", "message"),
+    [
+        (torch.ones(2, dtype=torch.complex128), "'strange' is a torch.complex128 tensor."),
+        (torch.eye(2).to_sparse(), "'strange' is a torch.sparse_coo tensor."),
+        (torch.ones(2, device="meta"), "'strange' is a tensor on the meta device."),
+        (None, "beside tensors a checkpoint holds plain data; the state '_extra_state' has tensors inside."),
+    ],
+    ids=["complex128", "sparse", "meta", "tensors inside"],
+)
+def test_what_can_not_be_stored_is_refused_before_the_training(strange, message, tmp_path):
+    def made():
+        model = Counting(strange=strange)
+        model.extra = {"a": torch.zeros(2)} if strange is None else None
+        return model
+
+    with pytest.raises(TypeError, match=re.escape(message)):
+        fxrank.save(fxrank.factorize(made(), X, fxrank.plan_of(fxrank.factorize(Counting(), X))), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    model = made()
+    before = [p.tolist() for p in model.parameters()]
+    with pytest.raises(TypeError, match=re.escape(message)):
+        fxrank.auto_lowrank(model, [vectors()], epochs=1, output_dir=tmp_path, device="cpu", progress=False)
+    assert [p.tolist() for p in model.parameters()] == before
+
+
+def test_a_model_on_the_meta_device_is_not_loaded_into(saved):
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match=re.escape("a model to load into must have memory; '0.weight' is on the meta")):
+        fxrank.load(model, saved)
+    assert type(model[2]) is nn.Linear
 
 
 def test_a_loaded_model_trains_on_and_is_saved_again(saved, tmp_path):

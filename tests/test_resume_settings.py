@@ -18,7 +18,10 @@ from fxrank.plainfile import read_plain
 
 def summary(result):
     history = [{k: v for k, v in row.items() if k != "step_ms"} for row in result.history]
-    state = {n: (v.dtype, v.stride(), v.flatten().tolist()) for n, v in result.model.state_dict().items()}
+    state = {
+        n: (v.dtype, v.stride(), v.flatten().tolist()) if isinstance(v, torch.Tensor) else v
+        for n, v in result.model.state_dict().items()
+    }
     report = result.report
     counts = (report.parameters_before, report.accuracy_before_switch, report.accuracy_after_switch, report.notes)
     return state, result.plan, json.dumps(history), result.curves, counts
@@ -205,6 +208,30 @@ def test_workers_that_persist(tmp_path):
 
 def test_a_model_with_a_generator(tmp_path):
     same_when_resumed(tmp_path, [9, 8], make=Noised)
+
+
+class Counted(torch.nn.Module):
+    """Has a state that is no tensor, and a bias that is another one in memory but not the same parameter."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.net, self.calls = mlp(seed), 0
+        self.net[4].bias = torch.nn.Parameter(self.net[2].bias.data)
+
+    def forward(self, x):
+        self.calls += self.training
+        return self.net(x) * (1 + 0.01 * self.calls)
+
+    def get_extra_state(self):
+        return {"calls": self.calls}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"]
+
+
+def test_a_model_with_a_state_that_is_no_tensor(tmp_path):
+    found = same_when_resumed(tmp_path, [9, 8], make=Counted)
+    assert found.model.calls >= EPOCHS * STEPS
 
 
 def test_an_epoch_shorter_than_the_loader(tmp_path):
