@@ -68,12 +68,13 @@ def auto_lowrank(
     switch (see `Logger`). `output_dir` receives
     `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`.
 
-    With `resume=True` the run may be killed at any moment: the same call goes on from `output_dir/checkpoint.safetensors`,
-    to the same result, or starts if there is none yet. One is written at the start, at the end of each epoch, right
-    after the switch, and every `checkpoint_every` steps. It stays after the run, whose result the same call then
-    returns at once. All random numbers go on: torch's, numpy's, Python's, and those of generators that the loaders, their
-    data sets and samplers and the model hold anywhere. What else a sampler or a data set remembers from epoch to epoch does
-    not, nor what is drawn in persistent workers. In several processes the first one writes, for all: as many go on to the same result, another
+    With `resume=True` the run may be killed at any moment: the same call goes on from
+    `output_dir/checkpoint.safetensors`, to the same result, or starts if there is none yet. One is written at the
+    start, at the end of each epoch, right after the switch, and every `checkpoint_every` steps. It stays after the
+    run, whose result the same call then returns at once. Of the model its state dict goes on, and all random numbers:
+    torch's, numpy's, Python's, and those of generators that the loaders, their data sets and samplers and the model
+    hold anywhere. What else a sampler or a data set remembers from epoch to epoch does not, nor what is drawn in
+    persistent workers. In several processes the first one writes, for all: as many go on to the same result, another
     number with the same model, optimizer, schedule and ranks and a note in the report, if all batches of a step
     together stay as large.
 

@@ -40,6 +40,7 @@ from fxrank.shares import (
     share_of,
 )
 from fxrank.state import check_state, described
+from fxrank.surgery import has_plan
 
 CHECKPOINT = "checkpoint.safetensors"
 _PARTS: dict[str, type | tuple[type, ...]] = {
@@ -117,6 +118,8 @@ class Keeper:
                 continue  # loaders that divide the data have samplers of another kind
             if name == _STEPS and before != now:
                 fix = f"{before} processes became {now}: pass batches of {before}/{now} the size, so that all together take the same, or steps_per_epoch={saved['run'].get(name)}"
+            if name == "model" and has_plan(trainer.model):
+                fix = "This one has been made low-rank already, by the run that was broken off maybe: build it anew, and its optimizer and scheduler"
             old, new = _difference(saved["run"].get(name), value)
             raise CheckpointError(
                 f"a run goes on as it was started; in {self.path} its {name} was {old:.300}, now it is {new:.300}. {fix}."

@@ -6,6 +6,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from interrupted import EPOCHS, Killed, points, run, shuffled
@@ -107,6 +108,27 @@ def test_a_model_that_is_tied_differently(tmp_path):
         run(tmp_path, die=14, make=Tied)
     message = "its model was 'b.weight' (16, 16) torch.float32, shared with a.weight, now it is (16, 16) torch.float32."
     refused(tmp_path, fxrank.CheckpointError, message, model=Tied(tied=False))
+
+
+def test_the_same_objects_after_the_switch(tmp_path):
+    """Broken off in a notebook, and the cell is run again."""
+    model = mlp()
+    optimizer = sgd(model)
+    losses = iter([F.cross_entropy] * 17)
+    options = {"device": "cpu", "progress": False, "epochs": EPOCHS, "policy": SOON, "checkpoint_every": 2}
+    options |= {"output_dir": tmp_path, "resume": True, "optimizer": optimizer}
+    with pytest.raises(StopIteration):
+        fxrank.auto_lowrank(
+            model, shuffled(), loss_fn=lambda outputs, targets: next(losses)(outputs, targets), **options
+        )
+    assert isinstance(model[2], fxrank.passes.factors.FactorPair)
+    before = snapshot(model)
+    message = "This one has been made low-rank already, by the run that was broken off maybe: build it anew, and its optimizer and scheduler."
+    with pytest.raises(fxrank.CheckpointError, match=re.escape(message)):
+        fxrank.auto_lowrank(model, shuffled(), **options)
+    assert snapshot(model) == before
+    model = mlp(1)
+    assert fxrank.auto_lowrank(model, shuffled(), **(options | {"optimizer": sgd(model)})).plan.R == {"2": 4, "4": 4}
 
 
 @pytest.mark.parametrize(
