@@ -111,7 +111,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
                 f"a checkpoint is a folder with {PLAN} and {WEIGHTS}; {name} is missing in {folder}. Pass what fxrank.save wrote."
             )
     try:
-        plan = Plan.load(folder / PLAN)
+        plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{PLAN} must be UTF-8 JSON; {error}.") from error
     try:

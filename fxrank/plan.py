@@ -143,7 +143,12 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read JSON from `path`. Raises `PlanMismatchError`, or `FileNotFoundError`."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise PlanMismatchError(
+                f"a plan must be UTF-8 JSON; {path} is not: {error}. Use the file that Plan.save wrote."
+            ) from error
 
     def __str__(self) -> str:
         rows = [

@@ -77,6 +77,9 @@ def test_files(tmp_path):
     assert Plan.load(tmp_path / "plan.json") == EXAMPLE
     with pytest.raises(FileNotFoundError):
         Plan.load(tmp_path / "other.json")
+    (tmp_path / "weights.json").write_bytes(b"\xff\xfe{")
+    with pytest.raises(PlanMismatchError, match=r"a plan must be UTF-8 JSON; .*weights.json is not: "):
+        Plan.load(tmp_path / "weights.json")
 
 
 def test_e_k_and_r():
