@@ -270,6 +270,16 @@ def test_a_generating_model_round_trip_with_tied_weights(tmp_path):
     assert torch.equal(back.generate(TOKENS[:2, :4], **options), small.generate(TOKENS[:2, :4], **options))
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_what_the_trainer_saves_at_the_end_is_read(tmp_path, named):
+    trainer, _ = trainer_of(tmp_path, max_steps=8)
+    trainer.train()
+    folder = tmp_path / "final" if named else tmp_path
+    trainer.save_model(*([str(folder)] if named else []))
+    back = from_pretrained(transformers.AutoModelForSequenceClassification, folder)
+    assert torch.equal(back(input_ids=TOKENS).logits, trainer.model.eval()(input_ids=TOKENS).logits)
+
+
 def test_the_round_trip_is_strict(tmp_path):
     with pytest.raises(ValueError, match="only a model that fxrank has rewritten has a plan"):
         save_pretrained(bert(), tmp_path)

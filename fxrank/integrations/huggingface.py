@@ -32,7 +32,7 @@ from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policy import Policy
 from fxrank.session import LOW, LowRankSession
-from fxrank.surgery import plan_of
+from fxrank.surgery import has_plan, plan_of
 
 log = logging.getLogger("fxrank")
 
@@ -178,7 +178,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
 
 class LowRankTrainerMixin:
     """For a trainer class of your own, `class MyTrainer(LowRankTrainerMixin, Trainer)`: `resume_from_checkpoint` also
-    works after the switch, and from checkpoints anywhere. Needs a `LowRankCallback` among the callbacks.
+    works after the switch, and from checkpoints anywhere, and what `save_model` writes `from_pretrained` of this module
+    reads. Needs a `LowRankCallback` among the callbacks.
 
     A checkpoint that cannot be resumed raises `CheckpointError` or `PlanMismatchError` before weights are loaded.
     """
@@ -188,6 +189,12 @@ class LowRankTrainerMixin:
             if isinstance(callback, LowRankCallback):
                 callback.resume(self, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+
+    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
+        model = self.model  # type: ignore[attr-defined]
+        if has_plan(model) and plan_of(model).R:
+            plan_of(model).save(Path(output_dir or self.args.output_dir) / PLAN)  # type: ignore[attr-defined]
 
 
 class LowRankTrainer(LowRankTrainerMixin, Trainer):  # type: ignore[misc]
@@ -206,8 +213,8 @@ def save_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
 
 
 def from_pretrained(cls: Any, path: str | os.PathLike[str]) -> nn.Module:
-    """The factorized model in a folder that `save_pretrained`, or a `Trainer` with `LowRankCallback`, wrote; in
-    evaluation mode, with the settings of its `generate`.
+    """The factorized model in a folder that `save_pretrained` or a `LowRankTrainer` wrote, or in a checkpoint of any
+    `Trainer` with `LowRankCallback`; in evaluation mode, with the settings of its `generate`.
 
     `cls` is a model class or an auto class (`AutoModelForSequenceClassification`). Strict: raises `CheckpointError` for a
     missing or damaged file, `PlanMismatchError` for a plan or weights of another model.
