@@ -1,7 +1,7 @@
 """A run of `auto_lowrank` that may be killed at any moment and goes on as if it had not been.
 
-A checkpoint holds everything that the rest of the run depends on: the states of model, optimizer, scheduler, loss
-scaler and session, the sums of the epoch, the history, and all random numbers: as they are, and as they were when the
+A checkpoint holds everything that the rest of the run depends on: the states of model, loss module, optimizer, scheduler,
+loss scaler and session, the sums of the epoch, the history, and all random numbers: as they are, and as they were when the
 epoch began. From those the loader deals the epoch's batches again; the ones already taken are passed over, and the
 numbers as they are put back. Batches are dealt alike if they come from random numbers known here: torch's, numpy's,
 Python's, and generators that the loader, its samplers, its data set or the parts of these hold (see `randoms`). What else
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxrank.checkpoint import check_names
 from fxrank.passes.compiled import uncompiled
@@ -55,6 +56,7 @@ _PARTS: dict[str, type | tuple[type, ...]] = {
     "optimizer": dict,
     "scheduler": (dict, type(None)),
     "scaler": dict,
+    "loss": dict,
     "totals": dict,
     "history": list,
     "memory": dict,
@@ -146,6 +148,7 @@ class Keeper:
             return
         assert trainer.optimizer is not None
         load_own_state(uncompiled(trainer.model), saved["model"])
+        load_own_state(_loss_of(trainer), saved["loss"])
         trainer.optimizer.load_state_dict(saved["optimizer"])
         if trainer.scheduler is not None:
             trainer.scheduler.load_state_dict(saved["scheduler"])
@@ -225,6 +228,7 @@ class Keeper:
             "first_random": self._first_random,
             "random": now,
             "epoch_random": self._epoch_random if trainer.taken else now,
+            "loss": {name: on_cpu(value) for name, value in own_state(_loss_of(trainer)).items()},
             "totals": {name: on_cpu(value) for name, value in trainer.totals.state_dict().items()},
             "memory": trainer.memory,
             "seconds": [elapsed, trainer.evaluation_seconds],
@@ -255,16 +259,23 @@ def _loaders(trainer: Any) -> list[Any]:
 
 def _holders(trainer: Any) -> list[Any]:
     """Where the user's generators may be."""
-    return [*_loaders(trainer), uncompiled(trainer.model)]
+    return [*_loaders(trainer), uncompiled(trainer.model), trainer.loss_fn]
+
+
+def _loss_of(trainer: Any) -> nn.Module:
+    """The loss, if it is a module, which may learn or remember; else one without a state."""
+    return trainer.loss_fn if isinstance(trainer.loss_fn, nn.Module) else nn.Module()
 
 
 def _run_of(trainer: Any) -> dict[str, Any]:
     """What must be the same when the run goes on, of a model before the switch."""
     check_whole(trainer.model)
+    check_held(trainer.optimizer, trainer.model, _loss_of(trainer))
     optimizer, scheduler = trainer.optimizer, trainer.scheduler
     sizes = [] if optimizer is None else [len(group["params"]) for group in optimizer.param_groups]
     return {
         "model": _tensors_of(uncompiled(trainer.model)),
+        "loss_fn": _tensors_of(_loss_of(trainer)),
         "optimizer": "the default" if optimizer is None else f"{type(optimizer).__name__} of {sizes} parameters",
         "optimizer's option": {
             name: described(value)
@@ -290,6 +301,18 @@ def check_whole(model: nn.Module) -> None:
             raise TypeError(
                 f"a checkpoint of resume=True holds whole tensors; {name!r} is sharded. Save LowRankSession.state_dict() beside torch.distributed.checkpoint in a loop of your own."
             )
+
+
+def check_held(optimizer: Optimizer | None, model: nn.Module, loss: nn.Module) -> None:
+    """Raise `TypeError` for an optimizer with parameters that are in no checkpoint."""
+    groups = [] if optimizer is None else optimizer.param_groups
+    stepped = {id(p): p for group in groups for p in group["params"]}
+    others = stepped.keys() - {id(p) for module in (model, loss) for p in module.parameters()}
+    if others and len(others) < len(stepped):  # one of another model is refused later
+        raise TypeError(
+            f"a checkpoint of resume=True holds the parameters of the model, and of loss_fn if it is a module; the optimizer steps {len(others)} other, of shape "
+            f"{tuple(stepped[min(others)].shape)} for one. Register it in either, or train without resume=True."
+        )
 
 
 def _tensors_of(model: nn.Module) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """One checkpoint for a team of processes: what all have alike stands in it once, what is a process's own once for each.
 
 The first process writes and reads the file, the others send it theirs and get theirs from it, so that a checkpoint is
-one file, whole or not there, and the processes need no common disk. A process's own are its random numbers, sums and
-times, and every tensor of model and optimizer that is not the first one's to the last bit: buffers, of which
+one file, whole or not there, and the processes need no common disk. A process's own are its random numbers, its loss
+module, sums and times, and every tensor of model and optimizer that is not the first one's to the last bit: buffers, of which
 `DistributedDataParallel` sends round the first one's only before the next forward, or never, and parameters that it
 was told to ignore.
 
@@ -30,6 +30,7 @@ OWN: dict[str, type] = {
     "first_random": dict,
     "random": dict,
     "epoch_random": dict,
+    "loss": dict,
     "totals": dict,
     "memory": dict,
     "seconds": list,

@@ -159,6 +159,16 @@ def test_a_state_that_is_not_plain_data(tmp_path):
     refused(tmp_path, TypeError, message, scheduler=lambda o: Strange(o, 1))
 
 
+def test_a_parameter_that_is_in_no_checkpoint(tmp_path):
+    def optimizer(model):
+        return torch.optim.SGD([*model.parameters(), torch.nn.Parameter(torch.zeros(3))], lr=0.1)
+
+    message = (
+        "and of loss_fn if it is a module; the optimizer steps 1 other, of shape (3,) for one. Register it in either,"
+    )
+    refused(tmp_path, TypeError, message, optimizer=optimizer)
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from interrupted import EPOCHS, STEPS, Killed, points, run
-from nets import UNTIMED, ConvNet, Tied, batches, images, mlp
+from nets import SOON, UNTIMED, ConvNet, Tied, batches, images, mlp
 from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
@@ -232,6 +232,41 @@ class Counted(torch.nn.Module):
 def test_a_model_with_a_state_that_is_no_tensor(tmp_path):
     found = same_when_resumed(tmp_path, [9, 8], make=Counted)
     assert found.model.calls >= EPOCHS * STEPS
+
+
+class Learned(torch.nn.Module):
+    """A loss with a parameter, a running mean and a generator, which ends the run after as many calls."""
+
+    def __init__(self, die=None):
+        super().__init__()
+        self.scale, self.die = torch.nn.Parameter(torch.ones(4)), die
+        self.register_buffer("mean", torch.zeros(4))
+        self.noise, self.calls = torch.Generator().manual_seed(3), 0
+
+    def forward(self, outputs, targets):
+        self.calls += 1
+        if self.calls == self.die:
+            raise Killed
+        self.mean.lerp_(outputs.detach().mean(0), 0.1)
+        noise = 0.1 * torch.randn(4, generator=self.noise)
+        return torch.nn.functional.cross_entropy(outputs * self.scale - self.mean + noise, targets)
+
+
+def test_a_loss_that_learns(tmp_path):
+    def learned(folder, die=None, seed=0):
+        torch.manual_seed(0)
+        model, loss = mlp(seed), Learned(die)
+        optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1, momentum=0.9)
+        options = {"optimizer": optimizer, "loss_fn": loss, "policy": SOON, "epochs": EPOCHS, "checkpoint_every": 2}
+        options |= {"device": "cpu", "progress": False, "output_dir": folder, "resume": True}
+        result = fxrank.auto_lowrank(model, DataLoader(points(), 8, shuffle=True), **options)
+        return [v.tolist() for module in (model, loss) for v in module.state_dict().values()], result.plan.R
+
+    whole = learned(tmp_path / "whole")
+    for seed, die in enumerate((9, 5)):
+        with pytest.raises(Killed):
+            learned(tmp_path / "killed", die, seed)
+    assert learned(tmp_path / "killed", seed=9) == whole
 
 
 def test_an_epoch_shorter_than_the_loader(tmp_path):
