@@ -72,11 +72,12 @@ def auto_lowrank(
     `output_dir/checkpoint.safetensors`, to the same result, or starts if there is none yet. One is written at the
     start, at the end of each epoch, right after the switch, and every `checkpoint_every` steps. It stays after the
     run, whose result the same call then returns at once. Of the model, and of a `loss_fn` that is a module, the state
-    dict goes on, and so do all random numbers: torch's, numpy's, Python's, and those of generators that the loaders,
-    their data sets and samplers, the model and the loss hold anywhere. What else a sampler or a data set remembers
-    from epoch to epoch does not, nor what is drawn in persistent workers. In several processes the first one writes,
-    for all: as many go on to the same result, another number with the same model, optimizer, schedule and ranks and a
-    note in the report, if all batches of a step together stay as large.
+    dict goes on, and so do all random numbers: torch's, numpy's, Python's, and those of generators that are
+    attributes of the loaders, their data sets and samplers, the model or the loss, or of their parts. Generators
+    elsewhere (global ones, in closures) do not, nor what else a sampler or a data set remembers from epoch to epoch,
+    nor what is drawn in persistent workers. In several processes the first one writes, for all: as many go on to the
+    same result, another number with the same model, optimizer, schedule and ranks and a note in the report, if all
+    batches of a step together stay as large.
 
     Returns a `Result`; its model is `model` itself. If nothing could be factorized the trained full-rank model is
     returned with a `NothingFactorizedWarning`. Raises before touching anything: `ValueError` or `TypeError` for an
