@@ -104,7 +104,8 @@ def unstorable(value: Any) -> str | None:
         return "a tensor on the meta device"
     try:
         safetensors.torch.save({"": torch.empty(0, dtype=value.dtype)})
-    except (KeyError, RuntimeError):  # there is no name for its dtype; a quantized one can not even be made
+    except (KeyError, ValueError, RuntimeError, SafetensorError):
+        # A dtype without a name there, or one that torch can not make like this.
         return f"a {value.dtype} tensor"
     return None
 
