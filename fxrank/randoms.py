@@ -91,7 +91,10 @@ def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
         return enumerate(value) if len(value) <= _MOST else ()
     if isinstance(value, dict):
         return _named(value) if len(value) <= _MOST else ()
-    return _named(getattr(value, "__dict__", {}))
+    try:  # past a __getattr__ of the user's
+        return _named(object.__getattribute__(value, "__dict__"))
+    except AttributeError:
+        return ()
 
 
 def _named(entries: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
