@@ -32,8 +32,8 @@ import fxrank
 from benchmarks import record
 from benchmarks.models import resnet18
 from benchmarks.switch_cost import NAMES, training_step
+from fxrank.copies import copied
 from fxrank.passes.profile import Stopwatch
-from fxrank.surgery import copied
 
 RATIO = 0.25
 STEPS = 4

@@ -3,6 +3,7 @@
 from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
 from fxrank.checkpoint import load, save
+from fxrank.copies import factorize, merge
 from fxrank.cuttlefish import Cuttlefish
 from fxrank.passes.convolutions import LowRankConv2d
 from fxrank.passes.errors import (
@@ -24,7 +25,7 @@ from fxrank.policy import Policy
 from fxrank.profiling import Profile, profile
 from fxrank.report import Report
 from fxrank.session import LowRankSession
-from fxrank.surgery import factorize, merge, plan_of
+from fxrank.surgery import plan_of
 
 __all__ = [
     "CheckpointError",

@@ -116,7 +116,9 @@ def trace(
     """
     model = uncompiled(model)
     # A forward makes them for good, but what it notes beside them (in_features, …) would be put back.
-    lazy = next((name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)), None)
+    lazy = next(
+        (name for name, tensor in chain(model.named_parameters(), model.named_buffers()) if is_lazy(tensor)), None
+    )
     if lazy is not None:
         raise TraceError(
             f"a model must have all of its parameters before it is traced; {lazy!r} has no shape yet. Call the lazy model once, on a batch, before."

@@ -1,0 +1,186 @@
+"""Copies of a model, rewritten: factorized at ranks that are given, and merged back into dense layers."""
+
+import copy
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import nn
+
+from fxrank.passes.calls import Example
+from fxrank.passes.compiled import uncompiled
+from fxrank.passes.discover import discover
+from fxrank.passes.errors import RankError, unknown_name
+from fxrank.passes.factorize import install, pairs_in, remove_weight, uncompile_parts
+from fxrank.passes.factors import FactorPair
+from fxrank.passes.kinds import FORMS
+from fxrank.passes.layers import Layer
+from fxrank.passes.names import own_name
+from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.selection import Selector, candidates, require_some
+from fxrank.passes.trace import trace
+from fxrank.plan import LayerDecision, Plan
+from fxrank.ranks import ratio_rank
+from fxrank.surgery import apply_plan, forget_plan, has_plan, keep, plan_of, remember_plan, take
+from fxrank.wrappers import outside_autocast
+
+Rank = int | float | Mapping[str, int | float] | Plan
+
+
+@outside_autocast
+def factorize(
+    model: nn.Module,
+    example_inputs: Example,
+    rank: Rank = 0.25,
+    *,
+    include: Iterable[Selector] | Selector = (),
+    exclude: Iterable[Selector] | Selector = (),
+    form: str = "channel",
+    extra_bn: bool = False,
+) -> nn.Module:
+    """A factorized copy of `model`, same class; the original is untouched. No part of the copy is compiled.
+
+    `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
+    full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
+    layers, a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
+    first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
+    returns the decisions with their reasons.
+
+    Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
+    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
+    """
+    if form not in FORMS:
+        raise unknown_name("form", form, FORMS)
+    model = uncompiled(model)
+    small = copied(model)
+    if isinstance(rank, Plan):
+        apply_plan(small, rank, example=example_inputs)
+        return small
+    gm = trace(small, example_inputs)
+    layers = discover(gm, small)
+    if isinstance(rank, Mapping):
+        chosen = _named_ranks(layers, rank)
+        layers = [
+            layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
+            for layer in layers
+        ]
+    else:
+        layers = candidates(layers, small, include=include, exclude=exclude)
+        if not pairs_in(small):
+            require_some(layers)
+        chosen = {layer.name: rank for layer in layers if layer.reason is None}
+    pairs = pairs_in(small)
+    decisions = []
+    for layer in layers:
+        if layer.name in pairs:
+            decisions.append(
+                replace(
+                    keep(layer, layer.reason or ""), rank=pairs[layer.name].rank, full_rank=min(layer.rows, layer.cols)
+                )
+            )
+        elif layer.name in chosen:
+            decisions.append(_given(layer, chosen[layer.name], form, extra_bn))
+        else:
+            decisions.append(keep(layer, layer.reason or ""))
+    _warn_above_break_even(layers, decisions)
+    plan = Plan(policy="factorize", layers=tuple(decisions))
+    apply_plan(small, replace(plan, layers=tuple(d for d in decisions if d.name not in pairs)), example=example_inputs)
+    if pairs and not any(d.factorized and d.name not in pairs for d in decisions) and has_plan(model):
+        plan = plan_of(model)  # nothing new: the plan that made the pairs stands
+    remember_plan(small, plan)
+    return small
+
+
+def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
+    """A rank as a user writes it (float: ratio, int: rank), checked, as a whole number."""
+    if isinstance(rank, bool) or not isinstance(rank, (int, float)):
+        raise TypeError(
+            f"a rank is an int (rank) or a float (ratio of the full rank); got {type(rank).__name__} for {name!r}."
+        )
+    if isinstance(rank, float):
+        if not 0 < rank <= 1:
+            raise RankError(
+                f"a rank ratio must be above 0 and at most 1.0; got {rank} for {name!r}. An int gives a rank instead."
+            )
+        return ratio_rank(full_rank, rank)
+    if not 1 <= rank <= full_rank:
+        raise RankError(
+            f"the rank of {name!r} must be in 1 … {full_rank}, its full rank; got {rank}. Lower it, give a ratio (float), or give a dict of ranks by layer name."
+        )
+    return rank
+
+
+def _given(layer: Layer, rank: int | float, form: str, extra_bn: bool) -> LayerDecision:
+    if form in layer.other_forms:
+        layer = layer.in_form(form)
+    whole = whole_given_rank(layer.name, layer.full_rank, rank)
+    reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
+    return take(layer, whole, reason, extra_bn=extra_bn)
+
+
+def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> dict[str, int | float]:
+    by_path = {path: layer for layer in layers for path in layer.paths}
+    chosen = {}
+    for given, rank in ranks.items():
+        if (name := own_name(given)) not in by_path:
+            known = ", ".join(layer.name for layer in layers if layer.reason is None)
+            raise ValueError(
+                f"each name in rank= must be a layer of the model; {name!r} is none. Layers that can be factorized: {known}."
+            )
+        layer = by_path[name]
+        if layer.reason is not None:
+            raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
+        chosen[layer.name] = rank
+    return chosen
+
+
+def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:
+    above = [
+        f"{layer.name} (rank {d.rank}, break-even {layer.break_even_rank:.1f})"
+        for layer, d in zip(layers, decisions, strict=True)
+        if d.rank is not None and d.pair_parameters is not None and d.rank >= layer.break_even_rank
+    ]
+    if above:
+        listing = ", ".join(above[:5]) + (f" and {len(above) - 5} more" if len(above) > 5 else "")
+        warnings.warn(
+            f"ranks at or above break-even make a layer no smaller: {listing}. They are used as given.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+@outside_autocast
+def merge(model: nn.Module) -> nn.Module:
+    """A dense copy: every factor pair becomes one dense layer of the original class with the product as its weight.
+    The original is untouched; of what is compiled, the whole or parts, the copy is not.
+
+    Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
+    The state dict fits the untouched original class, and layers that shared a weight share it again. A weight that
+    was derived from others (weight norm, standardization) is a plain one now.
+    """
+    dense = copied(uncompiled(model))
+    merged: dict[int, nn.Parameter] = {}
+    with torch.no_grad():
+        for path, pair in list(dense.named_modules(remove_duplicate=False)):
+            if isinstance(pair, FactorPair) and dense.get_submodule(path) is pair:
+                layer = pair.to_dense()
+                # Pairs that share their factors share the product again.
+                layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
+                if isinstance(pair, LowRankWeight):
+                    remove_weight(dense, pair, layer.weight)
+                else:
+                    install(dense, {id(pair): layer})
+    forget_plan(dense)
+    return dense
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy with no compiled parts, also of models with legacy weight or spectral norm, whose weights are no leaves."""
+    memo: dict[int, object] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return uncompile_parts(copy.deepcopy(model, memo))
