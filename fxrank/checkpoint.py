@@ -11,6 +11,7 @@ What is no tensor in a state dict (`get_extra_state`) is JSON in the metadata, `
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,6 +73,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         safetensors.torch.save_file(tensors, str(weights), metadata=WRITER | {"digest": _BLANK} | extra)
         plan.save(Path(scratch) / PLAN)
         _sign(weights, Path(scratch) / PLAN)
+        shutil.copymode(Path(scratch) / PLAN, weights)  # safetensors writes what only its owner may read
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
 

@@ -127,11 +127,16 @@ class Plan:
         layers = data.get("layers")
         if not isinstance(layers, list):
             raise PlanMismatchError(f"a plan's layers must be a list; got {type(layers).__name__}.")
+        step = _typed(data, "switch_step", int, "plan", optional=True)
+        epoch = _typed(data, "switch_epoch", float, "plan", optional=True)
+        for name, value in (("switch_step", step), ("switch_epoch", epoch)):
+            if value is not None and value < 0:
+                raise PlanMismatchError(f"plan: {name} must be at least 0, or null; got {value}.")
         return cls(
             policy=_typed(data, "policy", str, "plan"),
             layers=tuple(_read_layer(entry, i) for i, entry in enumerate(layers)),
-            switch_step=_typed(data, "switch_step", int, "plan", optional=True),
-            switch_epoch=_typed(data, "switch_epoch", float, "plan", optional=True),
+            switch_step=step,
+            switch_epoch=epoch,
             note=_typed(data, "note", str, "plan"),
             training=_read_training(data.get("training")),
         )

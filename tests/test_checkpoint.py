@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, and what is refused before the model is touched."""
 
+import os
 import re
 
 import pytest
@@ -294,3 +295,8 @@ def test_weights_are_stored_as_they_are(saved):
     assert set(tensors) == {f"{n}.{k}" for n in "06" for k in ("weight", "bias")} | {
         f"{n}.{k}" for n in "24" for k in ("u.weight", "v.weight", "v.bias")
     }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files have other rights elsewhere")
+def test_whoever_may_read_the_plan_may_read_the_weights(saved):
+    assert (saved / "model.safetensors").stat().st_mode == (saved / "plan.json").stat().st_mode

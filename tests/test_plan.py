@@ -38,7 +38,7 @@ plans = st.builds(
     policy=st.text(),
     layers=st.lists(decisions(), max_size=4).map(tuple),
     switch_step=st.none() | counts,
-    switch_epoch=st.none() | numbers,
+    switch_epoch=st.none() | numbers.map(abs),
     note=st.text(),
 )
 
@@ -172,6 +172,8 @@ KNOWN = sorted(LayerDecision.__dataclass_fields__)
         (with_plan(note=None), "plan: note must be str; got None."),
         (with_plan(switch_step="30"), "plan: switch_step must be int or null; got '30'."),
         (with_plan(switch_step=True), "plan: switch_step must be int or null; got True."),
+        (with_plan(switch_step=-3), "plan: switch_step must be at least 0, or null; got -3."),
+        (with_plan(switch_epoch=-0.5), "plan: switch_epoch must be at least 0, or null; got -0.5."),
         (with_plan(switch_step=1.5), "plan: switch_step must be int or null; got 1.5."),
         (with_plan(switch_epoch="3"), "plan: switch_epoch must be float or null; got '3'."),
         (with_plan(switch_epoch=float("nan")), "plan: switch_epoch must be float or null; got nan."),
