@@ -87,6 +87,9 @@ class FixedPlan(Policy):
     def decide(self, scene: Scene) -> list[LayerDecision]:
         return list(self.given.layers)
 
+    def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:
+        return super().plan_without_switch(scene, clock) if self.given.R else self.given
+
 
 def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], why: str) -> list[LayerDecision]:
     """Decisions for given ranks: a string from `rank_of` is the reason to keep."""

@@ -155,6 +155,18 @@ def test_a_plan_without_a_step_is_applied_at_once():
     assert session.plan.switch_step == 0
 
 
+def test_a_plan_without_any_pair_ends_as_it_was():
+    model = SixLayers()
+    (first, *rest) = fxrank.plan_of(fxrank.factorize(SixLayers(), X, rank=0.25)).layers
+    layers = [dataclasses.replace(layer, rank=None, reason=f"{layer.name} was kept") for layer in (first, *rest)]
+    plan = fxrank.Plan("Cuttlefish", tuple(layers), switch_step=5, switch_epoch=0.5, note="it saved nothing")
+    optimizer = sgd(model)
+    session = attached(model, optimizer, plan)
+    train(model, optimizer, 20)
+    with pytest.warns(fxrank.NothingFactorizedWarning, match=re.escape("nothing was factorized (it saved nothing)")):
+        assert session.finish() == plan
+
+
 def test_a_plan_of_another_model_is_refused_at_the_start():
     plan = fxrank.plan_of(fxrank.factorize(SixLayers(), X, rank=0.25))
     late = dataclasses.replace(plan, switch_step=15)
