@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fxrank.passes.names import own_name
+
 
 def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
     """The wrapper of a model, or of a whole that it is a part of, where it was given without, as frameworks do; None if it
@@ -61,7 +63,7 @@ def ignored_paths(wrapper: DistributedDataParallel, model: nn.Module) -> frozens
     paths = set()
     for name, parameter in model.named_parameters(remove_duplicate=False) if ignored else ():
         while name and id(parameter) in ignored:
-            paths.add(name)
+            paths.add(own_name(name))
             name = name.rpartition(".")[0]
     return frozenset(paths)
 

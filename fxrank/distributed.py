@@ -27,7 +27,7 @@ from fxrank.passes.layers import Layer
 from fxrank.passes.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.sharded import Shards, is_sharded
-from fxrank.surgery import Factors, Replacement, apply_plan
+from fxrank.surgery import Factors, Replacement, apply_plan, check_plan
 
 T = TypeVar("T")
 
@@ -98,11 +98,27 @@ class Team:
 
     def refused(self, layers: list[Layer]) -> list[Layer]:
         """The layers, with a reason for those that this engine does not let go."""
+        refusal = self._refusal()
+        return [x if x.reason is not None else replace(x, reason=refusal(x.name, x.form)) for x in layers]
+
+    def check_plan(self, plan: Plan) -> None:
+        """`surgery.check_plan`; and raise `TypeError` for a layer that this engine does not let go."""
+        check_plan(self.structure, plan)
+        refusal = self._refusal()
+        for decision in plan.layers:
+            if decision.factorized and (reason := refusal(decision.name, decision.form)) is not None:
+                raise TypeError(
+                    f"the layers of a plan must be ones that this engine lets go; of {decision.name!r}, {reason}. "
+                    "Change that, or leave it dense in the plan."
+                )
+
+    def _refusal(self) -> Callable[[str, str], str | None]:
+        """Says why a layer, by name and form, must stay; None if it need not."""
         if self._shards is not None:
-            return self._shards.refused(layers)
+            return self._shards.refusal
         ignored = ignored_paths(self._wrapper, self._model) if self._wrapper is not None else frozenset()
         reason = "DistributedDataParallel was told to ignore its parameters, and would average those of a pair"
-        return [replace(x, reason=reason) if x.reason is None and ignored & {*x.paths} else x for x in layers]
+        return lambda name, _: reason if name in ignored else None
 
     def check(self) -> None:
         """Raise `RuntimeError` if the processes cannot make a switch together; before each step until it is made."""
@@ -146,6 +162,7 @@ class Team:
         """`surgery.apply_plan` on the model, with the first process's factors in all of them. `split=False` leaves them
         unfilled.
         """
+        self.check_plan(plan)
         share = self.share if split else None
         if self._shards is not None:
             return self._shards.apply(plan, gm, example, split=split and self.is_first, factors=factors, share=share)

@@ -41,7 +41,7 @@ from fxrank.policies import FixedPlan, FullRank, as_policy
 from fxrank.policy import Clock, Policy, Scene, freeze, frozen_names
 from fxrank.state import restore_session, session_state
 from fxrank.steps import is_outermost
-from fxrank.surgery import check_plan, has_plan, remember_plan
+from fxrank.surgery import has_plan, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
@@ -138,7 +138,7 @@ class LowRankSession:
         averages = [averaged_in(follower, model) for follower in followers]
         frozen_names(model, chosen.freeze)
         if isinstance(chosen, FixedPlan):
-            check_plan(team.structure, chosen.given)
+            team.check_plan(chosen.given)
         structure = team.structure
         with own_forward(structure):
             gm = trace(structure, team.example(example_inputs))

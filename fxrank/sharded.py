@@ -21,14 +21,13 @@ from torch.utils import _pytree as pytree
 from fxrank.passes.calibrate import calibrate_on
 from fxrank.passes.calls import Example
 from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import dense_at
-from fxrank.passes.layers import Layer
-from fxrank.passes.names import module_at, own_name
+from fxrank.passes.kinds import dense_at, holders
+from fxrank.passes.names import module_at
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import TracedModule
 from fxrank.passes.weights import is_derived, stands_for
 from fxrank.plan import Plan
-from fxrank.surgery import Factors, Replacement, apply_plan, check_plan, remember_plan, take_hooks
+from fxrank.surgery import Factors, Replacement, apply_plan, remember_plan, take_hooks
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -95,19 +94,19 @@ class Shards:
         moved: Example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
         return moved
 
-    def refused(self, layers: Iterable[Layer]) -> list[Layer]:
-        """The layers, with a reason for those that cannot be replaced inside their unit."""
-        units = {own_name(path) for path, module in self.model.named_modules() if _is_unit(module)}
-        answer = []
-        for layer in layers:
-            if layer.reason is None and units.intersection(layer.paths):
-                layer = replace(
-                    layer, reason="it is a unit of fully_shard by itself; shard the block around it instead"
-                )
-            elif layer.reason is None and is_derived(dense_at(self.skeleton, layer.name, layer.form)):
-                layer = replace(layer, reason="its weight is derived from parameters that are sharded")
-            answer.append(layer)
-        return answer
+    def refusal(self, name: str, form: str) -> str | None:
+        """Why a layer cannot be replaced inside its unit; None if it can."""
+        if is_derived(dense_at(self.skeleton, name, form)):
+            return "its weight is derived from parameters that are sharded"
+        weight = self.model.get_parameter(_weight_name(self.model, name))
+        places = [(owner, attribute) for owner, attribute, _ in holders(self.model, weight, form)]
+        if any(_is_unit(owner) for owner, attribute in places if not attribute):
+            return "it is a unit of fully_shard by itself; shard the block around it instead"
+        owner, attribute = places[0]  # asked by its place: a unit may be unsharded now
+        managed = (p._module_info for group in _groups(self.model) for p in group.fsdp_params)
+        if not any(info.module is owner and info.param_name == (attribute or "weight") for info in managed):
+            return "no unit of fully_shard holds its weight; shard a block around it, without ignored_params"
+        return None
 
     def gather(self, name: str) -> Tensor:
         """All of a weight, by name, on every process."""
@@ -136,7 +135,6 @@ class Shards:
         share: Callable[[Iterable[Tensor]], None] | None,
     ) -> list[Replacement]:
         """As `surgery.apply_plan`: the plan's pairs in the model, in shards, and in the skeleton and its graph `gm`."""
-        check_plan(self.skeleton, plan)
         self._reshard()
         self._check_finite(list(plan.R))
         apply_plan(self.skeleton, plan, gm=gm, split=False)

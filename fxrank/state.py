@@ -48,6 +48,8 @@ def restore_session(session: Any, state: dict[str, Any]) -> None:
             f"a session's state belongs into a session that has not switched yet; this one has made a plan of its own at step {session.clock.step}. "
             "Attach to a freshly built model, with state= if the policy switches at once."
         )
+    if plan is not None and session.plan is None:
+        session.team.check_plan(plan)
     if session.scene.monitor is not None:
         session.scene.monitor.load_state_dict(state["monitor"])
     session.clock = Clock(*state["clock"])

@@ -173,13 +173,30 @@ def with_an_ignored_weight(rank, size):
     session = attach(whole.net, optimizer)
     train(wrapper, optimizer, rank, size)
     reasons = {d.name: d.reason for d in session.finish().layers if d.name == "2"}
-    return session.plan.R, reasons, digest(whole.net[2]), digest(whole.net[4]), sorted(ignored_paths(wrapper, whole))
+    x = vectors()[0]
+    asking = failure(lambda: attach(whole.net, optimizer, fxrank.plan_of(fxrank.factorize(mlp(), x, {"2": 4}))))
+    compiled = Around(mlp())
+    compiled.net = torch.compile(compiled.net, backend="eager")
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(compiled, ["net._orig_mod.2.weight"])
+    assert ignored_paths(DistributedDataParallel(compiled), compiled) == {"net", "net.2", "net.2.weight"}
+    return (
+        asking,
+        session.plan.R,
+        reasons,
+        digest(whole.net[2]),
+        digest(whole.net[4]),
+        sorted(ignored_paths(wrapper, whole)),
+    )
 
 
 def test_a_weight_that_is_not_averaged_stays_so():
-    first, second = team(with_an_ignored_weight, 2)
+    (asked, *first), (also_asked, *second) = team(with_an_ignored_weight, 2)
     reason = "DistributedDataParallel was told to ignore its parameters, and would average those of a pair"
-    assert first[:2] == second[:2] == ({"4": 4}, {"2": reason})
+    assert asked == also_asked
+    assert asked == (
+        f"TypeError: the layers of a plan must be ones that this engine lets go; of '2', {reason}. Change that, or leave it dense in the plan."
+    )
+    assert first[:2] == second[:2] == [{"4": 4}, {"2": reason}]
     assert first[2] != second[2] and first[3] == second[3]
     assert first[4] == ["net", "net.2", "net.2.weight"]
 

@@ -113,6 +113,44 @@ def test_layers_that_cannot_be_replaced_say_why():
         )
 
 
+def ignored(rank, size):
+    """Weights that no unit holds; of those, and of a unit's own, a plan that asks for them, and a session's state."""
+    x, y = vectors(32)
+    model = Net()
+    shard(model, ignored_params={block.up.weight for block in model.blocks})
+    optimizer = optimizer_of(model, "SGD")
+    with attach(model, optimizer, x, include="*") as session:
+        loop(model, optimizer, STEPS, (x, y))
+    reasons = {d.reason for d in session.plan.layers if d.name in ("blocks.0.up", "blocks.1.up")}
+    plan, texts = replace(fxrank.plan_of(fxrank.factorize(Net(), x, rank=0.25)), switch_step=2), []
+    other = shard(Net())
+    other_optimizer = optimizer_of(other, "SGD")
+    with attach(other, other_optimizer, x) as whole:
+        loop(other, other_optimizer, STEPS, (x, y))
+    for make, options in (
+        (lambda net: shard(net, ignored_params={net.blocks[0].up.weight}), {"policy": plan}),
+        (lambda net: (fully_shard(net.blocks[0].up), shard(net))[1], {"state": whole.state_dict()}),
+    ):
+        model = make(Net())
+        before = [id(p) for p in model.parameters()]
+        with pytest.raises(TypeError) as caught:
+            attach(model, optimizer_of(model, "SGD"), x, **options)
+        texts.append(str(caught.value))
+        assert before == [id(p) for p in model.parameters()]
+    return len(session.plan.R), reasons, texts
+
+
+def test_a_weight_that_no_unit_holds_is_left_and_a_plan_that_asks_for_it_is_refused():
+    for ranks, reasons, texts in team(ignored, 2):
+        lone = "no unit of fully_shard holds its weight; shard a block around it, without ignored_params"
+        unit = "it is a unit of fully_shard by itself; shard the block around it instead"
+        assert (ranks, reasons) == (8, {lone})
+        assert texts == [
+            f"the layers of a plan must be ones that this engine lets go; of 'blocks.0.up', {reason}. Change that, or leave it dense in the plan."
+            for reason in (lone, unit)
+        ]
+
+
 def refused(rank, size):
     (x, _), texts = vectors(32), {}
 
