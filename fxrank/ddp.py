@@ -5,6 +5,7 @@ options, and its communication hooks move over. Torch has no public call for tha
 """
 
 import gc
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,21 @@ def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
     """The wrapper of a model, or of a whole that it is a part of, where it was given without, as frameworks do; None if it
     has none (yet).
     """
-    for thing in gc.get_objects():
-        if issubclass(type(thing), DistributedDataParallel):
-            inside = thing.__dict__.get("_modules", {}).get("module")
-            if inside is not None and any(module is model for module in inside.modules()):
-                return thing  # type: ignore[no-any-return]
+    for wrapper in _wrappers():
+        inside = wrapper.__dict__.get("_modules", {}).get("module")
+        if inside is not None and any(module is model for module in inside.modules()):
+            return wrapper
     return None
+
+
+def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
+    """All wrappers that average the gradient of one of these parameters."""
+    ours = {id(p) for p in parameters}
+    return [w for w in _wrappers() if ours.intersection(map(id, w.__dict__.get("_module_parameters", ())))]
+
+
+def _wrappers() -> Iterator[DistributedDataParallel]:
+    return (thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel))
 
 
 def check_wrapper(wrapper: DistributedDataParallel) -> None:

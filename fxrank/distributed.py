@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap, wrapper_around
+from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap, wrapper_around, wrappers_of
 from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
@@ -248,19 +248,21 @@ class Team:
             dist.all_reduce(numbers, group=self._group)
         return numbers
 
-    def rewrap(self) -> str | None:
-        """Let the gradients of the parameters that the model has now be averaged. Returns what the user must do where
-        there is no wrapper to tell.
+    def rewrap(self, gone: Iterable[nn.Parameter]) -> str | None:
+        """Let the gradients of what came for the parameters that are gone be averaged, by each wrapper that averaged theirs:
+        one made again, or one around another whole with the same layers, among them. Returns what the user must do
+        where there is none to tell.
         """
-        if self._shards is not None or (self.size == 1 and self._wrapper is None):
+        if self._shards is not None or not (dist.is_available() and dist.is_initialized()):
             return None
-        wrapper = self._wrapper or wrapper_around(self._model)
-        if wrapper is None:
-            missing = "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
-            warnings.warn(missing, stacklevel=2)
-            return missing
-        rewrap(wrapper, self._keep)
-        return None
+        wrappers = wrappers_of(gone)
+        for wrapper in wrappers:
+            rewrap(wrapper, self._keep)
+        if wrappers or self.size == 1:
+            return None
+        missing = "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
+        warnings.warn(missing, stacklevel=2)
+        return missing
 
     @property
     def wrapper(self) -> DistributedDataParallel | None:

@@ -309,7 +309,7 @@ class LowRankSession:
         self.notes += freeze(self.model, self.policy.freeze) + [r.hook_note for r in replacements if r.hooked]
         self.notes += [note for o in self.optimizers for note in swap_parameters(o, replacements)]
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
-        if (missing := self.team.rewrap()) is not None:
+        if (missing := self.team.rewrap(p for r in replacements for p in r.parameters)) is not None:
             self.notes.append(missing)
         ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
         scale, first = self.policy.lr_scale, plan.switch_step or 0

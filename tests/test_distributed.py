@@ -398,7 +398,7 @@ def test_data_parallel_is_the_model_in_it():
 
 def test_alone_nothing_is_sent():
     one = Team.of(mlp())
-    assert (one.size, one.is_first, one.rewrap()) == (1, True, None)
+    assert (one.size, one.is_first, one.rewrap(one.model.parameters())) == (1, True, None)
     assert one.agree(lambda: 3) == 3
     assert wrapper_around(one.model) is None
     with pytest.raises(ZeroDivisionError):

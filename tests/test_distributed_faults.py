@@ -104,6 +104,44 @@ def test_a_wrapper_made_after_attaching_is_found():
     assert {name: end[:2] for name, end in first.items()} == dict.fromkeys(WRAPPINGS, ("low-rank", []))
 
 
+def wrapped_again(rank, size):
+    """A wrapper made anew after attaching, and a second whole with the same layers and a wrapper of its own."""
+    model = mlp()
+    optimizer, wrapper = sgd(model), DistributedDataParallel(model)
+    again = attach(wrapper, optimizer)
+    train(wrapper, optimizer, rank, size, steps=1)
+    wrapper = DistributedDataParallel(model)
+    train(wrapper, optimizer, rank, size, steps=STEPS - 1)
+    torch.manual_seed(0)
+    shared = mlp()
+    wholes = [nn.Sequential(shared, nn.Linear(4, 4)) for _ in range(2)]
+    wrappers = [DistributedDataParallel(whole) for whole in wholes]
+    both = sgd(nn.ModuleList(wholes))
+    session = attach(wrappers[0], both)
+    for step in range(STEPS):
+        train(wrappers[step % 2], both, rank, size, steps=1)
+    return again.phase, digest(model), session.phase, [digest(whole) for whole in wholes]
+
+
+def test_every_wrapper_of_a_replaced_weight_goes_on():
+    first, second = team(wrapped_again, 2)
+    assert first == second
+    assert (first[0], first[2]) == ("low-rank", "low-rank")
+    assert first[1] == team(wrapped_afterwards, 2)[0]["plain"][2]
+
+
+def wrapped_in_a_group_of_one(rank, size):
+    model = mlp()
+    optimizer = sgd(model)
+    session = attach(model, optimizer)
+    train(DistributedDataParallel(model), optimizer)
+    return session.phase, digest(model)
+
+
+def test_a_group_of_one_is_wrapped_afterwards_too():
+    assert team(wrapped_in_a_group_of_one, 1) == [("low-rank", alone(0))]
+
+
 def wrapped_too_late(rank, size):
     failures = []
     for ignored, seed in (([], rank), (["2.weight"], 0)):
