@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-_INSIDE = ("optimizer", "base_optimizer", "_base_optimizer")
-"""Where wrappers keep the optimizer inside: Accelerate and Lightning; sharpness-aware ones; timm's Lookahead."""
+_INSIDE = ("optimizer", "base_optimizer", "_base_optimizer", "optim")
+"""Where wrappers keep the optimizer inside: Accelerate and Lightning; sharpness-aware ones; timm's Lookahead; torch's
+PostLocalSGDOptimizer.
+"""
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
@@ -35,14 +37,19 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside wrappers that hand `step` on to it and show its `param_groups` as theirs: the one whose step
+    """The optimizer inside wrappers that hand `step` on to it and show its parameters as theirs: the one whose step
     hooks are called, and which holds the state.
     """
     for name in _INSIDE:
         inner = getattr(optimizer, name, None)
-        if isinstance(inner, Optimizer) and inner is not optimizer and inner.param_groups is optimizer.param_groups:
+        if isinstance(inner, Optimizer) and inner is not optimizer and _lists(inner) == _lists(optimizer):
             return unwrapped(inner)
     return optimizer
+
+
+def _lists(optimizer: Optimizer) -> list[int]:
+    """The lists of parameters by identity: they are shared still where one of both has loaded a state, and with it other groups."""
+    return [id(group["params"]) for group in optimizer.param_groups]
 
 
 @contextmanager
