@@ -128,10 +128,15 @@ class Team:
                 f"a switch must be the same in all processes, which the session learns when it is attached; there was no process group then, and "
                 f"there is one of {now} now. Attach after init_process_group()."
             )
-        if now > 1 and not self._looked:
-            self._looked = True  # a look at every object there is: once
+        if dist.is_available() and dist.is_initialized() and not self._looked:  # a look at every object there is: once
+            if self._shards is None and is_sharded(self._model):
+                raise RuntimeError(
+                    "shards must be there when a session is attached, which then decides without the whole model; these were made later. "
+                    "Attach after fully_shard."
+                )
             if (late := wrapper_around(self._model)) is not None:
                 self._take_late(late)
+            self._looked = True
         if self.size > 1 and self._wrapper is not None:
             check_not_joined(self._wrapper)
 

@@ -151,6 +151,27 @@ def test_a_weight_that_no_unit_holds_is_left_and_a_plan_that_asks_for_it_is_refu
         ]
 
 
+def sharded_afterwards(rank, size):
+    torch.manual_seed(0)
+    model, data = Net(), vectors(32)
+    optimizer = optimizer_of(model, "SGD")
+    session = attach(model, optimizer, data[0])
+    shard(model)
+    optimizer.param_groups[0]["params"][:] = model.parameters()  # as Accelerate does in prepare()
+    texts = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as caught:
+            loop(model, optimizer, STEPS, data)
+        texts.append(str(caught.value))
+    return texts, session.clock.step
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_model_that_is_sharded_after_attaching_is_refused(size):
+    text = "shards must be there when a session is attached, which then decides without the whole model; these were made later. Attach after fully_shard."
+    assert team(sharded_afterwards, size) == [([text] * 2, 0)] * size
+
+
 def refused(rank, size):
     (x, _), texts = vectors(32), {}
 
