@@ -177,7 +177,14 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def copied(model: nn.Module) -> nn.Module:
-    """A deep copy with no compiled parts, also of models with legacy weight or spectral norm, whose weights are no leaves."""
+    """A deep copy with no compiled parts, also of models with legacy weight or spectral norm, whose weights are no leaves.
+    Raises `TypeError` for a model in shards.
+    """
+    if (name := next((n for n, p in model.named_parameters() if hasattr(p, "full_tensor")), None)) is not None:
+        raise TypeError(
+            f"a copy is made of a whole model; {name!r} of this one lies in shards. Factorize before it is sharded; a rewritten one is "
+            "gathered by fxrank.save, and fxrank.load puts it into a freshly built model."
+        )
     memo: dict[int, object] = {}
     for module in model.modules():
         for value in vars(module).values():

@@ -207,6 +207,10 @@ def refused(rank, size):
             texts["late"] = str(error)
             assert before == [id(p) for p in model.parameters()] and session.plan is None
         session.plan = plan
+    for name, act in (("factorize", lambda: fxrank.factorize(model, x)), ("merge", lambda: fxrank.merge(model))):
+        with pytest.raises(TypeError) as caught:
+            act()
+        texts[name] = str(caught.value)
     return texts
 
 
@@ -221,4 +225,6 @@ def test_refusals():
         assert texts["tensor"].startswith(
             "shards must be those of fully_shard alone to be replaced; 'head.weight' is a DTensor of"
         )
+        assert texts["factorize"] == texts["merge"]
+        assert texts["merge"].startswith("a copy is made of a whole model; 'inlet.weight' of this one lies in shards. ")
         assert "'blocks.1.down'" in texts["nan"] and "'blocks.1.down'" in texts["late"]
