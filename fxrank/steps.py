@@ -13,17 +13,23 @@ from torch.utils.hooks import RemovableHandle
 
 _HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
 """What torch puts around the `step` of every class that was ever built; it calls the hooks."""
+_MAKES_STATE = "_init_optim_state"
+"""The function of `torch.distributed.checkpoint.state_dict` that steps."""
 
 
 def is_outermost(optimizer: Optimizer) -> bool:
-    """Whether a hook that is being called belongs to the step that the user called, and not to one inside it.
+    """Whether a hook that is being called belongs to the step that the user called, and not to one inside it, nor to one
+    that only makes the optimizer's state.
 
     A class whose `step` calls `super().step()` has its hooks called for both, if an optimizer of the parent class was built
-    somewhere. The frames tell it without a count, which a step that raises would leave wrong.
+    somewhere. `torch.distributed.checkpoint` steps an optimizer without state, with zeros for gradients and learning rates,
+    when its state is asked for or loaded. The frames tell it without a count, which a step that raises would leave wrong.
     """
     found, frame = 0, sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
+        if frame.f_code.co_name == _MAKES_STATE:
+            return False
         found += frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer
     return found <= 1  # none where torch.compile has made other frames of them
 
