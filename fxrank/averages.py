@@ -19,7 +19,7 @@ An average that fxrank is not told of stays dense. Nothing is known of it at the
 it has weights, and fails with torch's error about their shapes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -76,10 +76,11 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {own_name(name): tuple(p.shape) for name, p in module.named_parameters()}
 
 
-def check_average(average: nn.Module, plan: Plan) -> None:
-    """Raise `NonFiniteWeightError` or `PlanMismatchError` if the average cannot be switched as the plan says."""
-    for name, layer in check_plan(average, plan).items():
-        check_finite(weight_of(layer).detach(), f"{name} of an average")
+def check_averages(averages: Iterable[nn.Module], plan: Plan) -> None:
+    """Raise `NonFiniteWeightError` or `PlanMismatchError` if an average cannot be switched as the plan says."""
+    for average in averages:
+        for name, layer in check_plan(average, plan).items():
+            check_finite(weight_of(layer).detach(), f"{name} of an average")
 
 
 def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: bool = True) -> None:

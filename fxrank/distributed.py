@@ -154,12 +154,27 @@ class Team:
             )
         self._wrapper = wrapper
 
+    def check_alike(self, **options: Any) -> None:
+        """Raise `ValueError`, in all processes, unless they were given the same: they would part at a sample or the switch."""
+        for rank, theirs in enumerate(all_of_them := self._of_all(options)):
+            for name, value in all_of_them[0].items():
+                if theirs[name] != value:
+                    raise ValueError(
+                        f"all processes must attach with the same {name}, so that they decide in the same step; got {value} in the first and "
+                        f"{theirs[name]} in process {rank}. Count the batches that each of them gets, and load a state in all."
+                    )
+
     def _has_one_model(self) -> bool:
         """Whether all processes have the same parameters, to the last bit."""
         mine = [(n, tuple(p.shape), _checksum(p)) for n, p in self._model.named_parameters() if not is_lazy(p)]
-        all_of_them: list[Any] = [None] * self.size
-        dist.all_gather_object(all_of_them, mine, group=self._group)
-        return all(theirs == mine for theirs in all_of_them)
+        return all(theirs == mine for theirs in self._of_all(mine))
+
+    def _of_all(self, value: T) -> list[T]:
+        """The values of all processes, in each."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def apply(
         self, plan: Plan, gm: TracedModule, example: Example, factors: Factors, *, split: bool

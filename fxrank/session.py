@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fxrank.averages import averaged_in, check_average, switch_average
+from fxrank.averages import averaged_in, check_averages, switch_average
 from fxrank.distributed import Team, gradient_bytes
 from fxrank.loggers import Logger
 from fxrank.monitor import RankMonitor
@@ -132,6 +132,7 @@ class LowRankSession:
                 f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
             )
         team = Team.of(model, keep_comm_hooks)
+        team.check_alike(total_steps=total_steps, steps_per_epoch=steps_per_epoch, state="one" if state else "none")
         model = team.model
         check_not_graphed(model)
         optimizers = optimizers_of(optimizer, model)
@@ -291,8 +292,7 @@ class LowRankSession:
         if not plan.R:
             self.plan = plan
             return
-        for average in self._averages:
-            check_average(average, plan)
+        self.team.together(lambda: check_averages(self._averages, plan))  # the first process's alone, often
         pairs = pairs_in(self.model).keys()
         try:
             self._install(plan, split)

@@ -308,6 +308,38 @@ def test_what_one_process_raises_all_raise(where, texts):
     assert team(failing_in_one, 2, where) == texts
 
 
+def attached_apart(rank, size):
+    wrapper = DistributedDataParallel(mlp())
+    optimizer, x = sgd(wrapper), vectors()[0]
+    said = [
+        failure(lambda: attach(wrapper, optimizer, state={"version": 2} if rank == 0 else None)),
+        failure(
+            lambda: fxrank.LowRankSession.attach(wrapper, optimizer, example_inputs=x, total_steps=STEPS - 2 * rank)
+        ),
+        failure(lambda: fxrank.auto_lowrank(wrapper, [vectors()] * (2 + rank), epochs=3, progress=False)),
+    ]
+    average = mlp()
+    session = attach(wrapper, optimizer, followers=[average] if rank == 0 else [])
+    with torch.no_grad():
+        average[4].weight.fill_(torch.inf)
+    before = digest(wrapper)
+    said.append(failure(lambda: session.install(fxrank.plan_of(fxrank.factorize(mlp(), x)))))
+    return said, before == digest(wrapper)
+
+
+def test_processes_that_would_part_are_told_before():
+    first, second = team(attached_apart, 2)
+    assert first == second
+    rule = "ValueError: all processes must attach with the same {}, so that they decide in the same step; got {} in the first and {} in process 1."
+    assert first[0][0].startswith(rule.format("state", "one", "none"))
+    assert first[0][1].startswith(rule.format("total_steps", 6, 4))
+    assert first[0][2].startswith(rule.format("total_steps", 6, 9))
+    assert first[0][3].startswith(
+        "NonFiniteWeightError: weights must be finite to have singular values; '4 of an average'"
+    )
+    assert first[1]
+
+
 def accumulated(rank, size):
     """Four small batches in a step, the first three without synchronising, but in torch's own first iteration."""
     ends = []
