@@ -17,10 +17,13 @@ from fxrank.passes.names import own_name
 
 def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
     """The wrapper of a model, or of a whole that it is a part of, where it was given without, as frameworks do; None if it
-    has none (yet).
+    has none (yet). One of a list of its parameters, as `replicate` makes it, counts too.
     """
+    ours = {id(p) for p in model.parameters()}
     for wrapper in _wrappers():
         inside = wrapper.__dict__.get("_modules", {}).get("module")
+        if isinstance(inside, nn.ParameterList) and ours.intersection(map(id, inside)):
+            return wrapper
         if inside is not None and any(module is model for module in inside.modules()):
             return wrapper
     return None
@@ -37,7 +40,12 @@ def _wrappers() -> Iterator[DistributedDataParallel]:
 
 
 def check_wrapper(wrapper: DistributedDataParallel) -> None:
-    """Raise `TypeError` for options that outlive the wrapper's parameters."""
+    """Raise `TypeError` for options that outlive the wrapper's parameters, and for a wrapper of parameters alone."""
+    if isinstance(wrapper.module, nn.ParameterList):
+        raise TypeError(
+            f"DistributedDataParallel must hold the model to take its new parameters; one of replicate() holds a list of {len(wrapper.module)} "
+            "of the old ones. Wrap the model in DistributedDataParallel, or shard it with fully_shard."
+        )
     for option, value, way_out in (
         ("delay_all_reduce_named_params", wrapper._delay_all_reduce_params, "Leave it out"),
         ("mixed_precision", wrapper.mixed_precision, "Use torch.autocast"),

@@ -163,6 +163,24 @@ def test_a_later_wrapper_that_does_not_suit_is_refused():
         assert ignoring == rule + "it ignores '2'. Attach after wrapping the model."
 
 
+def replicated(rank, size):
+    from torch.distributed._composable.replicate import replicate
+
+    model = mlp()
+    optimizer = sgd(replicate(model))
+    session = attach(model, optimizer)  # its wrapper comes with the first forward
+    late = failure(lambda: train(model, optimizer, rank, size))
+    return late, failure(lambda: attach(model, optimizer)), session.phase
+
+
+def test_a_wrapper_of_parameters_alone_is_refused():
+    text = (
+        "TypeError: DistributedDataParallel must hold the model to take its new parameters; one of replicate() holds a list of 8 of the old ones. "
+        "Wrap the model in DistributedDataParallel, or shard it with fully_shard."
+    )
+    assert team(replicated, 2) == [(text, text, "full-rank")] * 2
+
+
 def without_a_wrapper(rank, size, seeds):
     model = mlp(seeds[rank])
     optimizer = sgd(model)
