@@ -282,6 +282,8 @@ def _holders(model: nn.Module, parameter: nn.Parameter) -> Any:
 
 def _skeleton(model: nn.Module, gather: Callable[[str], Tensor]) -> nn.Module:
     """A copy on the meta device without FSDP, whose parameters stand for the model's."""
+    from torch.distributed.fsdp import FSDPModule
+
     memo: dict[int, Any] = {id(state): state for state in _states(model)}
     for name, parameter in model.named_parameters():
         stand_in = nn.Parameter(
@@ -292,10 +294,8 @@ def _skeleton(model: nn.Module, gather: Callable[[str], Tensor]) -> nn.Module:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.to("meta")
     units = [(module, type(module)) for module in model.modules() if _is_unit(module)]
-    for module, kind in units:
-        module.__class__ = kind.__mro__[
-            2
-        ]  # FSDP's class, FSDPModule, the user's own: a copy of the first two is forbidden
+    for module, kind in units:  # the user's own class: a copy of FSDP's is forbidden
+        module.__class__ = next(cls for cls in kind.__mro__ if not issubclass(cls, FSDPModule))  # type: ignore[assignment]
     try:
         skeleton = copy.deepcopy(model, memo)
     finally:

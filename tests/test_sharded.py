@@ -15,11 +15,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import fxrank
 
 
-def run(rank, size, name, policy, options=None):
+def run(rank, size, name, policy, options=None, wrap=shard):
     """The sharded run and, in the same process, its whole twin; plain data about both."""
     torch.manual_seed(0)
     twin = Net().double()
-    model = shard(copy.deepcopy(twin), **(options or {}))
+    model = wrap(copy.deepcopy(twin), **(options or {}))
     x, y = vectors(32)
     x = x.double()
     ends = []
@@ -91,6 +91,23 @@ def replicated(rank, size):
 def test_copies_of_shards():
     for end in team(replicated, 4):
         assert end["worst"] < 1e-9 and len(end["R"]) == 8
+
+
+def copied(rank, size):
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    def replicated(model, **options):
+        for block in model.blocks:
+            replicate(block, **options)
+        return replicate(model, **options)
+
+    return run(rank, size, "AdamW", PUFFERFISH, {"mesh": init_device_mesh("cpu", (size,))}, replicated)
+
+
+def test_copies_that_are_units():
+    pytest.importorskip("torch.distributed._composable.replicate_with_fsdp")
+    for end in team(copied, 2):
+        assert end["worst"] < 1e-9 and len(end["R"]) == 8 and end["R"] == end["other"][0]
 
 
 def timed(rank, size):
