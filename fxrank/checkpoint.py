@@ -22,6 +22,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from fxrank.ddp import rewrap_all
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.kinds import dense_at, holders, pair_class
@@ -99,12 +100,12 @@ def check_storable(model: nn.Module) -> dict[str, str]:
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Turn a freshly built dense `model` into the saved one, in place, and return it. A compiled
-    one stays compiled.
+    one stays compiled, and one in `DistributedDataParallel` averages the gradients of its factors.
 
     Strict: both files must be as they were saved, and plan, names, shapes must fit; the first mismatch is named and
     nothing is changed. Devices and dtypes stay the model's own. Raises `CheckpointError` for a missing, damaged or foreign
     file and for files of two saves, `PlanMismatchError` for a plan of another model, `ValueError` for a model on the meta
-    device.
+    device, `TypeError` for one in shards.
     """
     folder = Path(path)
     for name in (PLAN, WEIGHTS):
@@ -130,13 +131,18 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
             f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
         ) from error
     inner = uncompiled(model)
+    if is_sharded(inner):
+        raise TypeError(
+            f"a file is loaded into a whole model; this {type(inner).__name__} is in shards. Load it into a freshly built one, and shard that."
+        )
     if meta := [name for name, value in own_state(inner).items() if getattr(value, "is_meta", False)]:
         raise ValueError(
             f"a model to load into must have memory; {meta[0]!r} is on the meta device. Build it on a real one, or move it with model.to_empty(device=…) first."
         )
     check_plan(inner, plan)
     aliases = check_names(inner, plan, stored | dict.fromkeys(extra))
-    apply_plan(inner, plan, split=False)
+    replacements = apply_plan(inner, plan, split=False)
+    rewrap_all(p for r in replacements for p in r.parameters)
     load_own_state(inner, state | extra | {name: state[same] for name, same in aliases.items()})
     return model
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -29,10 +30,17 @@ def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
     return None
 
 
-def wrappers_of(parameters: Iterable[nn.Parameter]) -> list[DistributedDataParallel]:
-    """All wrappers that average the gradient of one of these parameters."""
-    ours = {id(p) for p in parameters}
-    return [w for w in _wrappers() if ours.intersection(map(id, w.__dict__.get("_module_parameters", ())))]
+def rewrap_all(gone: Iterable[nn.Parameter], keep_hooks: bool = True) -> int:
+    """`rewrap` every wrapper that averaged the gradient of one of the parameters that are gone: one made again, or one around
+    another whole with the same layers, among them. Returns how many.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0
+    ours = {id(p) for p in gone}
+    wrappers = [w for w in _wrappers() if ours.intersection(map(id, w.__dict__.get("_module_parameters", ())))]
+    for wrapper in wrappers:
+        rewrap(wrapper, keep_hooks)
+    return len(wrappers)
 
 
 def _wrappers() -> Iterator[DistributedDataParallel]:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap, wrapper_around, wrappers_of
+from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap_all, wrapper_around
 from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
@@ -269,16 +269,10 @@ class Team:
         return numbers
 
     def rewrap(self, gone: Iterable[nn.Parameter]) -> str | None:
-        """Let the gradients of what came for the parameters that are gone be averaged, by each wrapper that averaged theirs:
-        one made again, or one around another whole with the same layers, among them. Returns what the user must do
-        where there is none to tell.
+        """Let the gradients of what came for the parameters that are gone be averaged. Returns what the user must do where
+        there is no wrapper to tell.
         """
-        if self._shards is not None or not (dist.is_available() and dist.is_initialized()):
-            return None
-        wrappers = wrappers_of(gone)
-        for wrapper in wrappers:
-            rewrap(wrapper, self._keep)
-        if wrappers or self.size == 1:
+        if self._shards is not None or rewrap_all(gone, self._keep) or self.size == 1:
             return None
         missing = "no DistributedDataParallel holds the model: average the gradients of its factors yourself"
         warnings.warn(missing, stacklevel=2)

@@ -84,3 +84,26 @@ def gone_on_with(rank, size, folder):
 def test_a_run_goes_on_from_its_files(tmp_path):
     expected = {(name, at): (True, True, "low-rank") for name in WRAPPINGS for at in (2, 7)}
     assert team(gone_on_with, 2, tmp_path) == [expected] * 2
+
+
+def loaded(rank, size, folder):
+    x, y = (part[rank::size] for part in vectors(16))
+    ends = {}
+    for unused in (False, True):  # where gradients that do not come are no error, copies would drift apart
+        model = DistributedDataParallel(mlp(1), find_unused_parameters=unused)
+        fxrank.load(model, folder)
+        train(model, torch.optim.SGD(model.parameters(), lr=0.1), 3, x, y)
+        ends[unused] = [p.tolist() for p in model.parameters()]
+    shards = fully_shard(mlp(1))
+    names = [name for name, _ in shards.named_parameters()]
+    with pytest.raises(TypeError) as caught:
+        fxrank.load(shards, folder)
+    return ends, str(caught.value), names == [name for name, _ in shards.named_parameters()]
+
+
+def test_a_saved_model_is_loaded_into_a_wrapper_and_not_into_shards(tmp_path):
+    fxrank.save(fxrank.factorize(mlp(), vectors()[0]), tmp_path)
+    first, second = team(loaded, 2, tmp_path)
+    assert first == second
+    text = "a file is loaded into a whole model; this FSDPSequential is in shards. Load it into a freshly built one, and shard that."
+    assert first[1:] == (text, True)
