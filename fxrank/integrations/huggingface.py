@@ -75,7 +75,14 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         """Bring the trainer's dense model and its optimizer to the form they had in the checkpoint, before the trainer
         loads it. Called by `LowRankTrainerMixin`. Raises `CheckpointError`, `PlanMismatchError`.
         """
-        state = _saved_session(folder)
+        state = _saved_session(folder, trainer.model)
+        if state is None:
+            return
+        if pairs_in(trainer.model):
+            raise CheckpointError(
+                f"a low-rank run resumes with the dense model that it was started with; this {type(trainer.model).__name__} is factorized already. "
+                "Build the model and the trainer anew; model_init= of the trainer builds the model for every run."
+            )
         total_steps, steps_per_epoch = state["clock"][1:]
         with random_untouched():
             loader = trainer.get_train_dataloader() if self._example is None else None
@@ -107,13 +114,14 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
                     f"{self.session.clock.total_steps}. Set num_train_epochs or max_steps as they were."
                 )
             return
-        if self.session is not None:  # of a run that was broken off, or over
-            self.session._detach()
-            self.session = None
+        self._leave()
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        saved = _saved_session(folder, model) if state.global_step else None
+        if saved is not None:
+            _check_form(model, saved)
         if pairs_in(model):
             log.warning("the model is factorized already; it is trained as it is")
             return
-        saved = _saved_session(Path(args.output_dir) / f"checkpoint-{state.global_step}") if state.global_step else None
         steps = state.max_steps
         try:
             batches = len(train_dataloader)
@@ -127,6 +135,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self, model: Any, optimizer: Any, args: Any, loader: Any, total_steps: int, steps_per_epoch: int, state: Any
     ) -> None:
         self._unguard()
+        self._leave()
         example = self._example
         if example is None:
             example = to_device(_plain(example_batch(loader)), next(model.parameters()).device)
@@ -170,6 +179,12 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         if self.session is not None:
             self.plan = self.session.finish()
 
+    def _leave(self) -> None:
+        """Let go of the session of a run that was broken off, or is over: its optimizer may serve the next one."""
+        if self.session is not None:
+            self.session._detach()
+            self.session = None
+
     def _unguard(self) -> None:
         if self._guard is not None:
             self._guard.remove()
@@ -185,9 +200,14 @@ class LowRankTrainerMixin:
     """
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        for callback in self.callback_handler.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, LowRankCallback):
-                callback.resume(self, resume_from_checkpoint)
+        callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, LowRankCallback)]  # type: ignore[attr-defined]
+        if not callbacks and (Path(resume_from_checkpoint) / SESSION).is_file():
+            raise CheckpointError(
+                f"a low-rank run resumes with a LowRankCallback among the trainer's callbacks; there is none, and {resume_from_checkpoint} holds a low-rank run. "
+                "Pass callbacks=[LowRankCallback(…)] as before."
+            )
+        for callback in callbacks:
+            callback.resume(self, resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -229,9 +249,12 @@ def from_pretrained(cls: Any, path: str | os.PathLike[str]) -> nn.Module:
     return model.eval()
 
 
-def _saved_session(folder: str | os.PathLike[str]) -> dict[str, Any]:
+def _saved_session(folder: str | os.PathLike[str], model: nn.Module) -> dict[str, Any] | None:
+    """The state in a checkpoint; None where it has none because the model was factorized from the start."""
     path = Path(folder) / SESSION
     if not path.is_file():
+        if pairs_in(model):
+            return None
         raise CheckpointError(
             f"a low-rank run resumes from a checkpoint that a LowRankCallback wrote; {path} is missing. "
             "Resume with LowRankTrainer, which looks in the very checkpoint, or start afresh."
@@ -240,6 +263,17 @@ def _saved_session(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(state, dict) or not isinstance(state.get("clock"), list) or len(state["clock"]) != 3:
         raise CheckpointError(f"{path} must hold a session's state; it does not. Resume from another checkpoint.")
     return state
+
+
+def _check_form(model: nn.Module, state: dict[str, Any]) -> None:
+    """Transformers loads what fits and logs the rest: a checkpoint of the other form leaves layers as they were."""
+    forms = ("dense", "factorized")
+    saved, now = state["plan"] is not None and bool(Plan.from_json(state["plan"]).R), bool(pairs_in(model))
+    if saved != now:
+        raise CheckpointError(
+            f"a checkpoint from {'after' if saved else 'before'} the switch is for a {forms[saved]} model; this {type(model).__name__} is {forms[now]}. "
+            "Resume with LowRankTrainer and a freshly built model."
+        )
 
 
 def _refuse_pairs(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
