@@ -260,3 +260,37 @@ def test_several_optimizers_by_hand(tmp_path):
     trainer.fit(module, loader())
     assert callback.session.optimizers == tuple(trainer.optimizers[:2])
     assert callback.session.clock.step == 24 and callback.plan.switch_step == 12 and callback.plan.R
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_the_batch_is_of_the_trainers_precision(tmp_path, precision):
+    trainer, callback = trainer_of(tmp_path, precision=precision)
+    module = Classifier()
+    trainer.fit(module, loader())
+    assert callback.plan.switch_step == 6
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16 if precision == "bf16-true" else torch.float64}
+
+
+def test_the_batch_goes_through_the_modules_hooks(tmp_path):
+    class Named(Classifier):
+        def on_before_batch_transfer(self, batch, index):
+            return batch["x"], batch["y"]
+
+    x, y = vectors()
+    rows = [{"x": a, "y": b} for a, b in zip(x.repeat(3, 1), y.repeat(3), strict=True)]
+    trainer, callback = trainer_of(tmp_path)
+    trainer.fit(Named(), DataLoader(rows, batch_size=4))
+    assert callback.plan.switch_step == 6
+
+
+def test_steps_without_a_number_of_epochs(tmp_path):
+    trainer, callback = trainer_of(tmp_path, max_epochs=-1, max_steps=8)
+    trainer.fit(Classifier(), loader())
+    assert callback.session.clock == fxrank.session.Clock(8, 8, 3)
+    assert callback.plan.switch_step == 4
+
+
+def test_several_loaders_need_an_example(tmp_path):
+    trainer, _ = trainer_of(tmp_path)
+    with pytest.raises(TypeError, match=r"the trainer has a dict of 2\. Pass example_inputs="):
+        trainer.fit(Classifier(), {"a": loader(), "b": loader()})

@@ -104,9 +104,8 @@ class LowRankCallback(Callback):  # type: ignore[misc]
             raise CheckpointError(
                 f"a low-rank run resumes from a checkpoint that a LowRankCallback has its state in; {trainer.ckpt_path} holds none. Start afresh."
             )
-        total = (
-            trainer.estimated_stepping_batches
-        )  # sets the loader up, with the random numbers that takes, as fitting would
+        trainer.fit_loop.setup_data()  # with the random numbers that takes, as fitting would
+        total = trainer.estimated_stepping_batches
         if not 0 < total < float("inf"):
             raise ValueError(
                 f"a low-rank run must know its length; the trainer's is {total} steps. Set max_epochs or max_steps of the Trainer."
@@ -115,8 +114,14 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         per_epoch = total if batches == float("inf") else -(-batches // trainer.accumulate_grad_batches)
         example = self._example
         if example is None:
-            batch = example_batch(trainer.train_dataloader)
-            with random_untouched():
+            loader = trainer.train_dataloader
+            if isinstance(loader, (dict, list, tuple)):
+                raise TypeError(
+                    f"a batch is taken beside one loader; the trainer has a {type(loader).__name__} of {len(loader)}. Pass example_inputs=."
+                )
+            batch = example_batch(loader)
+            with random_untouched():  # as the training loop does it
+                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             example = model_inputs(model, batch)
         self.plan = None
