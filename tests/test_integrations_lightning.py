@@ -262,6 +262,71 @@ def test_several_optimizers_by_hand(tmp_path):
     assert callback.session.clock.step == 24 and callback.plan.switch_step == 12 and callback.plan.R
 
 
+def test_a_factorized_module_takes_no_checkpoint_of_a_dense_one(tmp_path):
+    """As `test(ckpt_path="best")` does after a run whose best epoch was before the switch."""
+    trainer, _ = trainer_of(tmp_path)
+    module = Classifier()
+    trainer.fit(module, loader())
+    kept = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(fxrank.CheckpointError, match=r"'net.2.u.weight' has no place in it. Build the module anew"):
+        trainer.validate(module, loader(shuffle=False), ckpt_path=tmp_path / "step=3.ckpt", verbose=False)
+    for stop in (3, 9):  # without its session the run would go on as another one
+        with pytest.raises(
+            fxrank.CheckpointError, match=r"this Classifier is factorized already\. Build the module anew"
+        ):
+            trainer_of(tmp_path)[0].fit(module, loader(), ckpt_path=tmp_path / f"step={stop}.ckpt")
+    assert all(torch.equal(kept[name], value) for name, value in module.state_dict().items())
+    assert trainer.validate(module, loader(shuffle=False), ckpt_path=tmp_path / "step=9.ckpt", verbose=False)
+
+
+def test_bare_weights_from_after_the_switch_are_refused(tmp_path):
+    trainer, _ = trainer_of(tmp_path)
+    trainer.fit(Classifier(), loader())
+    trainer.save_checkpoint(tmp_path / "bare.ckpt", weights_only=True)
+    with pytest.raises(
+        fxrank.CheckpointError, match=r"'net.2.u.weight' has no place in Classifier.*\(no save_weights_only\)"
+    ):
+        trainer_of(tmp_path)[0].validate(
+            Classifier(), loader(shuffle=False), ckpt_path=tmp_path / "bare.ckpt", verbose=False
+        )
+
+
+@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "StochasticWeightAveraging"])
+def test_averages_of_the_weights_go_through_the_switch(tmp_path, kind):
+    if not hasattr(L.pytorch.callbacks, kind):
+        pytest.skip(f"this Lightning has no {kind}")
+    options = {"decay": 0.5} if kind.startswith("EMA") else {"swa_lrs": 0.01, "swa_epoch_start": 1}
+
+    class Seen(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.average = {name: value.clone() for name, value in averaging._average_model.state_dict().items()}
+
+    def run(folder, seed=0, path=None):
+        nonlocal averaging
+        trainer, callback = trainer_of(folder)
+        averaging = getattr(L.pytorch.callbacks, kind)(**options)
+        trainer.callbacks += [averaging, Seen()]
+        module = Classifier(seed)
+        trainer.fit(module, loader(shuffle=False), ckpt_path=path)
+        return module, callback, trainer.callbacks[-1].average
+
+    averaging = None
+    module, callback, _ = run(tmp_path / "run")
+    assert callback.plan.R == {"net.2": 4, "net.4": 4}
+    for stop in (3, 9):
+        path = tmp_path / "run" / f"step={stop}.ckpt"
+        other, resumed, average = run(tmp_path / "other", seed=1, path=path)
+        assert resumed.plan == callback.plan
+        saved = torch.load(path, weights_only=True)
+        if kind.startswith("EMA"):
+            expected = {f"module.{name}": value for name, value in saved["state_dict"].items()}
+            state = other.state_dict()
+            assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+        else:  # Lightning's own schedule of rates goes on otherwise after a checkpoint in the middle of an epoch
+            expected = saved["callbacks"][kind]["average_model_state"]
+        assert all(torch.equal(average[name], value) for name, value in expected.items())
+
+
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
 def test_the_batch_is_of_the_trainers_precision(tmp_path, precision):
     trainer, callback = trainer_of(tmp_path, precision=precision)

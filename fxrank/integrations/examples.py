@@ -1,5 +1,5 @@
-"""What the callbacks of all trainers share: the session's options, and one batch to trace a model with, taken beside the
-loader that the training will use.
+"""What the callbacks of all trainers share: the session's options, one batch to trace a model with, taken beside the
+loader that the training will use, and a look at whether stored weights have the model's form.
 """
 
 from collections.abc import Iterable, Iterator
@@ -7,13 +7,32 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fxrank.loggers import Logger
+from fxrank.passes.errors import CheckpointError
+from fxrank.passes.factors import FactorPair
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policy import Policy
 from fxrank.randoms import random_state, restore_random
+
+
+def check_factors(model: nn.Module, stored: Iterable[str], fix: str) -> None:
+    """Raise `CheckpointError` if there are factors among the names of stored weights that `model` has no place for, or
+    the other way round.
+    """
+    own, names = {*model.state_dict(keep_vars=True)}, {*stored}
+    lost = {n for n in names - own if n.endswith(".u.weight") and f"{n.removesuffix('.u.weight')}.v.weight" in names}
+    pairs = {f"{path}.u.weight" for path, module in model.named_modules() if isinstance(module, FactorPair)}
+    unfilled = (pairs & own) - names
+    if lost or unfilled:
+        form, name = ("after", lost) if lost else ("before", unfilled)
+        raise CheckpointError(
+            f"a checkpoint from {form} the switch is for a {'factorized' if lost else 'dense'} model; {min(name)!r} has no place in "
+            f"{type(model).__name__ if lost else 'it'}. {fix}"
+        )
 
 
 def session_options(

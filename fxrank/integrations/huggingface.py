@@ -22,7 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from fxrank.batches import to_device
 from fxrank.checkpoint import PLAN, load, save
-from fxrank.integrations.examples import example_batch, random_untouched, session_options
+from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.errors import CheckpointError
@@ -278,17 +278,11 @@ def _check_form(model: nn.Module, state: dict[str, Any]) -> None:
 
 def _refuse_pairs(model: nn.Module, state: dict[str, Any], *_: Any) -> None:
     """Transformers loads what fits and logs the rest: factors would be left out in silence."""
-    own = model.state_dict(keep_vars=True).keys()
-    lost = [
-        n
-        for n in state
-        if n.endswith(".u.weight") and n not in own and f"{n.removesuffix('.u.weight')}.v.weight" in state
-    ]
-    if lost:
-        raise CheckpointError(
-            f"weights saved after the switch need their factor pairs in the model; {lost[0]!r} has no place in {type(model).__name__}. "
-            "Resume with LowRankTrainer, or read the folder with fxrank.integrations.huggingface.from_pretrained."
-        )
+    check_factors(
+        model,
+        state,
+        "Resume with LowRankTrainer, or read the folder with fxrank.integrations.huggingface.from_pretrained.",
+    )
 
 
 def _plain(batch: Any) -> Any:

@@ -5,7 +5,8 @@
 
 Lightning loads a model before it tells any callback, and builds the optimizers later still. So the callback looks into
 the checkpoint when the module is told (`on_load_checkpoint`), keeps weights from after the switch aside, and gives them
-to the module when it has its optimizer and its pairs, just before the optimizer's own state comes.
+to the module when it has its optimizer and its pairs, just before the optimizer's own state comes. The averages that
+Lightning's own callbacks hold have no optimizer: they get their pairs at once, and load as those callbacks like.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -20,7 +22,7 @@ except ImportError:
     from pytorch_lightning.callbacks import Callback
 
 from fxrank.batches import model_inputs, to_device
-from fxrank.integrations.examples import example_batch, random_untouched, session_options
+from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.errors import CheckpointError
@@ -40,7 +42,8 @@ class LowRankCallback(Callback):  # type: ignore[misc]
     Attaches when fitting begins: the module's optimizer, the trainer's number of optimizer steps (gradient accumulation
     counted), its mixed precision, and a batch made beside its loader. Optimizer and scheduler go on through the switch.
     The session's state is in every checkpoint, and `fit`, `validate`, `test` and `predict` take one from before or after
-    the switch as `ckpt_path` with a freshly built module.
+    the switch as `ckpt_path` with a freshly built module. `WeightAveraging` and `StochasticWeightAveraging` go on through
+    the switch.
 
     `session` is there from the beginning of training; `plan` at its end, when a `NothingFactorizedWarning` comes if every
     layer was left dense. A module that arrives factorized is trained as it is.
@@ -75,27 +78,37 @@ class LowRankCallback(Callback):  # type: ignore[misc]
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             own(checkpoint)
-            self._look_into(checkpoint, pl_module, stage)
+            self._look_into(checkpoint, trainer, pl_module, stage)
 
         pl_module.on_load_checkpoint = on_load_checkpoint
 
-    def _look_into(self, checkpoint: dict[str, Any], pl_module: Any, stage: str) -> None:
+    def _look_into(self, checkpoint: dict[str, Any], trainer: Any, pl_module: Any, stage: str) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         model = self._watched(pl_module)
         self._saved = state.get("session")
-        if self._saved is None or self._saved["plan"] is None or pairs_in(model):
-            return
-        plan = Plan.from_json(self._saved["plan"])
-        if not plan.R:
-            return
-        if stage == "fit":
-            self._weights = checkpoint["state_dict"]
-            checkpoint["state_dict"] = pl_module.state_dict()  # what it has: nothing is loaded yet
+        if self._saved is not None and pairs_in(model) and stage == "fit":
+            raise CheckpointError(
+                f"a low-rank run resumes with the dense module that it was started with; this {type(pl_module).__name__} is factorized already. "
+                "Build the module anew."
+            )
+        text = None if self._saved is None else self._saved["plan"]
+        plan = None if text is None else Plan.from_json(text)
+        if plan is None or not plan.R or pairs_in(model):
+            fix = "Build the module anew, and let checkpoints keep the callbacks' states (no save_weights_only)."
+            check_factors(pl_module, checkpoint["state_dict"], fix)
+        elif stage == "fit":
+            for average in self._averages(trainer):
+                apply_plan(average, plan, split=False)
+            pl_module.load_state_dict = self._keep
         else:
             apply_plan(model, plan, split=False)
 
+    def _keep(self, weights: dict[str, Any], *_: Any, **__: Any) -> None:
+        """Stands in for `load_state_dict` of a module that has no pairs yet; of several calls the last one counts."""
+        self._weights = weights
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.__dict__.pop("on_load_checkpoint", None)
+        _own_methods(pl_module)
         model, saved, weights = self._watched(pl_module), self._saved, self._weights
         self._saved = self._weights = self.session = None
         if pairs_in(model):
@@ -132,6 +145,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
             total_steps=int(total),
             steps_per_epoch=int(per_epoch),
             amp=AMP.get(str(trainer.precision)),
+            followers=self._averages(trainer) if weights is None else (),  # else they have their pairs
             state=saved,
             **self._options,
         )
@@ -143,12 +157,12 @@ class LowRankCallback(Callback):  # type: ignore[misc]
             self.plan = self.session.finish()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        pl_module.__dict__.pop("on_load_checkpoint", None)
+        _own_methods(pl_module)
         if self.session is not None:
             self.session._detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        pl_module.__dict__.pop("on_load_checkpoint", None)
+        _own_methods(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.session is None else {"session": self.session.state_dict()}
@@ -162,6 +176,19 @@ class LowRankCallback(Callback):  # type: ignore[misc]
     def _watched(self, pl_module: Any) -> nn.Module:
         model: nn.Module = pl_module.get_submodule(self._module)
         return model
+
+    def _averages(self, trainer: Any) -> list[nn.Module]:
+        """What Lightning's own callbacks hold as an average of the module that is watched."""
+        held = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
+        return [
+            self._watched(a.module if isinstance(a, AveragedModel) else a) for a in held if isinstance(a, nn.Module)
+        ]
+
+
+def _own_methods(pl_module: Any) -> None:
+    """Take away what was put over the module's methods for loading."""
+    for name in ("on_load_checkpoint", "load_state_dict"):
+        pl_module.__dict__.pop(name, None)
 
 
 __all__ = ["LowRankCallback"]
