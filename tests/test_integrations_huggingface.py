@@ -368,3 +368,28 @@ def test_a_low_rank_run_is_not_resumed_without_its_callback(tmp_path):
     again.remove_callback(callback)
     with pytest.raises(fxrank.CheckpointError, match=r"there is none, and .*checkpoint-9 holds a low-rank run"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_tied_factors_are_in_the_trainers_checkpoints(tmp_path):
+    """Once, as Transformers stores tied weights: a decoder that shares its factors with the embedding."""
+
+    def gpt2(seed):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 32, "n_layer": 1, "n_head": 2}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
+
+    def run(seed, **options):
+        callback = LowRankCallback(SOON, include="*")
+        trainer, _ = trainer_of(tmp_path, model=gpt2(seed), callback=callback, **options)
+        trainer.train_dataset = [{"input_ids": row, "labels": row} for row in TOKENS]
+        return trainer
+
+    trainer = run(0, save_strategy="steps", save_steps=9)
+    trainer.train()
+    assert trainer.model.lm_head.u.weight is trainer.model.transformer.wte.u.weight
+    again = run(1, save_strategy="steps", save_steps=12)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+    assert again.model.lm_head.u.weight is again.model.transformer.wte.u.weight
+    stored = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "checkpoint-12")
+    for state in (again.model.state_dict(), stored.state_dict()):
+        assert all(torch.equal(state[name], value) for name, value in trainer.model.state_dict().items())

@@ -27,6 +27,7 @@ from fxrank.loggers import Logger
 from fxrank.passes.calls import Example
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.factorize import pairs_in
+from fxrank.passes.factors import FactorPair
 from fxrank.passes.selection import Selector
 from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
@@ -105,6 +106,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         self._unguard()
+        _declare_ties(model)
         if self._prepared:
             assert self.session is not None
             self._prepared = False
@@ -129,7 +131,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         except TypeError:  # no length: the whole run is one epoch, as the trainer has it
             pass
         self._attach(model, optimizer, args, train_dataloader, state.max_steps, steps, saved)
-        self._note(state)
+        self._note(state, model)
 
     def _attach(
         self, model: Any, optimizer: Any, args: Any, loader: Any, total_steps: int, steps_per_epoch: int, state: Any
@@ -151,16 +153,17 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             **self._options,
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._note(state)
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        self._note(state, model)
 
-    def _note(self, state: Any) -> None:
+    def _note(self, state: Any, model: Any) -> None:
         if self._noted or self.session is None or self.session.plan is None or self.session.phase != LOW:
             return
         self._noted, plan = True, self.session.plan
         state.log_history.append(
             {"step": state.global_step, "lowrank_switch_epoch": plan.E, "lowrank_layers": len(plan.R)}
         )
+        _declare_ties(model)
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = 0
 
@@ -263,6 +266,15 @@ def _saved_session(folder: str | os.PathLike[str], model: nn.Module) -> dict[str
     if not isinstance(state, dict) or not isinstance(state.get("clock"), list) or len(state["clock"]) != 3:
         raise CheckpointError(f"{path} must hold a session's state; it does not. Resume from another checkpoint.")
     return state
+
+
+def _declare_ties(model: nn.Module) -> None:
+    """Tell `model.save_pretrained`, which writes a shared weight once if its module names it, of the factors that pairs share."""
+    first: dict[int, str] = {}
+    for path, pair in model.named_modules():
+        if isinstance(pair, FactorPair):
+            firsts = {n: first.setdefault(id(p), f"{path}.{n}") for n, p in pair.named_parameters()}
+            vars(pair)["_tied_weights_keys"] = {n: name for n, name in firsts.items() if name != f"{path}.{n}"}
 
 
 def _check_form(model: nn.Module, state: dict[str, Any]) -> None:
