@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import safetensors.torch
 import torch
 from nets import BERT, SOON, UNTIMED
 
@@ -393,3 +394,16 @@ def test_tied_factors_are_in_the_trainers_checkpoints(tmp_path):
     stored = from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "checkpoint-12")
     for state in (again.model.state_dict(), stored.state_dict()):
         assert all(torch.equal(state[name], value) for name, value in trainer.model.state_dict().items())
+
+
+def test_factors_that_a_checkpoint_does_not_hold_are_named(tmp_path):
+    """Adapters' checkpoints, and those of models that Transformers stores under other names, are read in part in silence."""
+    trainer, _ = trainer_of(tmp_path, save_strategy="steps", save_steps=9)
+    trainer.train()
+    path = tmp_path / "checkpoint-9" / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    del weights["bert.pooler.dense.v.weight"]
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    again, _ = trainer_of(tmp_path)
+    with pytest.raises(fxrank.CheckpointError, match=r"found nothing for 'bert\.pooler\.dense\.v\.weight' in"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))

@@ -211,7 +211,15 @@ class LowRankTrainerMixin:
             )
         for callback in callbacks:
             callback.resume(self, resume_from_checkpoint)
+        before = _factor_versions(self.model)  # type: ignore[attr-defined]
         super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        unread = before.items() & _factor_versions(self.model).items()  # type: ignore[attr-defined]
+        if unread:
+            raise CheckpointError(
+                f"a low-rank run resumes from a checkpoint that holds every factor; Transformers found nothing for {min(unread)[0]!r} in "
+                f"{resume_from_checkpoint}: it stores this {type(self.model).__name__} in part, or under other names. "  # type: ignore[attr-defined]
+                "Start from weights of fxrank.integrations.huggingface.save_pretrained."
+            )
 
     def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
         super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
@@ -266,6 +274,12 @@ def _saved_session(folder: str | os.PathLike[str], model: nn.Module) -> dict[str
     if not isinstance(state, dict) or not isinstance(state.get("clock"), list) or len(state["clock"]) != 3:
         raise CheckpointError(f"{path} must hold a session's state; it does not. Resume from another checkpoint.")
     return state
+
+
+def _factor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Names of the factors, each with what changes when weights are loaded into it."""
+    pairs = [(path, module) for path, module in model.named_modules() if isinstance(module, FactorPair)]
+    return {f"{path}.{n}": (id(p), p._version) for path, pair in pairs for n, p in pair.named_parameters()}
 
 
 def _declare_ties(model: nn.Module) -> None:
