@@ -82,6 +82,42 @@ def test_mixed_precision_of_accelerate():
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("stop", [3, 8], ids=["before", "after"])
+def test_accelerates_own_checkpoints_resume_before_and_after_the_switch(tmp_path, stop):
+    """The session's state first: `load_state` reads the weights before anything that is registered with it."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def start(seed):
+        accelerator, model = accelerate.Accelerator(cpu=True), mlp(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+        session = attach(accelerator.unwrap_model(model), optimizer, vectors()[0])
+        accelerator.register_for_checkpointing(session)
+        return accelerator, model, optimizer, scheduler, session
+
+    def go_on(accelerator, model, optimizer, scheduler, session, until):
+        x, y = vectors()
+        while session.clock.step < until:
+            accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+
+    whole = start(0)
+    go_on(*whole, stop)
+    whole[0].save_state(str(tmp_path / "state"))
+    torch.save(whole[-1].state_dict(), tmp_path / "session.pt")
+    go_on(*whole, 10)
+    again = start(1)
+    again[-1].load_state_dict(torch.load(tmp_path / "session.pt", weights_only=True))
+    again[0].load_state(str(tmp_path / "state"))
+    go_on(*again, 10)
+    assert again[-1].plan == whole[-1].plan
+    state = again[1].state_dict()
+    assert all(torch.equal(state[name], value) for name, value in whole[1].state_dict().items())
+
+
 def test_only_wrappers_are_unwrapped():
     inner = torch.optim.SGD(mlp().parameters(), lr=0.1)
     assert unwrapped(inner) is inner
