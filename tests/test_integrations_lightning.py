@@ -359,3 +359,10 @@ def test_several_loaders_need_an_example(tmp_path):
     trainer, _ = trainer_of(tmp_path)
     with pytest.raises(TypeError, match=r"the trainer has a dict of 2\. Pass example_inputs="):
         trainer.fit(Classifier(), {"a": loader(), "b": loader()})
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_processes_that_hand_back_what_fits_are_refused(tmp_path):
+    trainer, _ = trainer_of(tmp_path, strategy="ddp_fork", devices=1)
+    with pytest.raises(Exception, match=r"this DDPStrategy trains in processes of its own \(fork\)"):
+        trainer.fit(Classifier(), loader())

@@ -73,6 +73,12 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         self._weights: dict[str, Any] | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        start = getattr(trainer.strategy, "_start_method", "popen")
+        if stage == "fit" and start != "popen":
+            raise ValueError(
+                f"a low-rank run must be in the process that has the module afterwards; this {type(trainer.strategy).__name__} trains in processes "
+                f"of its own ({start}) and hands back the weights that fit the dense module. Run a script with strategy='ddp'."
+            )
         own = pl_module.on_load_checkpoint
         self._saved = self._weights = None
 
