@@ -167,16 +167,16 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = 0
 
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.session is None or not state.is_world_process_zero:
+        if not state.is_world_process_zero:
             return
         if not folder.is_dir():
             log.warning("the session's state was not saved: there is no checkpoint %s", folder)
             return
-        write_plain(folder / SESSION, self.session.state_dict())
-        if self.session.plan is not None and self.session.plan.R:
-            self.session.plan.save(folder / PLAN)
+        if self.session is not None:
+            write_plain(folder / SESSION, self.session.state_dict())
+        _save_plan(model, folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.session is not None:
@@ -221,11 +221,10 @@ class LowRankTrainerMixin:
                 "Start from weights of fxrank.integrations.huggingface.save_pretrained."
             )
 
-    def _save(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
-        super()._save(output_dir, *args, **kwargs)  # type: ignore[misc]
-        model = self.model  # type: ignore[attr-defined]
-        if has_plan(model) and plan_of(model).R:
-            plan_of(model).save(Path(output_dir or self.args.output_dir) / PLAN)  # type: ignore[attr-defined]
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self.args.should_save:  # type: ignore[attr-defined]
+            _save_plan(self.model, output_dir or self.args.output_dir)  # type: ignore[attr-defined]
 
 
 class LowRankTrainer(LowRankTrainerMixin, Trainer):  # type: ignore[misc]
@@ -274,6 +273,12 @@ def _saved_session(folder: str | os.PathLike[str], model: nn.Module) -> dict[str
     if not isinstance(state, dict) or not isinstance(state.get("clock"), list) or len(state["clock"]) != 3:
         raise CheckpointError(f"{path} must hold a session's state; it does not. Resume from another checkpoint.")
     return state
+
+
+def _save_plan(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """`plan.json` of a factorized model beside its weights."""
+    if pairs_in(model) and has_plan(model):
+        plan_of(model).save(Path(folder) / PLAN)
 
 
 def _factor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
