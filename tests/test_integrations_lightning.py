@@ -366,3 +366,24 @@ def test_processes_that_hand_back_what_fits_are_refused(tmp_path):
     trainer, _ = trainer_of(tmp_path, strategy="ddp_fork", devices=1)
     with pytest.raises(Exception, match=r"this DDPStrategy trains in processes of its own \(fork\)"):
         trainer.fit(Classifier(), loader())
+
+
+@pytest.mark.parametrize("kind", ["LearningRateFinder", "BatchSizeFinder"])
+def test_lightnings_finders_come_before(tmp_path, kind):
+    class Found(Classifier):
+        lr, batch_size = 0.01, 4
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), self.lr)
+
+        def train_dataloader(self):
+            return DataLoader(TensorDataset(*vectors(24)), batch_size=self.batch_size)
+
+        val_dataloader = train_dataloader
+
+    steps = {"num_training_steps": 5} if kind == "LearningRateFinder" else {"max_trials": 1, "steps_per_trial": 2}
+    trainer, callback = trainer_of(tmp_path, default_root_dir=tmp_path)
+    trainer.callbacks.insert(0, getattr(L.pytorch.callbacks, kind)(**steps))
+    trainer.fit(Found())
+    assert callback.session.clock.step == callback.session.clock.total_steps == trainer.global_step
+    assert callback.plan.R == {"net.2": 4, "net.4": 4}

@@ -97,6 +97,13 @@ class LowRankCallback(Callback):  # type: ignore[misc]
                 f"a low-rank run resumes with the dense module that it was started with; this {type(pl_module).__name__} is factorized already. "
                 "Build the module anew."
             )
+        begun = (
+            checkpoint.get("global_step", 1) > 0
+        )  # not so where Lightning's finders of rates and batch sizes begin anew
+        if self._saved is None and not pairs_in(model) and stage == "fit" and begun:
+            raise CheckpointError(
+                f"a low-rank run resumes from a checkpoint that a LowRankCallback has its state in; {trainer.ckpt_path} holds none. Start afresh."
+            )
         text = None if self._saved is None else self._saved["plan"]
         plan = None if text is None else Plan.from_json(text)
         if plan is None or not plan.R or pairs_in(model):
@@ -119,10 +126,6 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         self._saved = self._weights = self.session = None
         if pairs_in(model):
             return
-        if trainer.ckpt_path is not None and saved is None:
-            raise CheckpointError(
-                f"a low-rank run resumes from a checkpoint that a LowRankCallback has its state in; {trainer.ckpt_path} holds none. Start afresh."
-            )
         trainer.fit_loop.setup_data()  # with the random numbers that takes, as fitting would
         total = trainer.estimated_stepping_batches
         if not 0 < total < float("inf"):
