@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from fxrank.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap_all, wrapper_around
-from fxrank.loggers import Logger
+from fxrank.loggers import Logger, check_logger
 from fxrank.passes.calls import Example
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.layers import Layer
@@ -259,7 +259,8 @@ class Team:
         return value
 
     def logger(self, given: Logger | None) -> Logger | None:
-        """What all processes call: the first one's logger. If it raises, all raise."""
+        """What all processes call: the first one's logger. If it raises, all raise; `TypeError` for what is none."""
+        self.together(lambda: check_logger(given))
         return given if self.size == 1 else _FirstLogger(self, given)
 
     def total(self, numbers: Tensor) -> Tensor:

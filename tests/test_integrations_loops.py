@@ -240,6 +240,18 @@ def test_a_wandb_logger(tmp_path, monkeypatch):
         assert run.summary["fxrank/step"] == 5
 
 
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("runs", "str"), (TensorBoardLogger, "the class TensorBoardLogger"), (print, "builtin_function")],
+)
+def test_what_is_no_logger_is_named(given, found):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=rf"a logger has log\(step, values\) and event\(step, text\); got {found}"):
+        attach(model, optimizer, vectors()[0], logger=given)
+    assert not optimizer._optimizer_step_post_hooks
+
+
 def test_auto_lowrank_logs():
     class Kept:
         def __init__(self):
