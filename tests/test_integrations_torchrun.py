@@ -14,7 +14,9 @@ TESTS = Path(__file__).parent
 END = """
 digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 bytes_sent = callback.session.gradient_bytes
-print("END", (callback.plan.R, callback.plan.switch_step, callback.session.clock.step, callback.session.notes, digest, bytes_sent), flush=True)
+end = (callback.plan.R, callback.plan.switch_step, callback.session.clock.step, callback.session.notes, digest, bytes_sent)
+sys.stdout.write(f"END {end}\\n")  # at once: print writes piece by piece, between the pieces of the other process
+sys.stdout.flush()
 """
 SCRIPTS = {
     "lightning": """
@@ -39,7 +41,7 @@ model = trainer.model
 )
 def test_both_processes_end_with_the_same_model(framework, module, pairs, steps, tmp_path):
     pytest.importorskip(framework)
-    text = "import hashlib\n" + SCRIPTS[framework].replace("{module}", module) + END
+    text = "import hashlib, sys\n" + SCRIPTS[framework].replace("{module}", module) + END
     (tmp_path / "script.py").write_text(text)
     places = os.pathsep.join([str(TESTS), str(Path(fxrank.__file__).parent.parent)])
     done = subprocess.run(
