@@ -12,9 +12,23 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+
+_GROUPED = [getattr(place, name) for place, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(place, name)]
+
+
+def _grouped_product(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **_: Any) -> Any:
+    """What `grouped_mm` gives for stacked experts. Its fake kernel takes bfloat16 only (up to torch 2.14), unlike the real ones."""
+    if type(a) is not FakeTensor or type(b) is not FakeTensor or a.dtype != b.dtype or (a.ndim, b.ndim) != (2, 3):
+        return NotImplemented
+    return (
+        a.new_empty((a.shape[0], b.shape[2]), dtype=out_dtype or a.dtype)
+        if a.shape[1] == b.shape[1]
+        else NotImplemented
+    )
 
 
 class Values:
@@ -39,7 +53,8 @@ class Values:
 
         def compute() -> Any:
             with self.mode:
-                return function(*args, **kwargs)
+                result = _grouped_product(*args, **kwargs) if function in _GROUPED else NotImplemented
+                return function(*args, **kwargs) if result is NotImplemented else result
 
         return self._remembered((function, args, kwargs), compute) if _worth_it(function, args) else compute()
 
