@@ -2,15 +2,17 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
+# Two processes, each file in one of them: files share costly fixtures.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 demo: .venv/installed
 	$(BIN)/fxrank demo --output run/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-all: .venv/installed
-	$(BIN)/python -m pytest -q -m "not zoo"
+	$(PYTEST) -m "not zoo"
 
 lint: .venv/installed
 	$(BIN)/ruff check .
