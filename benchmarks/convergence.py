@@ -18,8 +18,8 @@ from tabulate import tabulate
 import fxrank
 from benchmarks import record
 from fxrank.demo import DigitsNet, digits
-from fxrank.monitor import Detector, ReferenceDetector, SlopeDetector
-from fxrank.ranks import whole_rank
+from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
+from fxrank.policies.ranks import whole_rank
 
 DETECTORS: dict[str, Detector] = {
     **{f"slope, window {w}, {e:g} %": SlopeDetector(e, w) for w in (15, 25, 40) for e in (0.05, 0.1, 0.2)},

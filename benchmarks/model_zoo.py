@@ -38,7 +38,7 @@ from fxrank.passes.layers import Layer
 from fxrank.passes.selection import candidates
 from fxrank.passes.trace import TracedModule, trace
 from fxrank.passes.verify import largest_difference, output_difference
-from fxrank.ranks import ratio_rank
+from fxrank.policies.ranks import ratio_rank
 
 RATIO = 0.25
 DOUBLE_MACS = 8_000_000_000

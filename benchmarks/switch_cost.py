@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import fxrank
 from benchmarks import record
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18
-from fxrank.optim import FactorRegime
+from fxrank.optim.regime import FactorRegime
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.profile import Stopwatch, autocast
 from fxrank.passes.spectra import as_stack, decompose

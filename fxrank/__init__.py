@@ -4,7 +4,6 @@ from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
 from fxrank.checkpoint import load, save
 from fxrank.copies import factorize, merge
-from fxrank.cuttlefish import Cuttlefish
 from fxrank.passes.convolutions import LowRankConv2d
 from fxrank.passes.errors import (
     CheckpointError,
@@ -20,8 +19,9 @@ from fxrank.passes.factors import FactorPair, LowRankLinear
 from fxrank.passes.spectra import stable_rank
 from fxrank.passes.trace import trace
 from fxrank.plan import LayerDecision, Plan
-from fxrank.policies import FixedPlan, FullRank, Pufferfish, SpectralInit
-from fxrank.policy import Policy
+from fxrank.policies.base import Policy
+from fxrank.policies.cuttlefish import Cuttlefish
+from fxrank.policies.given import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
 from fxrank.report import Report
 from fxrank.session import LowRankSession

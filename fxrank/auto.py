@@ -16,8 +16,8 @@ from fxrank.loggers import Logger
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
-from fxrank.policies import as_policy
-from fxrank.policy import Policy
+from fxrank.policies.base import Policy
+from fxrank.policies.given import as_policy
 from fxrank.report import figure
 from fxrank.resume import Keeper
 from fxrank.trainer import Result, Trainer

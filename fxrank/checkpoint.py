@@ -22,7 +22,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fxrank.ddp import rewrap_all
+from fxrank.distributed.ddp import rewrap_all
+from fxrank.distributed.sharded import is_sharded, whole
 from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.kinds import dense_at, holders, pair_class
@@ -30,7 +31,6 @@ from fxrank.passes.names import load_own_state, own_name, own_state
 from fxrank.passes.weights import is_derived
 from fxrank.plainfile import pack, unpack, unstorable
 from fxrank.plan import Plan
-from fxrank.sharded import is_sharded, whole
 from fxrank.surgery import apply_plan, check_plan, plan_of
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"

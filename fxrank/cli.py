@@ -14,14 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
-from fxrank.distributed import Team, in_shares, launched
+from fxrank.distributed.team import Team, in_shares, launched
 from fxrank.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import FxrankError
 from fxrank.passes.selection import candidates
 from fxrank.passes.trace import trace
 from fxrank.plan import Plan
-from fxrank.policies import POLICIES, as_policy
+from fxrank.policies.given import POLICIES, as_policy
 from fxrank.profiling import profile
 
 SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"

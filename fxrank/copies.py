@@ -22,7 +22,7 @@ from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.trace import trace
 from fxrank.plan import LayerDecision, Plan
-from fxrank.ranks import ratio_rank
+from fxrank.policies.ranks import ratio_rank
 from fxrank.surgery import apply_plan, forget_plan, has_plan, keep, plan_of, remember_plan, take
 from fxrank.wrappers import outside_autocast
 

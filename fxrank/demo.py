@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.auto import Result, auto_lowrank, write_run
-from fxrank.cuttlefish import Cuttlefish
-from fxrank.policies import FullRank
+from fxrank.policies.cuttlefish import Cuttlefish
+from fxrank.policies.given import FullRank
 
 BATCH, EPOCHS, SEED = 64, 30, 0
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxrank.distributed.sharded import local
 from fxrank.plan import Plan
-from fxrank.sharded import local
 
 
 class StepMemory:

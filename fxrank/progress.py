@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fxrank.distributed import Team
+from fxrank.distributed.team import Team
 from fxrank.session import FULL, LowRankSession
 
 

@@ -21,15 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxrank.checkpoint import check_names
-from fxrank.passes.compiled import uncompiled
-from fxrank.passes.errors import CheckpointError
-from fxrank.passes.names import load_own_state, own_state
-from fxrank.plainfile import read_plain, write_plain
-from fxrank.plan import Plan
-from fxrank.policy import Clock
-from fxrank.randoms import begun_from, generators_of, random_state, restore_random
-from fxrank.session import LowRankSession
-from fxrank.shares import (
+from fxrank.distributed.shares import (
     OWN,
     buckets_of,
     check_others,
@@ -40,6 +32,14 @@ from fxrank.shares import (
     sent,
     share_of,
 )
+from fxrank.passes.compiled import uncompiled
+from fxrank.passes.errors import CheckpointError
+from fxrank.passes.names import load_own_state, own_state
+from fxrank.plainfile import read_plain, write_plain
+from fxrank.plan import Plan
+from fxrank.policies.base import Clock
+from fxrank.randoms import begun_from, generators_of, random_state, restore_random
+from fxrank.session import LowRankSession
 from fxrank.state import check_state, described
 from fxrank.surgery import has_plan
 

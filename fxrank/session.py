@@ -21,11 +21,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from fxrank.averages import averaged_in, check_averages, switch_average
-from fxrank.distributed import Team, gradient_bytes
+from fxrank.distributed.team import Team, gradient_bytes
 from fxrank.loggers import Logger
-from fxrank.monitor import RankMonitor
-from fxrank.optim import FactorRegime, optimizers_of, refused_by, swap_parameters
+from fxrank.optim.averages import averaged_in, check_averages, switch_average
+from fxrank.optim.regime import FactorRegime
+from fxrank.optim.steps import is_outermost
+from fxrank.optim.swap import optimizers_of, refused_by, swap_parameters
 from fxrank.passes.calls import Example
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import NothingFactorizedWarning
@@ -37,10 +38,10 @@ from fxrank.passes.spectra import check_finite
 from fxrank.passes.stacks import stacks
 from fxrank.passes.trace import TracedModule, trace
 from fxrank.plan import Plan
-from fxrank.policies import FixedPlan, FullRank, as_policy
-from fxrank.policy import Clock, Policy, Scene, freeze, frozen_names
+from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names
+from fxrank.policies.given import FixedPlan, FullRank, as_policy
+from fxrank.policies.monitor import RankMonitor
 from fxrank.state import restore_session, session_state
-from fxrank.steps import is_outermost
 from fxrank.surgery import has_plan, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
 

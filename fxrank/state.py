@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from fxrank.monitor import RankMonitor
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.profile import StackProfile
 from fxrank.plan import Plan
-from fxrank.policy import Clock, Policy
+from fxrank.policies.base import Clock, Policy
+from fxrank.policies.monitor import RankMonitor
 from fxrank.surgery import check_plan
 
 STATE_VERSION = 2

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
 from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
-from fxrank.distributed import Team
+from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.calls import call_arguments
@@ -21,7 +21,7 @@ from fxrank.passes.errors import unknown_name
 from fxrank.passes.profile import autocast
 from fxrank.passes.selection import Selector, listed
 from fxrank.plan import Plan
-from fxrank.policy import Policy
+from fxrank.policies.base import Policy
 from fxrank.progress import Bar, Totals, progress_bar
 from fxrank.report import Report
 from fxrank.resume import Keeper

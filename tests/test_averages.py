@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
 import fxrank
-from fxrank.averages import fitted
+from fxrank.optim.averages import fitted
 from fxrank.passes.kinds import make_pair
 
 X, Y = vectors()

@@ -8,13 +8,13 @@ from nets import UNTIMED, SixLayers, vectors
 from torch import nn
 
 import fxrank
-from fxrank.monitor import RankMonitor, ReferenceDetector, SlopeDetector
 from fxrank.passes.discover import discover
 from fxrank.passes.profile import StackProfile
 from fxrank.passes.selection import candidates
 from fxrank.passes.trace import trace
-from fxrank.policy import Clock, Scene
-from fxrank.ranks import RANK_RULES
+from fxrank.policies.base import Clock, Scene
+from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector
+from fxrank.policies.ranks import RANK_RULES
 
 X = vectors()[0]
 RULES = ", ".join(map(repr, sorted(RANK_RULES)))

@@ -19,10 +19,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
-from fxrank.ddp import wrapper_around
 from fxrank.demo import DigitsNet
-from fxrank.distributed import Team, gradient_bytes
-from fxrank.optim import optimizers_of
+from fxrank.distributed.ddp import wrapper_around
+from fxrank.distributed.team import Team, gradient_bytes
+from fxrank.optim.swap import optimizers_of
 
 PUFFERFISH = fxrank.Pufferfish(E=4, K=0, ratio=0.25)
 STEPS = 10

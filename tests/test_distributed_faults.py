@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
-from fxrank.ddp import ignored_paths
+from fxrank.distributed.ddp import ignored_paths
 
 PUFFERFISH = fxrank.Pufferfish(E=2, K=0, ratio=0.25)
 STEPS = 6

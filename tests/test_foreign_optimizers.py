@@ -10,7 +10,7 @@ from nets import mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.decays import way_of_decay
+from fxrank.optim.decays import way_of_decay
 
 
 class Outer(torch.optim.AdamW):

@@ -7,8 +7,8 @@ from nets import mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.moments import NoProjectionError, projected
-from fxrank.optim import swap_parameters
+from fxrank.optim.moments import NoProjectionError, projected
+from fxrank.optim.swap import swap_parameters
 from fxrank.surgery import apply_plan
 
 

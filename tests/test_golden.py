@@ -12,11 +12,11 @@ import torch
 import fxrank
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18, vgg19_bn
 from fxrank.measure import parameter_count, planned_macs
-from fxrank.monitor import ReferenceDetector, moving_average
-from fxrank.optim import FactorRegime
+from fxrank.optim.regime import FactorRegime
 from fxrank.passes.kinds import make_pair
 from fxrank.passes.spectra import accumulative, energy, singular_values, stable
-from fxrank.ranks import Evidence, rank_rule, whole_rank
+from fxrank.policies.monitor import ReferenceDetector, moving_average
+from fxrank.policies.ranks import Evidence, rank_rule, whole_rank
 from fxrank.surgery import Replacement
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())

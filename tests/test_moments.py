@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxrank
-from fxrank.moments import NoProjectionError, projected
-from fxrank.optim import swap_parameters
+from fxrank.optim.moments import NoProjectionError, projected
+from fxrank.optim.swap import swap_parameters
 from fxrank.passes.factors import LowRankLinear
 from fxrank.surgery import apply_plan
 

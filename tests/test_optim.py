@@ -9,7 +9,8 @@ from nets import ConvNet, Tied, attach, images, mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.optim import FactorRegime, optimizers_of, swap_parameters
+from fxrank.optim.regime import FactorRegime
+from fxrank.optim.swap import optimizers_of, swap_parameters
 from fxrank.surgery import apply_plan
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from nets import ConvNet, images, train
 
 import fxrank
-from fxrank.optim import FactorRegime
+from fxrank.optim.regime import FactorRegime
 from fxrank.surgery import apply_plan
 
 LR, DECAY = 0.05, 0.3

@@ -15,7 +15,13 @@ import fxrank.passes
 
 ROOT = Path(fxrank.__file__).parent
 PASSES = sorted(p.stem for p in (ROOT / "passes").glob("*.py") if p.stem != "__init__")
-PRODUCT = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in ("__init__", "__main__"))
+PRODUCT = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in (".", "distributed", "integrations", "optim", "policies")
+    for path in (ROOT / folder).glob("*.py")
+    if path.stem not in ("__init__", "__main__")
+)
+FOLDERS = {name.partition(".")[0] for name in PRODUCT if "." in name}
 
 
 def imports_of(path):
@@ -55,14 +61,15 @@ def test_passes_import_nothing_of_the_product(name):
         assert imported != "passes" and not imported.startswith("passes.")
 
 
-@pytest.mark.parametrize("path", [f"{n}.py" for n in PRODUCT] + [f"passes/{n}.py" for n in PASSES])
+@pytest.mark.parametrize("path", [f"{n.replace('.', '/')}.py" for n in PRODUCT] + [f"passes/{n}.py" for n in PASSES])
 def test_no_module_imports_a_packages_own_init(path):
     names = {*imports_of(ROOT / path)}
     modules = {f"fxrank.{n}" for n in PRODUCT} | {f"fxrank.passes.{n}" for n in PASSES}
     assert "fxrank" not in {n for n in names if "." not in n}
     # `from fxrank.passes import spectra` names a module; anything else taken from there is the __init__'s.
+    packages = {"fxrank", "fxrank.passes"} | {f"fxrank.{folder}" for folder in FOLDERS}
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module in ("fxrank", "fxrank.passes"):
+        if isinstance(node, ast.ImportFrom) and node.module in packages:
             assert {f"{node.module}.{a.name}" for a in node.names} <= modules
 
 
@@ -70,9 +77,7 @@ def arrows(folder, prefix, names):
     graph = nx.DiGraph()
     graph.add_nodes_from(names)
     for name in names:
-        targets = {
-            i.removeprefix(prefix).partition(".")[0] for i in imports_of(folder / f"{name}.py") if i.startswith(prefix)
-        }
+        targets = {i.removeprefix(prefix) for i in imports_of(folder / f"{name.replace('.', '/')}.py")}
         graph.add_edges_from((name, t) for t in targets & set(names))
     return graph
 
@@ -81,6 +86,16 @@ def test_arrows_run_one_way():
     for graph in (arrows(ROOT / "passes", "fxrank.passes.", PASSES), arrows(ROOT, "fxrank.", PRODUCT)):
         assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
         assert graph.number_of_edges() >= len(graph) / 2  # the picture is not empty
+
+
+def test_arrows_between_folders_run_one_way():
+    graph = nx.DiGraph()
+    for a, b in arrows(ROOT, "fxrank.", PRODUCT).edges:
+        first, second = (n.partition(".")[0] for n in (a, b))
+        if first != second:
+            graph.add_edge(first, second)
+    assert {*graph.nodes} >= FOLDERS
+    assert nx.is_directed_acyclic_graph(graph), nx.find_cycle(graph)
 
 
 def test_every_pass_imports_by_itself():

@@ -10,7 +10,7 @@ from torch import nn
 
 import fxrank
 from fxrank.measure import parameter_count
-from fxrank.policy import frozen_names
+from fxrank.policies.base import frozen_names
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))["transformers"]
 

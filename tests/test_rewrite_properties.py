@@ -13,7 +13,7 @@ from programs import convs, linears, programs
 from torch import nn
 
 import fxrank
-from fxrank.optim import swap_parameters
+from fxrank.optim.swap import swap_parameters
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import make_pair, pair_class

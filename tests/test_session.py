@@ -335,7 +335,7 @@ def test_a_switch_that_keeps_every_layer_warns_too():
 
 
 def test_reasons_of_waiting_layers():
-    class OneSettles(fxrank.monitor.Detector):
+    class OneSettles(fxrank.policies.monitor.Detector):
         def settled(self, curves, full_ranks, before):
             return frozenset({"2"})
 

@@ -12,7 +12,7 @@ import fxrank
 from fxrank.passes.discover import discover
 from fxrank.passes.spectra import truncation_error
 from fxrank.passes.trace import trace
-from fxrank.policy import frozen_names, in_best_form
+from fxrank.policies.base import frozen_names, in_best_form
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from fxrank.passes.errors import CheckpointError
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
-from fxrank.policy import Policy
+from fxrank.policies.base import Policy
 from fxrank.randoms import random_state, restore_random
 
 

@@ -31,7 +31,7 @@ from fxrank.passes.factors import FactorPair
 from fxrank.passes.selection import Selector
 from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
-from fxrank.policy import Policy
+from fxrank.policies.base import Policy
 from fxrank.session import LOW, LowRankSession
 from fxrank.surgery import has_plan, plan_of
 

@@ -29,7 +29,7 @@ from fxrank.passes.errors import CheckpointError
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
-from fxrank.policy import Policy
+from fxrank.policies.base import Policy
 from fxrank.session import LowRankSession
 from fxrank.surgery import apply_plan
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fxrank.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
 from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
-from fxrank.policy import Clock, Policy, Scene, decomposition_of, in_best_form
-from fxrank.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
+from fxrank.policies.base import Clock, Policy, Scene, decomposition_of, in_best_form
+from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
+from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.surgery import keep, take
 
 FULL_SPEED = 1.0
@@ -28,7 +28,7 @@ class Cuttlefish(Policy):
     - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is faster than
       `speedup_threshold` times. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
-    - R: `rank_metric` is a name in `fxrank.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
+    - R: `rank_metric` is a name in `fxrank.policies.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
       for `"ratio"`. `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from fxrank.cuttlefish import Cuttlefish
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
 from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
-from fxrank.policy import Clock, Policy, Scene, in_best_form
-from fxrank.ranks import ratio_rank
+from fxrank.policies.base import Clock, Policy, Scene, in_best_form
+from fxrank.policies.cuttlefish import Cuttlefish
+from fxrank.policies.ranks import ratio_rank
 from fxrank.surgery import keep, take
 
 

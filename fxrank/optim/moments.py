@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxrank.averages import fitted
+from fxrank.distributed.sharded import placed_like, whole
+from fxrank.optim.averages import fitted
 from fxrank.passes.factors import FactorPair
-from fxrank.sharded import placed_like, whole
 
 State = dict[str, Any]
 _LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from fxrank.monitor import Detector, RankMonitor
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
@@ -20,6 +19,7 @@ from fxrank.passes.names import own_name
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
+from fxrank.policies.monitor import Detector, RankMonitor
 from fxrank.surgery import Factors, keep
 
 

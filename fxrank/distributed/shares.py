@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fxrank.ddp import rewrap
-from fxrank.distributed import Team
+from fxrank.distributed.ddp import rewrap
+from fxrank.distributed.team import Team
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.names import own_name
 from fxrank.plainfile import pack, unpack
