@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         report = Path(scratch) / "report.xml"
         chosen = ["-m", "not zoo" if options.kills else "not zoo and not kills"]
         files = dict.fromkeys(str(file) for fault in faults for file in files_of(fault))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *chosen]
+        command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=loadfile", f"--junitxml={report}", *chosen]
         code = subprocess.run([*command, *files], cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False).returncode
         if code not in (0, 1):  # all passed, or some did not
             raise RuntimeError(f"pytest must run through; it ended with {code} on {', '.join(files)}.")
