@@ -295,6 +295,8 @@ def test_bare_weights_from_after_the_switch_are_refused(tmp_path):
 def test_averages_of_the_weights_go_through_the_switch(tmp_path, kind):
     if not hasattr(L.pytorch.callbacks, kind):
         pytest.skip(f"this Lightning has no {kind}")
+    if kind[0] == "S" and torch.__version__.startswith("2.8."):
+        pytest.skip("the schedule of torch 2.8 in it saves a function, which weights_only does not load")
     options = {"decay": 0.5} if kind.startswith("EMA") else {"swa_lrs": 0.01, "swa_epoch_start": 1}
 
     class Seen(L.Callback):

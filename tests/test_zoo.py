@@ -307,6 +307,7 @@ def test_generation(transformers, name):
     assert text.shape[0] == 2 and text.shape[1] > 1
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 has no grouped product on a CPU")
 @pytest.mark.parametrize("rank", [3, 6])
 def test_experts_of_any_rank(transformers, rank):
     """The grouped kernel wants aligned memory; a rank that is not must work as well."""
