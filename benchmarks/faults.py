@@ -28,7 +28,9 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done, the tests that do it (`file::function`, without `test_`), and those whose cases are named by what they try."""
+    """What is done, the tests that do it (`file::function`, without `test_`), and those of them whose cases end with the name of
+    what they try.
+    """
 
     what: str
     tests: tuple[str, ...]
@@ -39,21 +41,22 @@ FAULTS = (
     Fault("one process killed (SIGKILL) and resumed", ("resume::*",)),
     Fault("2 and 3 processes killed and resumed, also by torchrun", ("resume_team::*",)),
     Fault("resumed by another number of processes", ("resume_another_team::*", "session_team::*")),
-    Fault("resumed with other loaders, optimizers, schedulers, precisions", ("resume_settings::*",)),
+    Fault("resumed with other loaders, optimizers, schedulers, precisions", ("resume_settings::*", "randoms::*")),
     Fault("resumed as another run (refused)", ("resume_refusals::*",)),
     Fault("stopped and gone on in a loop of one's own", ("session_state::*", "session_ends::*")),
     Fault("`DistributedDataParallel`, 2 and 4 processes", ("distributed::*",), "options_outlive_the_switch"),
     Fault("one of several processes fails, leaves or differs", ("distributed_faults::*",)),
+    Fault("post-local SGD; `torch.distributed.checkpoint`", ("local_sgd::*", "distributed_checkpoint::*")),
     Fault("`fully_shard` (FSDP2)", ("sharded::*", "sharded_states::*")),
     Fault("data parallelism of Transformers, Lightning, Accelerate", ("integrations_torchrun::*",)),
-    Fault("Transformers", ("integrations_huggingface::*",)),
+    Fault("Transformers", ("integrations_huggingface::*", "integrations_resume::*")),
     Fault("Lightning", ("integrations_lightning::*",)),
     Fault("Accelerate, timm's script, loggers", ("integrations_loops::*",)),
-    Fault("torch's optimizers", ("optimizer_steps::*", "moments::*", "optim::*"), "every_optimizer_goes_on*"),
+    Fault("torch's optimizers", ("optimizer_steps::*", "moments::*", "optim::*"), "with_the_identity*"),
     Fault("optimizers that are not torch's", ("foreign_*::*",), "how_timms_optimizers_decay"),
     Fault("several optimizers, hooks, CUDA graphs", ("several_optimizers::*",)),
-    Fault("torch's schedulers", ("learning_rate::*",), "every_scheduler_goes_on*"),
-    Fault("averages of the weights", ("averages::*",), "averages_go_on*"),
+    Fault("torch's schedulers", ("learning_rate::*",), "a_scheduler_sees_only*"),
+    Fault("averages of the weights", ("averages::*",)),
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
@@ -88,7 +91,7 @@ def row(fault: Fault, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What was tried and lost of one kind of fault; every test with the number of its cases."""
     own = [c for c in cases if any(fnmatch(c["test"], pattern) for pattern in fault.tests)]
     done = [c for c in own if c["outcome"] != "skipped"]
-    named = [c["with"] for c in done if fnmatch(c["test"].partition("::")[2], fault.named)]
+    named = [c["with"].rpartition("-")[2] for c in done if fnmatch(c["test"].partition("::")[2], fault.named)]
     return {
         "tried": len(done),
         "lost": sum(c["outcome"] == "lost" for c in own),

@@ -196,8 +196,8 @@ def test_cifar10_benchmark_runs_every_method(tmp_path, capsys):
 
 
 REPORT = """<testsuites><testsuite>
-<testcase classname="tests.test_learning_rate" name="test_every_scheduler_goes_on[StepLR]" time="0.1"/>
-<testcase classname="tests.test_learning_rate" name="test_every_scheduler_goes_on[CyclicLR]" time="0.1"><failure message="1 != 2&#10;more"/></testcase>
+<testcase classname="tests.test_learning_rate" name="test_a_scheduler_sees_only_its_own_values[StepLR]" time="0.1"/>
+<testcase classname="tests.test_learning_rate" name="test_a_scheduler_sees_only_its_own_values[CyclicLR]" time="0.1"><failure message="1 != 2&#10;more"/></testcase>
 <testcase classname="tests.test_learning_rate" name="test_lr_scale" time="0.1"/>
 <testcase classname="tests.test_learning_rate" name="test_other" time="0.1"><skipped message="no GPU"/></testcase>
 <testcase classname="tests.test_loops" name="test_a" time="0.1"/>
@@ -210,7 +210,7 @@ def test_the_fault_table_counts_what_a_report_says(tmp_path):
     found = faults.row(fault, faults.outcomes(tmp_path / "report.xml"))
     assert (found["tried"], found["lost"], found["skipped"]) == (3, 1, 1)
     assert found["named"] == ["StepLR", "CyclicLR"]
-    assert found["tests"] == {"learning_rate::every_scheduler_goes_on": 2, "learning_rate::lr_scale": 1}
+    assert found["tests"] == {"learning_rate::a_scheduler_sees_only_its_own_values": 2, "learning_rate::lr_scale": 1}
     assert [(c["with"], c["outcome"], c["reason"]) for c in found["not as hoped"]] == [
         ("CyclicLR", "lost", "1 != 2"),
         ("", "skipped", "no GPU"),
