@@ -45,6 +45,7 @@ FAULTS = (
     Fault("resumed as another run (refused)", ("resume_refusals::*",)),
     Fault("stopped and gone on in a loop of one's own", ("session_state::*", "session_ends::*")),
     Fault("`DistributedDataParallel`, 2 and 4 processes", ("distributed::*",), "options_outlive_the_switch"),
+    Fault("engines that hold parameters in pieces (refused)", ("distributed_engines::*",)),
     Fault("one of several processes fails, leaves or differs", ("distributed_faults::*",)),
     Fault("post-local SGD; `torch.distributed.checkpoint`", ("local_sgd::*", "distributed_checkpoint::*")),
     Fault("`fully_shard` (FSDP2)", ("sharded::*", "sharded_states::*")),
