@@ -54,7 +54,7 @@ FAULTS = (
     Fault("Lightning", ("integrations_lightning::*",)),
     Fault("Accelerate, timm's script, loggers", ("integrations_loops::*",)),
     Fault("torch's optimizers", ("optimizer_steps::*", "moments::*", "optim::*"), "with_the_identity*"),
-    Fault("optimizers that are not torch's", ("foreign_*::*",), "how_timms_optimizers_decay"),
+    Fault("optimizers that are not torch's, timm's among them", ("foreign_*::*",)),
     Fault("several optimizers, hooks, CUDA graphs", ("several_optimizers::*",)),
     Fault("torch's schedulers", ("learning_rate::*",), "a_scheduler_sees_only*"),
     Fault("averages of the weights", ("averages::*",)),

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from nets import mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.optim.decays import way_of_decay
+from fxrank.optim.decays import put_on_parameters, way_of_decay
 
 
 class Outer(torch.optim.AdamW):
@@ -269,6 +270,19 @@ TIMM = {
 def test_how_timms_optimizers_decay(expected, name):
     create = pytest.importorskip("timm.optim").create_optimizer_v2
     assert (way(create(mlp(), opt=name, lr=0.02, weight_decay=0.05)) or "") == expected
+
+
+def test_memory_on_the_parameters_themselves_is_refused_before_anything_is_changed():
+    create = pytest.importorskip("timm.optim").create_optimizer_v2
+    model, (x, _) = mlp(), vectors()
+    optimizer = create(model, opt="adahessian", lr=0.01)
+    policy = fxrank.Pufferfish(E=0, ratio=0.25)
+    text = "Adahessian keeps 'hess' on the parameters themselves. Use another optimizer, or factorize first"
+    with pytest.raises(TypeError, match=re.escape(text)):
+        fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, total_steps=4, policy=policy)
+    assert type(model[2]) is nn.Linear and not optimizer._optimizer_step_post_hooks
+    for built in (Outer(model.parameters()), torch.optim.SGD(model.parameters())):
+        assert put_on_parameters(built) == []
 
 
 @pytest.mark.parametrize("name", ["adan", "laprop", "adabelief", "adamwlegacy", "novogradw", "adafactorbv"])

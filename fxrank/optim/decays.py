@@ -1,4 +1,5 @@
-"""How an optimizer decays its weights: added to the gradient (SGD, Adam), or taken from the weights (AdamW).
+"""How an optimizer decays its weights: added to the gradient (SGD, Adam), or taken from the weights (AdamW); and what it
+keeps on them.
 
 Torch's own say it by name and by option. Of all others a throwaway one makes a few steps on a small matrix, once with its own
 decay and once with either way written out: what it does is what counts, not what it is called.
@@ -80,11 +81,7 @@ def _run(optimizer: Optimizer, group: dict[str, Any], device: torch.device, way:
     generator = torch.Generator().manual_seed(0)
     scale = 0.2 if orthogonal else 1.0
     weight = torch.nn.Parameter(torch.randn(_SHAPE, generator=generator, dtype=_DTYPE).mul_(scale).to(device))
-    options = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
-    known = inspect.signature(type(optimizer)).parameters
-    given = optimizer.defaults | {"lr": 2 * _LR, "weight_decay": _NONE}
-    given = {key: copy.deepcopy(value) for key, value in given.items() if key in known}
-    probe: Any = type(optimizer)([options | {"params": [weight], "lr": _LR, "weight_decay": _NONE}], **given)
+    probe = _throwaway(optimizer, group, weight)
     sign = -1.0 if group.get("maximize") else 1.0
     for step in range(_WARM + _STEPS):
         gradient = torch.randn(_SHAPE, generator=generator, dtype=_DTYPE).to(device)
@@ -102,3 +99,26 @@ def _run(optimizer: Optimizer, group: dict[str, Any], device: torch.device, way:
                     weight.mul_(1 - _LR * _DECAY)
         probe.step()
     return weight.detach()
+
+
+def _throwaway(optimizer: Optimizer, group: dict[str, Any], weight: torch.nn.Parameter) -> Any:
+    """One of the same class and options, for a weight of ours."""
+    options = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
+    known = inspect.signature(type(optimizer)).parameters
+    given = optimizer.defaults | {"lr": 2 * _LR, "weight_decay": _NONE}
+    given = {key: copy.deepcopy(value) for key, value in given.items() if key in known}
+    return type(optimizer)([options | {"params": [weight], "lr": _LR, "weight_decay": _NONE}], **given)
+
+
+def put_on_parameters(optimizer: Optimizer) -> list[str]:
+    """Names of what an optimizer keeps on its parameters themselves, where factors would not have it (AdaHessian)."""
+    if _module(type(optimizer)).startswith("torch.optim."):
+        return []
+    weight = torch.nn.Parameter(torch.zeros(_SHAPE))
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            _throwaway(optimizer, optimizer.param_groups[0], weight)
+    except Exception:  # a stranger's constructor, see above
+        return []
+    return sorted(vars(weight))

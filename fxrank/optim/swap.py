@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.team import check_optimizer
+from fxrank.optim.decays import put_on_parameters
 from fxrank.optim.moments import NoProjectionError, projected
 from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.layers import Layer
@@ -20,8 +21,8 @@ from fxrank.wrappers import unwrapped
 def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
     """The optimizers that a user gives, one or several, without what frameworks wrap around them.
 
-    Raises `TypeError` for anything else, for LBFGS and for engines with flat or scattered parameters, `ValueError` if there is
-    none, if one comes twice, or if one holds no parameter of the model.
+    Raises `TypeError` for anything else, for LBFGS, for engines with flat or scattered parameters and for memory kept on the
+    parameters, `ValueError` if there is none, if one comes twice, or if one holds no parameter of the model.
     """
     listed: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for optimizer in listed:
@@ -45,6 +46,11 @@ def _check_holds(optimizer: Optimizer, model: nn.Module) -> None:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
             "LBFGS evaluates the model several times inside one step, so its parameters cannot be swapped; use a first-order optimizer."
+        )
+    if kept := put_on_parameters(optimizer):
+        raise TypeError(
+            f"an optimizer must keep its memory in its state, from which factors get theirs; {type(optimizer).__name__} keeps {', '.join(map(repr, kept))} on "
+            "the parameters themselves. Use another optimizer, or factorize first (fxrank.factorize) and build it on the result."
         )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in model.parameters()):
