@@ -1,7 +1,7 @@
 """What was done to training runs (kills, processes, frameworks, optimizers, schedulers, bad files), and what was lost.
 
-    python -m benchmarks.faults            # the tests that do it to the real thing, most of half an hour
-    python -m benchmarks.faults --kills    # and 150 more kills around the switch and elsewhere
+    python -m benchmarks.faults            # the tests that do it to the real thing, some minutes in two processes
+    python -m benchmarks.faults --kills    # and 150 more kills around the switch and elsewhere, ten minutes in all
 
 Each test asserts that nothing is lost; one that fails is counted as lost here, one that is skipped is named with its reason.
 """
