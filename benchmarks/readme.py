@@ -210,7 +210,7 @@ def tables() -> str:
         "`torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled "
         f"low-rank model against the eager one:\n\n{compiled_table()}\n\n"
         f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}\n\n"
-        f"Faults, each tried on the real thing; lost is every case in which anything differed from a run without the fault:\n\n{faults_table()}"
+        f"Faults, each tried on the real thing by a test that fails if anything is lost, or if a refusal changes anything or names no way out:\n\n{faults_table()}"
     )
 
 
