@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from nets import HALFWAY, Net, clusters
 
 import fxrank
-from benchmarks.readme import tables
+from benchmarks.example import code
+from benchmarks.readme import load, tables
 from fxrank.plan import LayerDecision, Plan, Training
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs(tmp_path):
-    (code,) = re.findall(r"<!-- example: .*? -->\n```python\n(.*?)```", README, re.DOTALL)
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
+        [sys.executable, "-c", code()], cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr
     printed, shown = done.stdout, re.findall(r"```text\n(.*?)```", README, re.DOTALL)[0]
@@ -64,8 +64,11 @@ def test_a_loop_of_ones_own_then_saved_loaded_merged_and_repeated(tmp_path, monk
     Net().load_state_dict(names["dense"].state_dict())
 
 
-def test_the_tables_are_the_results():
+def test_the_tables_and_the_examples_output_are_the_results():
     assert tables() in README
+    found = load("example")
+    assert f"```text\n{found['results']['output']}\n```" in README
+    assert found["configuration"]["code"] == code()
 
 
 def test_links_lead_somewhere():
