@@ -32,9 +32,9 @@ from torch.utils import _pytree as pytree
 import fxrank
 from benchmarks import record, zoo
 from fxrank.models import on_meta_where_possible
-from fxrank.passes.calls import call_arguments
 from fxrank.passes.discover import discover
 from fxrank.passes.layers import Layer
+from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.selection import candidates
 from fxrank.passes.trace import TracedModule, trace
 from fxrank.passes.verify import largest_difference, output_difference

@@ -21,7 +21,7 @@ import fxrank
 from benchmarks import record
 from benchmarks.tasks import METRICS, TASKS, Task
 from fxrank.batches import IGNORED, split_batch, to_device
-from fxrank.passes.calls import call_arguments
+from fxrank.passes.model.calls import call_arguments
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device) -> tuple[float, float]:

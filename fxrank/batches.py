@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.calls import call_arguments, describe
-from fxrank.passes.compiled import uncompiled
+from fxrank.passes.model.calls import call_arguments, describe
+from fxrank.passes.model.compiled import uncompiled
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""

@@ -32,9 +32,9 @@ from fxrank.distributed.shares import (
     sent,
     share_of,
 )
-from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.names import load_own_state, own_state
+from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.model.names import load_own_state, own_state
 from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock

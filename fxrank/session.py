@@ -27,11 +27,11 @@ from fxrank.optim.averages import averaged_in, check_averages, switch_average
 from fxrank.optim.regime import FactorRegime
 from fxrank.optim.steps import is_outermost
 from fxrank.optim.swap import optimizers_of, refused_by, swap_parameters
-from fxrank.passes.calls import Example
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.layers import stack_of
+from fxrank.passes.model.calls import Example
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra import check_finite

@@ -7,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.calibrate import calibrate_on
-from fxrank.passes.calls import Example
-from fxrank.passes.compiled import uncompiled
 from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import FORMS, dense_at, holders, pair_class
 from fxrank.passes.layers import Layer
+from fxrank.passes.model.calls import Example
+from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import WHOLE, TracedModule
-from fxrank.passes.weights import check_not_computed, is_derived, weight_of
 from fxrank.plan import LayerDecision, Plan
 
 _PLAN = "_fxrank_plan"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxrank
-from fxrank.passes.calls import call_arguments, describe
+from fxrank.passes.model.calls import call_arguments, describe
 from fxrank.passes.trace import trace
 
 

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 import fxrank
 from benchmarks import zoo
 from benchmarks.model_zoo import study, summary, tensors_in
-from fxrank.passes.calls import call_arguments
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
+from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.raw import LowRankWeight
 from fxrank.passes.verify import largest_difference, output_difference, pair_error
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fxrank.passes.names import own_name
+from fxrank.passes.model.names import own_name
 
 
 def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:

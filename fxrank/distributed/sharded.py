@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.calibrate import calibrate_on
-from fxrank.passes.calls import Example
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at, holders
-from fxrank.passes.names import module_at
+from fxrank.passes.model.calls import Example
+from fxrank.passes.model.names import module_at
+from fxrank.passes.model.weights import is_derived, stands_for
 from fxrank.passes.spectra import check_finite
 from fxrank.passes.trace import TracedModule
-from fxrank.passes.weights import is_derived, stands_for
 from fxrank.plan import Plan
 from fxrank.surgery import Factors, Replacement, apply_plan, remember_plan, take_hooks
 

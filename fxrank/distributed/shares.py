@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fxrank.distributed.ddp import rewrap
 from fxrank.distributed.team import Team
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.names import own_name
+from fxrank.passes.model.names import own_name
 from fxrank.plainfile import pack, unpack
 
 OWN: dict[str, type] = {

@@ -24,10 +24,10 @@ from fxrank.batches import to_device
 from fxrank.checkpoint import PLAN, load, save
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
-from fxrank.passes.calls import Example
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.factors import FactorPair
+from fxrank.passes.model.calls import Example
 from fxrank.passes.selection import Selector
 from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.calls import Example, call_arguments
-from fxrank.passes.compiled import eagerly
+from fxrank.passes.model.calls import Example, call_arguments
+from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.factors import Norm
 
 

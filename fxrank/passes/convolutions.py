@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxrank.passes.factors import FactorPair, Layers, Norm, fill_dense
-from fxrank.passes.weights import weight_of
+from fxrank.passes.model.weights import weight_of
 
 _GEOMETRY = (
     "in_channels",

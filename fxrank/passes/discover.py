@@ -16,11 +16,11 @@ from torch.nn.utils.rnn import PackedSequence
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_type, pair_class
 from fxrank.passes.layers import Layer
-from fxrank.passes.names import own_name
+from fxrank.passes.model.names import own_name
 from fxrank.passes.raw import RawWeight
 from fxrank.passes.reads import uses
 from fxrank.passes.trace import WHOLE, TracedModule
-from fxrank.passes.weights import computed_part, is_derived, weight_of
+from fxrank.passes.model.weights import computed_part, is_derived, weight_of
 
 Found = Iterable[tuple[Tensor, Layer]]
 _COMPUTED = "its layer's weight or bias is computed, as after pruning; make it a parameter first, after pruning with prune.remove"

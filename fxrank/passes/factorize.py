@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
-from fxrank.passes.compiled import compiled_parts, follow_change
+from fxrank.passes.model.compiled import compiled_parts, follow_change
 from fxrank.passes.factors import FactorPair, LowRankEmbedding
-from fxrank.passes.names import own_name
+from fxrank.passes.model.names import own_name
 from fxrank.passes.raw import LowRankWeight
-from fxrank.passes.weights import drop_norm_hooks
+from fxrank.passes.model.weights import drop_norm_hooks
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from fxrank.passes.errors import RankError
 from fxrank.passes.product import factored
 from fxrank.passes.spectra import truncated_factors
-from fxrank.passes.weights import weight_of
+from fxrank.passes.model.weights import weight_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 Layers = tuple[nn.Module, Norm | None, nn.Module]

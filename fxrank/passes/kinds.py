@@ -16,9 +16,9 @@ from fxrank.passes.convolutions import (
 )
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.factors import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
-from fxrank.passes.names import module_at
+from fxrank.passes.model.names import module_at
 from fxrank.passes.raw import LowRankWeight, RawWeight
-from fxrank.passes.weights import computed_part, standardizes, weight_of
+from fxrank.passes.model.weights import computed_part, standardizes, weight_of
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {
     nn.Linear: {"channel": LowRankLinear, "qkv": LowRankFusedLinear},

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fxrank.passes.errors import PlanMismatchError
 from fxrank.passes.kinds import dense_at, pair_class
-from fxrank.passes.weights import check_not_computed, numbers_of, weight_of
+from fxrank.passes.model.weights import check_not_computed, numbers_of, weight_of
 
 
 @dataclass(frozen=True)

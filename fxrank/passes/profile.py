@@ -22,7 +22,7 @@ from fxrank.passes.factors import FactorPair
 from fxrank.passes.kinds import dense_at, pair_class
 from fxrank.passes.layers import Layer
 from fxrank.passes.stacks import Stack
-from fxrank.passes.weights import weight_of
+from fxrank.passes.model.weights import weight_of
 
 
 class Stopwatch:

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxrank.passes.errors import NothingToFactorizeError
 from fxrank.passes.layers import Layer
-from fxrank.passes.names import own_name
+from fxrank.passes.model.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
 """A name or glob (`"layer4.*"`), a regular expression (`re.compile(…)` or `"re:…"`), a module class, or a module."""

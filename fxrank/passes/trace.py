@@ -28,11 +28,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.calls import Example, at_other_batch_size, call_arguments
-from fxrank.passes.compiled import eagerly, uncompiled
+from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
+from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.errors import TraceError
 from fxrank.passes.proxies import python_asks_the_values
-from fxrank.passes.restore import restored
+from fxrank.passes.model.restored import restored
 from fxrank.passes.tracer import ValueTracer, is_layer
 from fxrank.passes.values import Values
 from fxrank.passes.verify import largest_difference, seeded_outputs

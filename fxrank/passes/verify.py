@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.calls import Example, call_arguments, describe
+from fxrank.passes.model.calls import Example, call_arguments, describe
 from fxrank.passes.factors import FactorPair
 from fxrank.passes.spectra import singular_values, truncation_error
-from fxrank.passes.weights import weight_of
+from fxrank.passes.model.weights import weight_of
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import nn
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
-from fxrank.passes.names import own_name
+from fxrank.passes.model.names import own_name
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training

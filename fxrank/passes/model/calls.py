@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.compiled import uncompiled
+from fxrank.passes.model.compiled import uncompiled
 
 Example = Any
 """One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values
