@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from benchmarks import record
 from benchmarks.data import DeviceLoader, cifar10
 from benchmarks.models import resnet18
-from fxrank.passes.lanczos import StableRankTracker
-from fxrank.passes.spectra import as_stack, singular_values, stable
+from fxrank.passes.spectra.exact import as_stack, singular_values, stable
+from fxrank.passes.spectra.tracked import StableRankTracker
 
 WARM_AFTER = 3
 """Samples after which the tracker counts as warm: the first two follow the chaos of the first optimizer steps."""

@@ -25,7 +25,7 @@ from fxrank.optim.regime import FactorRegime
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.profile import Stopwatch, autocast
-from fxrank.passes.spectra import as_stack, decompose
+from fxrank.passes.spectra.exact import as_stack, decompose
 from fxrank.surgery import Replacement
 
 RANKS = (40, 44, 44, 44, 64, 60, 56, 48, 60, 50, 40, 30)

@@ -16,7 +16,7 @@ from fxrank.passes.errors import (
     TraceError,
 )
 from fxrank.passes.factors import FactorPair, LowRankLinear
-from fxrank.passes.spectra import stable_rank
+from fxrank.passes.spectra.exact import stable_rank
 from fxrank.passes.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Policy

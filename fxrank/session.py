@@ -34,7 +34,7 @@ from fxrank.passes.layers import stack_of
 from fxrank.passes.model.calls import Example
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import Selector, candidates, require_some
-from fxrank.passes.spectra import check_finite
+from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.stacks import stacks
 from fxrank.passes.trace import TracedModule, trace
 from fxrank.plan import Plan

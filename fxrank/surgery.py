@@ -15,7 +15,7 @@ from fxrank.passes.layers import Layer
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
-from fxrank.passes.spectra import check_finite
+from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.trace import WHOLE, TracedModule
 from fxrank.plan import LayerDecision, Plan
 

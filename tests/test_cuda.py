@@ -7,9 +7,9 @@ from torch import nn
 
 import fxrank
 from fxrank.passes.kinds import make_pair
-from fxrank.passes.lanczos import StableRankTracker
 from fxrank.passes.profile import Profiler, Stopwatch
-from fxrank.passes.spectra import decompose, singular_values, stable
+from fxrank.passes.spectra.exact import decompose, singular_values, stable
+from fxrank.passes.spectra.tracked import StableRankTracker
 from fxrank.passes.verify import pair_error
 
 pytestmark = pytest.mark.cuda

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxrank
-from fxrank.passes.lanczos import MAX_STEPS, StableRankTracker
-from fxrank.passes.spectra import mean_over_groups, singular_values, stable
+from fxrank.passes.spectra.exact import mean_over_groups, singular_values, stable
+from fxrank.passes.spectra.tracked import MAX_STEPS, StableRankTracker
 
 
 def exact(stack):
@@ -138,8 +138,10 @@ def test_transposed_and_strided_views_need_no_copy():
 
 def test_warm_looks_cost_less_than_cold_ones(monkeypatch):
     steps = []
-    advance = fxrank.passes.lanczos._Run.advance
-    monkeypatch.setattr(fxrank.passes.lanczos._Run, "advance", lambda self, n: (steps.append(n), advance(self, n))[1])
+    advance = fxrank.passes.spectra.tracked._Run.advance
+    monkeypatch.setattr(
+        fxrank.passes.spectra.tracked._Run, "advance", lambda self, n: (steps.append(n), advance(self, n))[1]
+    )
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1, 128, 1152, generator=generator)
     tracker = StableRankTracker()

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxrank
-from fxrank.passes.spectra import singular_values, truncation_error
+from fxrank.passes.spectra.exact import singular_values, truncation_error
 from fxrank.policies.ranks import RANK_RULES, Evidence, random_matrix_xi, rank_rule, ratio_rank, whole_rank
 
 FULL = 20

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxrank
-from fxrank.passes.spectra import (
+from fxrank.passes.spectra.exact import (
     METRICS,
     accumulative,
     as_stack,

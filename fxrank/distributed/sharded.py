@@ -24,7 +24,7 @@ from fxrank.passes.kinds import dense_at, holders
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.names import module_at
 from fxrank.passes.model.weights import is_derived, stands_for
-from fxrank.passes.spectra import check_finite
+from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.surgery import Factors, Replacement, apply_plan, remember_plan, take_hooks

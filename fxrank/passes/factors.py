@@ -21,7 +21,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxrank.passes.errors import RankError
 from fxrank.passes.product import factored
-from fxrank.passes.spectra import truncated_factors
+from fxrank.passes.spectra.exact import truncated_factors
 from fxrank.passes.model.weights import weight_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d

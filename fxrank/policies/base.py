@@ -17,7 +17,7 @@ from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
 from fxrank.passes.model.names import own_name
 from fxrank.passes.profile import Profiler, StackProfile
-from fxrank.passes.spectra import Decomposition, check_finite, decompose, truncation_error
+from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector, RankMonitor
 from fxrank.surgery import Factors, keep

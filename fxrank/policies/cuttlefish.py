@@ -6,7 +6,7 @@ from typing import Any
 
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
-from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
+from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import Clock, Policy, Scene, decomposition_of, in_best_form
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector

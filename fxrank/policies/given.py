@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.layers import Layer
-from fxrank.passes.spectra import mean_over_groups, stable, truncation_error
+from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Clock, Policy, Scene, in_best_form
 from fxrank.policies.cuttlefish import Cuttlefish

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.lanczos import StableRankTracker
 from fxrank.passes.layers import Layer, stack_of
-from fxrank.passes.spectra import check_finite, mean_over_groups, singular_values, stable
+from fxrank.passes.spectra.exact import check_finite, mean_over_groups, singular_values, stable
+from fxrank.passes.spectra.tracked import StableRankTracker
 
 
 @dataclass(frozen=True)

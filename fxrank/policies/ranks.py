@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fxrank.passes import spectra
 from fxrank.passes.errors import unknown_name
+from fxrank.passes.spectra import exact as spectra
 
 
 @dataclass(frozen=True)
