@@ -4,7 +4,6 @@ from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
 from fxrank.checkpoint import load, save
 from fxrank.copies import factorize, merge
-from fxrank.passes.convolutions import LowRankConv2d
 from fxrank.passes.errors import (
     CheckpointError,
     FxrankError,
@@ -15,7 +14,8 @@ from fxrank.passes.errors import (
     RankError,
     TraceError,
 )
-from fxrank.passes.factors import FactorPair, LowRankLinear
+from fxrank.passes.pairs.base import FactorPair, LowRankLinear
+from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.spectra.exact import stable_rank
 from fxrank.passes.trace import trace
 from fxrank.plan import LayerDecision, Plan

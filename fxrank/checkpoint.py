@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from fxrank.distributed.ddp import rewrap_all
 from fxrank.distributed.sharded import is_sharded, whole
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
-from fxrank.passes.kinds import dense_at, holders, pair_class
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
 from fxrank.passes.model.weights import is_derived
+from fxrank.passes.pairs.registry import dense_at, holders, pair_class
 from fxrank.plainfile import pack, unpack, unstorable
 from fxrank.plan import Plan
 from fxrank.surgery import apply_plan, check_plan, plan_of

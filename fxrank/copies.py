@@ -12,13 +12,13 @@ from torch import nn
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import RankError, unknown_name
 from fxrank.passes.factorize import install, pairs_in, remove_weight, uncompile_parts
-from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import own_name
-from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.passes.pairs.registry import FORMS
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.trace import trace
 from fxrank.plan import LayerDecision, Plan

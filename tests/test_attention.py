@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxrank
-from fxrank.passes.factors import LowRankLinear
-from fxrank.passes.product import FactoredWeight
-from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.pairs.base import LowRankLinear
+from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.passes.pairs.products import FactoredWeight
 from fxrank.passes.verify import largest_difference
 
 # float64: sums of some hundred products of order 1.

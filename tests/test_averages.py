@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 import fxrank
 from fxrank.optim.averages import fitted
-from fxrank.passes.kinds import make_pair
+from fxrank.passes.pairs.registry import make_pair
 
 X, Y = vectors()
 DECAY = 0.9

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxrank
-from fxrank.passes.kinds import make_pair
+from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.spectra.exact import decompose, singular_values, stable
 from fxrank.passes.spectra.tracked import StableRankTracker

@@ -11,7 +11,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxrank
 from fxrank.passes.base import Pass, Refused
 from fxrank.passes.factorize import Factorize, Merge, install, pairs_in
-from fxrank.passes.kinds import make_pair
+from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.trace import trace
 from fxrank.passes.verify import largest_difference
 

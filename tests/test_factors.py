@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import fxrank
-from fxrank.passes.convolutions import LowRankConv2d
-from fxrank.passes.factors import LowRankLinear
-from fxrank.passes.kinds import PAIRS, make_pair, pair_class
+from fxrank.passes.pairs.base import LowRankLinear
+from fxrank.passes.pairs.convolution import LowRankConv2d
+from fxrank.passes.pairs.registry import PAIRS, make_pair, pair_class
 from fxrank.passes.verify import largest_difference, pair_error
 
 # float32: sums of at most a hundred products of order 1.

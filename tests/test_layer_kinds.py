@@ -14,9 +14,9 @@ from torch.nn.utils import parametrizations
 
 import fxrank
 from fxrank.passes.discover import discover
-from fxrank.passes.factors import BlockLinear, FactorPair, LowRankFusedLinear
-from fxrank.passes.kinds import make_pair, pair_class
-from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.pairs.base import BlockLinear, FactorPair, LowRankFusedLinear
+from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.verify import largest_difference, pair_error
 
 # float64: sums of some hundred products of order 1.

@@ -13,7 +13,7 @@ from torch import nn
 import fxrank
 from fxrank.optim.moments import NoProjectionError, projected
 from fxrank.optim.swap import swap_parameters
-from fxrank.passes.factors import LowRankLinear
+from fxrank.passes.pairs.base import LowRankLinear
 from fxrank.surgery import apply_plan
 
 ROWS, COLS, RANK = 7, 5, 3

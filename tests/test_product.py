@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxrank.passes import product
-from fxrank.passes.kinds import make_pair
-from fxrank.passes.product import FactoredWeight
+from fxrank.passes.pairs import products as product
+from fxrank.passes.pairs.products import FactoredWeight
+from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.verify import largest_difference
 
 # float64: sums of some hundred products of order 1.

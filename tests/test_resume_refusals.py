@@ -121,7 +121,7 @@ def test_the_same_objects_after_the_switch(tmp_path):
         fxrank.auto_lowrank(
             model, shuffled(), loss_fn=lambda outputs, targets: next(losses)(outputs, targets), **options
         )
-    assert isinstance(model[2], fxrank.passes.factors.FactorPair)
+    assert isinstance(model[2], fxrank.passes.pairs.base.FactorPair)
     before = snapshot(model)
     message = "This one has been made low-rank already, by the run that was broken off maybe: build it anew, and its optimizer and scheduler."
     with pytest.raises(fxrank.CheckpointError, match=re.escape(message)):

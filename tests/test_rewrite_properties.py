@@ -15,8 +15,8 @@ from torch import nn
 import fxrank
 from fxrank.optim.swap import swap_parameters
 from fxrank.passes.factorize import pairs_in
-from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import make_pair, pair_class
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.verify import largest_difference, pair_error
 from fxrank.surgery import apply_plan
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fxrank.passes.kinds import make_pair
+from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.verify import largest_difference, output_difference, pair_error
 
 NAN, INF = float("nan"), float("inf")

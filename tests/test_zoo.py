@@ -14,9 +14,9 @@ import fxrank
 from benchmarks import zoo
 from benchmarks.model_zoo import study, summary, tensors_in
 from fxrank.passes.factorize import pairs_in
-from fxrank.passes.factors import FactorPair, LowRankEmbedding
 from fxrank.passes.model.calls import call_arguments
-from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
+from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.verify import largest_difference, output_difference, pair_error
 
 SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fxrank.loggers import Logger
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.distributed.sharded import is_sharded
-from fxrank.passes.factors import FactorPair
 from fxrank.passes.model.names import module_at, own_name
 from fxrank.passes.model.weights import weight_of
+from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.plan import Plan
 from fxrank.surgery import apply_plan, check_plan

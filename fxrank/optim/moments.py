@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fxrank.distributed.sharded import placed_like, whole
 from fxrank.optim.averages import fitted
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.pairs.base import FactorPair
 
 State = dict[str, Any]
 _LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}

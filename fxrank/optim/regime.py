@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fxrank.distributed.sharded import placed_like, whole
 from fxrank.optim.decays import Way, way_of_decay
 from fxrank.optim.steps import restore_after_failure, restore_lr, scale_lr, unscale_lr
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.pairs.base import FactorPair
 from fxrank.surgery import Replacement
 from fxrank.wrappers import outside_autocast
 

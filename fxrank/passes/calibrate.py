@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly
-from fxrank.passes.factors import Norm
+from fxrank.passes.pairs.base import Norm
 
 
 def calibrate_on(

@@ -13,11 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import dense_type, pair_class
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.registry import dense_type, pair_class
 from fxrank.passes.layers import Layer
 from fxrank.passes.model.names import own_name
-from fxrank.passes.raw import RawWeight
+from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.reads import uses
 from fxrank.passes.trace import WHOLE, TracedModule
 from fxrank.passes.model.weights import computed_part, is_derived, weight_of

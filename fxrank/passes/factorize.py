@@ -23,9 +23,9 @@ from torch import fx, nn
 
 from fxrank.passes.base import Pass, Refused
 from fxrank.passes.model.compiled import compiled_parts, follow_change
-from fxrank.passes.factors import FactorPair, LowRankEmbedding
+from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
 from fxrank.passes.model.names import own_name
-from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.model.weights import drop_norm_hooks
 
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import dense_at, pair_class
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.registry import dense_at, pair_class
 from fxrank.passes.layers import Layer
 from fxrank.passes.stacks import Stack
 from fxrank.passes.model.weights import weight_of

@@ -14,10 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.factors import FactorPair
-from fxrank.passes.kinds import dense_type
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.registry import dense_type
 from fxrank.passes.proxies import Mode, ValueProxy, values_of
-from fxrank.passes.raw import LowRankWeight
+from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.values import Values
 
 

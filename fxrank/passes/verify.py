@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import Example, call_arguments, describe
-from fxrank.passes.factors import FactorPair
+from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.spectra.exact import singular_values, truncation_error
 from fxrank.passes.model.weights import weight_of
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.kinds import FORMS
 from fxrank.passes.layers import Layer, matrices_of
 from fxrank.passes.model.names import own_name
+from fxrank.passes.pairs.registry import FORMS
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrank.passes.factors import FactorPair, Layers, Norm, fill_dense
+from fxrank.passes.pairs.base import FactorPair, Layers, Norm, fill_dense
 from fxrank.passes.model.weights import weight_of
 
 _GEOMETRY = (

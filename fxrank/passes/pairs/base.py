@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxrank.passes.errors import RankError
-from fxrank.passes.product import factored
+from fxrank.passes.pairs.products import factored
 from fxrank.passes.spectra.exact import truncated_factors
 from fxrank.passes.model.weights import weight_of
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fxrank.passes.convolutions import (
+from fxrank.passes.pairs.convolution import (
     LowRankConv1d,
     LowRankConv2d,
     LowRankConv3d,
@@ -15,9 +15,9 @@ from fxrank.passes.convolutions import (
     LowRankConvTranspose3d,
 )
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.factors import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
+from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
 from fxrank.passes.model.names import module_at
-from fxrank.passes.raw import LowRankWeight, RawWeight
+from fxrank.passes.pairs.parameter import LowRankWeight, RawWeight
 from fxrank.passes.model.weights import computed_part, standardizes, weight_of
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {

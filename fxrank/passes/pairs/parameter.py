@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.factors import FactorPair, Layers
-from fxrank.passes.recurrent import steps
+from fxrank.passes.pairs.base import FactorPair, Layers
+from fxrank.passes.pairs.recurrent import steps
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 KERNELS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
