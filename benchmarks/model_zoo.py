@@ -36,8 +36,8 @@ from fxrank.passes.discover import discover
 from fxrank.passes.layers import Layer
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.selection import candidates
-from fxrank.passes.trace import TracedModule, trace
-from fxrank.passes.verify import largest_difference, output_difference
+from fxrank.passes.tracing.compare import largest_difference, output_difference
+from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.policies.ranks import ratio_rank
 
 RATIO = 0.25

@@ -17,7 +17,7 @@ from fxrank.passes.errors import (
 from fxrank.passes.pairs.base import FactorPair, LowRankLinear
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.spectra.exact import stable_rank
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.cuttlefish import Cuttlefish

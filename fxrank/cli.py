@@ -19,7 +19,7 @@ from fxrank.models import MODEL_HELP, build_model, called, example_for, on_meta_
 from fxrank.passes.discover import discover
 from fxrank.passes.errors import FxrankError
 from fxrank.passes.selection import candidates
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies.given import POLICIES, as_policy
 from fxrank.profiling import profile

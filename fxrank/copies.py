@@ -20,7 +20,7 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import FORMS
 from fxrank.passes.selection import Selector, candidates, require_some
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
 from fxrank.surgery import apply_plan, forget_plan, has_plan, keep, plan_of, remember_plan, take

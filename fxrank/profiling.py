@@ -16,7 +16,7 @@ from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.profile import Profiler, StackProfile
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.stacks import stacks
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.stacks import stacks
-from fxrank.passes.trace import TracedModule, trace
+from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names
 from fxrank.policies.given import FixedPlan, FullRank, as_policy

@@ -16,7 +16,7 @@ from fxrank.passes.model.weights import check_not_computed, is_derived, weight_o
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import FORMS, dense_at, holders, pair_class
 from fxrank.passes.spectra.exact import check_finite
-from fxrank.passes.trace import WHOLE, TracedModule
+from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.plan import LayerDecision, Plan
 
 _PLAN = "_fxrank_plan"

@@ -14,7 +14,7 @@ import fxrank
 from fxrank.passes.pairs.base import LowRankLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.products import FactoredWeight
-from fxrank.passes.verify import largest_difference
+from fxrank.passes.tracing.compare import largest_difference
 
 # float64: sums of some hundred products of order 1.
 ROUNDING = 1e-12

@@ -10,7 +10,7 @@ from torch import nn
 import fxrank
 from fxrank.passes.calibrate import calibrate
 from fxrank.passes.factorize import pairs_in
-from fxrank.passes.verify import output_difference
+from fxrank.passes.tracing.compare import output_difference
 
 # Two normalizations in a row; without calibration the difference is of order 0.2.
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}

@@ -10,7 +10,7 @@ from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.spectra.exact import decompose, singular_values, stable
 from fxrank.passes.spectra.tracked import StableRankTracker
-from fxrank.passes.verify import pair_error
+from fxrank.passes.tracing.compare import pair_error
 
 pytestmark = pytest.mark.cuda
 

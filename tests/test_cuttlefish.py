@@ -11,7 +11,7 @@ import fxrank
 from fxrank.passes.discover import discover
 from fxrank.passes.profile import StackProfile
 from fxrank.passes.selection import candidates
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import Clock, Scene
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import RANK_RULES

@@ -12,8 +12,8 @@ import fxrank
 from fxrank.passes.base import Pass, Refused
 from fxrank.passes.factorize import Factorize, Merge, install, pairs_in
 from fxrank.passes.pairs.registry import make_pair
-from fxrank.passes.trace import trace
-from fxrank.passes.verify import largest_difference
+from fxrank.passes.tracing.compare import largest_difference
+from fxrank.passes.tracing.trace import trace
 
 # float32, two convolutions of a few dozen products.
 ROUNDING = 1e-5

@@ -11,7 +11,7 @@ import fxrank
 from fxrank.passes.pairs.base import LowRankLinear
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.registry import PAIRS, make_pair, pair_class
-from fxrank.passes.verify import largest_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference, pair_error
 
 # float32: sums of at most a hundred products of order 1.
 ROUNDING = 1e-5

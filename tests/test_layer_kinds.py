@@ -17,7 +17,7 @@ from fxrank.passes.discover import discover
 from fxrank.passes.pairs.base import BlockLinear, FactorPair, LowRankFusedLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import make_pair, pair_class
-from fxrank.passes.verify import largest_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference, pair_error
 
 # float64: sums of some hundred products of order 1.
 ROUNDING = 1e-12

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrizations, parametrize, weight_norm
 import fxrank
 from fxrank.passes.discover import discover
 from fxrank.passes.selection import candidates, require_some
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 
 
 def found(model, x, **options):

@@ -19,7 +19,7 @@ from fxrank.passes.factorize import pairs_in
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.registry import make_pair
-from fxrank.passes.verify import largest_difference, output_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference, output_difference, pair_error
 
 # float32: sums of at most a hundred products of order 1.
 ROUNDING = 1e-5

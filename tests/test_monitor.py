@@ -7,7 +7,7 @@ from nets import UNTIMED, ConvNet, images, mlp, train, vectors
 import fxrank
 from fxrank.passes.discover import discover
 from fxrank.passes.selection import candidates
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import Clock
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average
 

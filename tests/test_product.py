@@ -15,7 +15,7 @@ from torch import nn
 from fxrank.passes.pairs import products as product
 from fxrank.passes.pairs.products import FactoredWeight
 from fxrank.passes.pairs.registry import make_pair
-from fxrank.passes.verify import largest_difference
+from fxrank.passes.tracing.compare import largest_difference
 
 # float64: sums of some hundred products of order 1.
 ROUNDING = 1e-12

@@ -15,7 +15,7 @@ import fxrank
 from fxrank.passes.pairs import recurrent
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.products import FactoredWeight
-from fxrank.passes.verify import largest_difference
+from fxrank.passes.tracing.compare import largest_difference
 
 # float64: sums of some dozen products of order 1, over a few steps.
 ROUNDING = 1e-12

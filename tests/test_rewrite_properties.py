@@ -17,7 +17,7 @@ from fxrank.optim.swap import swap_parameters
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import make_pair, pair_class
-from fxrank.passes.verify import largest_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference, pair_error
 from fxrank.surgery import apply_plan
 
 # What is left is rounding in sums of at most a few hundred terms.

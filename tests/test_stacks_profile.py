@@ -12,7 +12,7 @@ from fxrank.passes.discover import discover
 from fxrank.passes.profile import Profiler, Stopwatch
 from fxrank.passes.selection import candidates
 from fxrank.passes.stacks import Stack, stacks
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import fxrank
 from fxrank.measure import planned_macs
-from fxrank.passes.verify import output_difference
+from fxrank.passes.tracing.compare import output_difference
 
 
 def net():

@@ -14,7 +14,7 @@ from programs import programs
 from torch import fx, nn
 
 import fxrank
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 
 
 class Nested(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 import fxrank
 from fxrank.passes.model.calls import call_arguments, describe
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 
 
 class DataDependent(nn.Module):

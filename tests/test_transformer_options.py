@@ -11,7 +11,7 @@ from torch import nn
 import fxrank
 from fxrank.passes.discover import discover
 from fxrank.passes.spectra.exact import truncation_error
-from fxrank.passes.trace import trace
+from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import frozen_names, in_best_form
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fxrank.passes.values import Values
+from fxrank.passes.tracing.fake_values import Values
 
 
 def fake(values, *shape, dtype=torch.float32):

@@ -17,7 +17,7 @@ from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.verify import largest_difference, output_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference, output_difference, pair_error
 
 SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
 MISC = [*zoo.zoo_misc.MODELS]

@@ -25,7 +25,7 @@ from fxrank.passes.model.weights import is_derived, stands_for
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import dense_at, holders
 from fxrank.passes.spectra.exact import check_finite
-from fxrank.passes.trace import TracedModule
+from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.surgery import Factors, Replacement, apply_plan, remember_plan, take_hooks
 

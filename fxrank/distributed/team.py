@@ -25,7 +25,7 @@ from fxrank.loggers import Logger, check_logger
 from fxrank.passes.layers import Layer
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
-from fxrank.passes.trace import TracedModule
+from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.surgery import Factors, Replacement, apply_plan, check_plan
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import fx
 
-from fxrank.passes.trace import TracedModule
+from fxrank.passes.tracing.trace import TracedModule
 
 
 class PassResult(NamedTuple):

@@ -19,7 +19,7 @@ from fxrank.passes.layers import Layer
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.reads import uses
-from fxrank.passes.trace import WHOLE, TracedModule
+from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.passes.model.weights import computed_part, is_derived, weight_of
 
 Found = Iterable[tuple[Tensor, Layer]]

@@ -16,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import dense_type
-from fxrank.passes.proxies import Mode, ValueProxy, values_of
+from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.values import Values
+from fxrank.passes.tracing.fake_values import Values
 
 
 def is_layer(module: nn.Module) -> bool:
