@@ -32,10 +32,10 @@ from torch.utils import _pytree as pytree
 import fxrank
 from benchmarks import record, zoo
 from fxrank.models import on_meta_where_possible
-from fxrank.passes.discover import discover
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.model.calls import call_arguments
-from fxrank.passes.selection import candidates
 from fxrank.passes.tracing.compare import largest_difference, output_difference
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.policies.ranks import ratio_rank

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from fxrank.batches import LossFn
 from fxrank.checkpoint import check_storable, save
 from fxrank.loggers import Logger
+from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.model.compiled import uncompiled
-from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.given import as_policy

@@ -16,9 +16,9 @@ from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
 from fxrank.distributed.team import Team, in_shares, launched
 from fxrank.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
-from fxrank.passes.discover import discover
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.errors import FxrankError
-from fxrank.passes.selection import candidates
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies.given import POLICIES, as_policy

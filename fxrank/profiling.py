@@ -9,13 +9,13 @@ from tabulate import tabulate
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.discover import discover
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.discovery.selection import Selector, candidates, require_some
+from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.profile import Profiler, StackProfile
-from fxrank.passes.selection import Selector, candidates, require_some
-from fxrank.passes.stacks import stacks
 from fxrank.passes.tracing.trace import trace
 
 

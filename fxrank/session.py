@@ -27,15 +27,15 @@ from fxrank.optim.averages import averaged_in, check_averages, switch_average
 from fxrank.optim.regime import FactorRegime
 from fxrank.optim.steps import is_outermost
 from fxrank.optim.swap import optimizers_of, refused_by, swap_parameters
-from fxrank.passes.discover import discover
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.layer import stack_of
+from fxrank.passes.discovery.selection import Selector, candidates, require_some
+from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.factorize import pairs_in
-from fxrank.passes.layers import stack_of
 from fxrank.passes.model.calls import Example
 from fxrank.passes.profile import Profiler, Stopwatch
-from fxrank.passes.selection import Selector, candidates, require_some
 from fxrank.passes.spectra.exact import check_finite
-from fxrank.passes.stacks import stacks
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names

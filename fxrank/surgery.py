@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.calibrate import calibrate_on
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.factorize import Factorize, install, install_weight, pairs_in
-from fxrank.passes.layers import Layer
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of

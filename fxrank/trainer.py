@@ -16,10 +16,10 @@ from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch
 from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
+from fxrank.passes.discovery.selection import Selector, listed
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.profile import autocast
-from fxrank.passes.selection import Selector, listed
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.progress import Bar, Totals, progress_bar

@@ -80,8 +80,8 @@ def test_pairs_in_channels_last_and_autocast():
 def test_profiler_under_autocast():
     model = Net().cuda()
     x = torch.randn(32, 3, 16, 16, device="cuda")
-    from fxrank.passes.discover import discover
-    from fxrank.passes.selection import candidates
+    from fxrank.passes.discovery.discover import discover
+    from fxrank.passes.discovery.selection import candidates
 
     layers = candidates(discover(fxrank.trace(model, x), model), model, include="*")
     times = Profiler(model, torch.device("cuda"), amp=torch.bfloat16).times_ms(layers[1], [16, 32])

@@ -8,9 +8,9 @@ from nets import UNTIMED, SixLayers, vectors
 from torch import nn
 
 import fxrank
-from fxrank.passes.discover import discover
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.profile import StackProfile
-from fxrank.passes.selection import candidates
 from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import Clock, Scene
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import fxrank
-from fxrank.passes.discover import discover
+from fxrank.passes.discovery.discover import discover
 from fxrank.passes.pairs.base import BlockLinear, FactorPair, LowRankFusedLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import make_pair, pair_class

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 import fxrank
-from fxrank.passes.discover import discover
-from fxrank.passes.selection import candidates, require_some
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.selection import candidates, require_some
 from fxrank.passes.tracing.trace import trace
 
 

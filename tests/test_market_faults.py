@@ -14,7 +14,7 @@ from torch import nn
 
 import fxrank
 from fxrank.measure import parameter_count
-from fxrank.passes.discover import discover
+from fxrank.passes.discovery.discover import discover
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d

@@ -5,8 +5,8 @@ import torch
 from nets import UNTIMED, ConvNet, images, mlp, train, vectors
 
 import fxrank
-from fxrank.passes.discover import discover
-from fxrank.passes.selection import candidates
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import Clock
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average

@@ -13,7 +13,7 @@ from torch import nn
 import fxrank
 from fxrank.auto import write_run
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.profile import StackProfile
 from fxrank.report import figure
 

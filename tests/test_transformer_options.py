@@ -9,7 +9,7 @@ from nets import mlp, vectors
 from torch import nn
 
 import fxrank
-from fxrank.passes.discover import discover
+from fxrank.passes.discovery.discover import discover
 from fxrank.passes.spectra.exact import truncation_error
 from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import frozen_names, in_best_form

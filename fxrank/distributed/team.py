@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 from fxrank.distributed.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap_all, wrapper_around
 from fxrank.distributed.sharded import Shards, is_sharded
 from fxrank.loggers import Logger, check_logger
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.tracing.trace import TracedModule

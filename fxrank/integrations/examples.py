@@ -11,9 +11,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fxrank.loggers import Logger
+from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.randoms import random_state, restore_random

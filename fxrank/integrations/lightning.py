@@ -24,10 +24,10 @@ except ImportError:
 from fxrank.batches import model_inputs, to_device
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
+from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.calls import Example
-from fxrank.passes.selection import Selector
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.session import LowRankSession

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from fxrank.distributed.team import check_optimizer
 from fxrank.optim.decays import put_on_parameters
 from fxrank.optim.moments import NoProjectionError, projected
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import dense_at, pair_class
 from fxrank.surgery import Replacement

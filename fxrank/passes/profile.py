@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import dense_at, pair_class
-from fxrank.passes.layers import Layer
-from fxrank.passes.stacks import Stack
+from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.discovery.stacks import Stack
 from fxrank.passes.model.weights import weight_of
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.layers import Layer, matrices_of
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.registry import FORMS
 from fxrank.passes.profile import Profiler, StackProfile

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.layers import Layer
 from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import Clock, Policy, Scene, decomposition_of, in_best_form

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.layers import Layer
 from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Clock, Policy, Scene, in_best_form

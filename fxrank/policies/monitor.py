@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.layers import Layer, stack_of
 from fxrank.passes.spectra.exact import check_finite, mean_over_groups, singular_values, stable
 from fxrank.passes.spectra.tracked import StableRankTracker
 

@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from fxrank.passes.errors import NothingToFactorizeError
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module

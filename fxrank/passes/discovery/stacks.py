@@ -5,7 +5,7 @@ measurement serves all.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.layer import Layer
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import PackedSequence
 
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import dense_type, pair_class
-from fxrank.passes.layers import Layer
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.parameter import RawWeight
-from fxrank.passes.reads import uses
+from fxrank.passes.discovery.uses import uses
 from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.passes.model.weights import computed_part, is_derived, weight_of
 
