@@ -33,7 +33,7 @@ from benchmarks import record
 from benchmarks.models import resnet18
 from benchmarks.switch_cost import NAMES, training_step
 from fxrank.copies import copied
-from fxrank.passes.profile import Stopwatch
+from fxrank.passes.profiling.timing import Stopwatch
 
 RATIO = 0.25
 STEPS = 4

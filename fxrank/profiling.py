@@ -15,7 +15,7 @@ from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
-from fxrank.passes.profile import Profiler, StackProfile
+from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
 
 

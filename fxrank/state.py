@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.profile import StackProfile
+from fxrank.passes.profiling.timing import StackProfile
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock, Policy
 from fxrank.policies.monitor import RankMonitor

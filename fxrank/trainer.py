@@ -19,7 +19,7 @@ from fxrank.measure import StepMemory, median, parameter_count, planned_macs, pr
 from fxrank.passes.discovery.selection import Selector, listed
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.model.calls import call_arguments
-from fxrank.passes.profile import autocast
+from fxrank.passes.profiling.timing import autocast
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.progress import Bar, Totals, progress_bar

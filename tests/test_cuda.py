@@ -7,7 +7,7 @@ from torch import nn
 
 import fxrank
 from fxrank.passes.pairs.registry import make_pair
-from fxrank.passes.profile import Profiler, Stopwatch
+from fxrank.passes.profiling.timing import Profiler, Stopwatch
 from fxrank.passes.spectra.exact import decompose, singular_values, stable
 from fxrank.passes.spectra.tracked import StableRankTracker
 from fxrank.passes.tracing.compare import pair_error

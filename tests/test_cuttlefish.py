@@ -10,7 +10,7 @@ from torch import nn
 import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
-from fxrank.passes.profile import StackProfile
+from fxrank.passes.profiling.timing import StackProfile
 from fxrank.passes.tracing.trace import trace
 from fxrank.policies.base import Clock, Scene
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector

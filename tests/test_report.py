@@ -14,7 +14,7 @@ import fxrank
 from fxrank.auto import write_run
 from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.profile import StackProfile
+from fxrank.passes.profiling.timing import StackProfile
 from fxrank.report import figure
 
 X, _ = vectors()

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 import fxrank
-from fxrank.passes import profile as profile_module
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.discovery.stacks import Stack, stacks
-from fxrank.passes.profile import Profiler, Stopwatch
+from fxrank.passes.profiling import timing as profile_module
+from fxrank.passes.profiling.timing import Profiler, Stopwatch
 from fxrank.passes.tracing.trace import trace
 
 CPU = torch.device("cpu")

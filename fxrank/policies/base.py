@@ -16,7 +16,7 @@ from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.registry import FORMS
-from fxrank.passes.profile import Profiler, StackProfile
+from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector, RankMonitor
