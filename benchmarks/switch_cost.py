@@ -22,9 +22,9 @@ import fxrank
 from benchmarks import record
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18
 from fxrank.optim.regime import FactorRegime
-from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.profiling.timing import Stopwatch, autocast
+from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.spectra.exact import as_stack, decompose
 from fxrank.surgery import Replacement
 

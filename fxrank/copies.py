@@ -13,13 +13,13 @@ from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.errors import RankError, unknown_name
-from fxrank.passes.factorize import install, pairs_in, remove_weight, uncompile_parts
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import FORMS
+from fxrank.passes.rewriting.factorize import install, pairs_in, remove_weight, uncompile_parts
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank

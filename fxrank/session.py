@@ -32,9 +32,9 @@ from fxrank.passes.discovery.layer import stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.errors import NothingFactorizedWarning
-from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.calls import Example
 from fxrank.passes.profiling.timing import Profiler, Stopwatch
+from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan

@@ -9,9 +9,9 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import fxrank
-from fxrank.passes.base import Pass, Refused
-from fxrank.passes.factorize import Factorize, Merge, install, pairs_in
 from fxrank.passes.pairs.registry import make_pair
+from fxrank.passes.rewriting.driver import Pass, Refused
+from fxrank.passes.rewriting.factorize import Factorize, Merge, install, pairs_in
 from fxrank.passes.tracing.compare import largest_difference
 from fxrank.passes.tracing.trace import trace
 

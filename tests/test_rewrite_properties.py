@@ -14,9 +14,9 @@ from torch import nn
 
 import fxrank
 from fxrank.optim.swap import swap_parameters
-from fxrank.passes.factorize import pairs_in
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import make_pair, pair_class
+from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, pair_error
 from fxrank.surgery import apply_plan
 

@@ -13,10 +13,10 @@ from torch.utils import _pytree as pytree
 import fxrank
 from benchmarks import zoo
 from benchmarks.model_zoo import study, summary, tensors_in
-from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
 from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, output_difference, pair_error
 
 SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}

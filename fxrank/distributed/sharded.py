@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.calibrate import calibrate_on
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.names import module_at
 from fxrank.passes.model.weights import is_derived, stands_for
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import dense_at, holders
+from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan

@@ -26,8 +26,8 @@ from fxrank.integrations.examples import check_factors, example_batch, random_un
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.factorize import pairs_in
 from fxrank.passes.model.calls import Example
+from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.session import LowRankSession

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxrank.passes.base import Pass, Refused
+from fxrank.passes.rewriting.driver import Pass, Refused
 from fxrank.passes.model.compiled import compiled_parts, follow_change
 from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
 from fxrank.passes.model.names import own_name
