@@ -21,7 +21,7 @@ from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.cuttlefish import Cuttlefish
-from fxrank.policies.given import FixedPlan, FullRank, Pufferfish, SpectralInit
+from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
 from fxrank.report import Report
 from fxrank.session import LowRankSession

@@ -17,7 +17,7 @@ from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.policies.given import as_policy
+from fxrank.policies.fixed import as_policy
 from fxrank.report import figure
 from fxrank.resume import Keeper
 from fxrank.trainer import Result, Trainer

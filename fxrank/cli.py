@@ -21,7 +21,7 @@ from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.errors import FxrankError
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
-from fxrank.policies.given import POLICIES, as_policy
+from fxrank.policies.fixed import POLICIES, as_policy
 from fxrank.profiling import profile
 
 SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"

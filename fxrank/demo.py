@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxrank.auto import Result, auto_lowrank, write_run
 from fxrank.policies.cuttlefish import Cuttlefish
-from fxrank.policies.given import FullRank
+from fxrank.policies.fixed import FullRank
 
 BATCH, EPOCHS, SEED = 64, 30, 0
 

@@ -39,7 +39,7 @@ from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names
-from fxrank.policies.given import FixedPlan, FullRank, as_policy
+from fxrank.policies.fixed import FixedPlan, FullRank, as_policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.state import restore_session, session_state
 from fxrank.surgery import has_plan, remember_plan

@@ -10,7 +10,7 @@ from nets import ConvNet, SixLayers, attach, images, mlp, sgd, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.policies.given import POLICIES, as_policy
+from fxrank.policies.fixed import POLICIES, as_policy
 
 X = vectors()[0]
 NAMES = ", ".join(map(repr, sorted(POLICIES)))
