@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import fxrank
 from benchmarks import record
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18
-from fxrank.optim.regime import FactorRegime
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.profiling.timing import Stopwatch, autocast
 from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.spectra.exact import as_stack, decompose
-from fxrank.surgery import Replacement
+from fxrank.switch.apply_plan import Replacement
+from fxrank.switch.later_steps import FactorRegime
 
 RANKS = (40, 44, 44, 44, 64, 60, 56, 48, 60, 50, 40, 30)
 NAMES = [f"layer{stage}.{block}.conv{conv}" for stage in (2, 3, 4) for block in (0, 1) for conv in (1, 2)]

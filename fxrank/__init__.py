@@ -25,7 +25,7 @@ from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
 from fxrank.report import Report
 from fxrank.session import LowRankSession
-from fxrank.surgery import plan_of
+from fxrank.switch.apply_plan import plan_of
 
 __all__ = [
     "CheckpointError",

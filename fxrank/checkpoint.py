@@ -31,7 +31,7 @@ from fxrank.passes.model.weights import is_derived
 from fxrank.passes.pairs.registry import dense_at, holders, pair_class
 from fxrank.plainfile import pack, unpack, unstorable
 from fxrank.plan import Plan
-from fxrank.surgery import apply_plan, check_plan, plan_of
+from fxrank.switch.apply_plan import apply_plan, check_plan, plan_of
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}

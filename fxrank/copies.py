@@ -23,7 +23,7 @@ from fxrank.passes.rewriting.factorize import install, pairs_in, remove_weight, 
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
-from fxrank.surgery import apply_plan, forget_plan, has_plan, keep, plan_of, remember_plan, take
+from fxrank.switch.apply_plan import apply_plan, forget_plan, has_plan, keep, plan_of, remember_plan, take
 from fxrank.wrappers import outside_autocast
 
 Rank = int | float | Mapping[str, int | float] | Plan

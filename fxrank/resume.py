@@ -41,7 +41,7 @@ from fxrank.policies.base import Clock
 from fxrank.randoms import begun_from, generators_of, random_state, restore_random
 from fxrank.session import LowRankSession
 from fxrank.state import check_state, described
-from fxrank.surgery import has_plan
+from fxrank.switch.apply_plan import has_plan
 
 CHECKPOINT = "checkpoint.safetensors"
 _PARTS: dict[str, type | tuple[type, ...]] = {

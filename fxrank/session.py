@@ -23,10 +23,6 @@ from torch.utils.hooks import RemovableHandle
 
 from fxrank.distributed.team import Team, gradient_bytes
 from fxrank.loggers import Logger
-from fxrank.optim.averages import averaged_in, check_averages, switch_average
-from fxrank.optim.regime import FactorRegime
-from fxrank.optim.steps import is_outermost
-from fxrank.optim.swap import optimizers_of, refused_by, swap_parameters
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
@@ -42,7 +38,11 @@ from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names
 from fxrank.policies.fixed import FixedPlan, FullRank, as_policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.state import restore_session, session_state
-from fxrank.surgery import has_plan, remember_plan
+from fxrank.switch.apply_plan import has_plan, remember_plan
+from fxrank.switch.averages import averaged_in, check_averages, switch_average
+from fxrank.switch.later_steps import FactorRegime
+from fxrank.switch.optimizer import optimizers_of, refused_by, swap_parameters
+from fxrank.switch.step_hooks import is_outermost
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
 
 FULL, LOW = "full-rank", "low-rank"

@@ -17,7 +17,7 @@ from fxrank.passes.profiling.timing import StackProfile
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock, Policy
 from fxrank.policies.monitor import RankMonitor
-from fxrank.surgery import check_plan
+from fxrank.switch.apply_plan import check_plan
 
 STATE_VERSION = 2
 

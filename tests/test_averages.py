@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn, update_bn
 
 import fxrank
-from fxrank.optim.averages import fitted
 from fxrank.passes.pairs.registry import make_pair
+from fxrank.switch.averages import fitted
 
 X, Y = vectors()
 DECAY = 0.9

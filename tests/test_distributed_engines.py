@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
 from fxrank.distributed.team import Team
-from fxrank.optim.swap import optimizers_of
+from fxrank.switch.optimizer import optimizers_of
 
 
 def refused(rank, size, engine):

@@ -11,7 +11,7 @@ from nets import mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.optim.decays import put_on_parameters, way_of_decay
+from fxrank.switch.decays import put_on_parameters, way_of_decay
 
 
 class Outer(torch.optim.AdamW):

@@ -7,9 +7,9 @@ from nets import mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.optim.moments import NoProjectionError, projected
-from fxrank.optim.swap import swap_parameters
-from fxrank.surgery import apply_plan
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.moments import NoProjectionError, projected
+from fxrank.switch.optimizer import swap_parameters
 
 
 def attach(model, optimizer, total=8, **policy):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxrank
-from fxrank.optim.moments import NoProjectionError, projected
-from fxrank.optim.swap import swap_parameters
 from fxrank.passes.pairs.base import LowRankLinear
-from fxrank.surgery import apply_plan
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.moments import NoProjectionError, projected
+from fxrank.switch.optimizer import swap_parameters
 
 ROWS, COLS, RANK = 7, 5, 3
 OPTIONS = {

@@ -9,9 +9,9 @@ from nets import ConvNet, Tied, attach, images, mlp, train, vectors
 from torch import nn
 
 import fxrank
-from fxrank.optim.regime import FactorRegime
-from fxrank.optim.swap import optimizers_of, swap_parameters
-from fxrank.surgery import apply_plan
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.later_steps import FactorRegime
+from fxrank.switch.optimizer import optimizers_of, swap_parameters
 
 
 def trained(optimizer_class, steps=3, **options):

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from nets import ConvNet, images, train
 
 import fxrank
-from fxrank.optim.regime import FactorRegime
-from fxrank.surgery import apply_plan
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.later_steps import FactorRegime
 
 LR, DECAY = 0.05, 0.3
 

@@ -13,12 +13,12 @@ from programs import convs, linears, programs
 from torch import nn
 
 import fxrank
-from fxrank.optim.swap import swap_parameters
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, pair_error
-from fxrank.surgery import apply_plan
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.optimizer import swap_parameters
 
 # What is left is rounding in sums of at most a few hundred terms.
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5}

@@ -87,7 +87,7 @@ def test_non_finite_weights_are_named_and_nothing_changes():
         model[4].weight[0, 0] = torch.inf
     plan = fxrank.plan_of(fxrank.factorize(net(), X, rank=0.25))
     kinds = [type(m) for m in model.modules()]
-    from fxrank.surgery import apply_plan
+    from fxrank.switch.apply_plan import apply_plan
 
     with pytest.raises(
         fxrank.NonFiniteWeightError, match=re.escape("'4' holds 1 NaN or infinite value of 96. Lower the learning rate")
@@ -129,7 +129,7 @@ def test_a_plan_with_a_weight_twice(change, message):
     before = snapshot(model)
     for call in (
         lambda: fxrank.factorize(model, X, plan),
-        lambda: fxrank.surgery.apply_plan(model, plan),
+        lambda: fxrank.switch.apply_plan.apply_plan(model, plan),
         lambda: fxrank.LowRankSession.attach(model, sgd(model), example_inputs=X, total_steps=4, policy=plan),
     ):
         with pytest.raises(fxrank.PlanMismatchError, match=re.escape(message)):

@@ -27,7 +27,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
-from fxrank.surgery import Factors, Replacement, apply_plan, check_plan
+from fxrank.switch.apply_plan import Factors, Replacement, apply_plan, check_plan
 
 T = TypeVar("T")
 

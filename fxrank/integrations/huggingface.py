@@ -33,7 +33,7 @@ from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.session import LOW, LowRankSession
-from fxrank.surgery import has_plan, plan_of
+from fxrank.switch.apply_plan import has_plan, plan_of
 
 log = logging.getLogger("fxrank")
 

@@ -20,7 +20,7 @@ from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector, RankMonitor
-from fxrank.surgery import Factors, keep
+from fxrank.switch.apply_plan import Factors, keep
 
 
 @dataclass(frozen=True)

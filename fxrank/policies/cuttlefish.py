@@ -11,7 +11,7 @@ from fxrank.plan import LayerDecision
 from fxrank.policies.base import Clock, Policy, Scene, decomposition_of, in_best_form
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
-from fxrank.surgery import keep, take
+from fxrank.switch.apply_plan import keep, take
 
 FULL_SPEED = 1.0
 """A pair must be faster than the dense layer at the very rank chosen."""

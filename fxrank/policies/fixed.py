@@ -10,7 +10,7 @@ from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Clock, Policy, Scene, in_best_form
 from fxrank.policies.cuttlefish import Cuttlefish
 from fxrank.policies.ranks import ratio_rank
-from fxrank.surgery import keep, take
+from fxrank.switch.apply_plan import keep, take
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from fxrank.distributed.sharded import placed_like, whole
-from fxrank.optim.averages import fitted
 from fxrank.passes.pairs.base import FactorPair
+from fxrank.switch.averages import fitted
 
 State = dict[str, Any]
 _LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}

@@ -31,7 +31,7 @@ from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.plan import Plan
-from fxrank.surgery import apply_plan, check_plan
+from fxrank.switch.apply_plan import apply_plan, check_plan
 
 
 def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:

@@ -9,12 +9,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.team import check_optimizer
-from fxrank.optim.decays import put_on_parameters
-from fxrank.optim.moments import NoProjectionError, projected
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import dense_at, pair_class
-from fxrank.surgery import Replacement
+from fxrank.switch.apply_plan import Replacement
+from fxrank.switch.decays import put_on_parameters
+from fxrank.switch.moments import NoProjectionError, projected
 from fxrank.wrappers import unwrapped
 
 

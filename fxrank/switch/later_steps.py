@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.sharded import placed_like, whole
-from fxrank.optim.decays import Way, way_of_decay
-from fxrank.optim.steps import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.surgery import Replacement
+from fxrank.switch.apply_plan import Replacement
+from fxrank.switch.decays import Way, way_of_decay
+from fxrank.switch.step_hooks import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.wrappers import outside_autocast
 
 
