@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxrank.distributed.ddp import rewrap_all
-from fxrank.distributed.sharded import is_sharded, whole
+from fxrank.distributed.fsdp2 import is_sharded, whole
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxrank.distributed.sharded import local
+from fxrank.distributed.fsdp2 import local
 from fxrank.plan import Plan
 
 

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from fxrank.distributed.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap_all, wrapper_around
-from fxrank.distributed.sharded import Shards, is_sharded
+from fxrank.distributed.fsdp2 import Shards, is_sharded
 from fxrank.loggers import Logger, check_logger
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.calls import Example

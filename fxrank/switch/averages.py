@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.distributed.sharded import is_sharded
+from fxrank.distributed.fsdp2 import is_sharded
 from fxrank.passes.model.names import module_at, own_name
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair

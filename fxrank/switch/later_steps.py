@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxrank.distributed.sharded import placed_like, whole
+from fxrank.distributed.fsdp2 import placed_like, whole
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.decays import Way, way_of_decay

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxrank.distributed.sharded import placed_like, whole
+from fxrank.distributed.fsdp2 import placed_like, whole
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.switch.averages import fitted
 
