@@ -2,7 +2,6 @@
 
 from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
-from fxrank.checkpoint import load, save
 from fxrank.copies import factorize, merge
 from fxrank.passes.errors import (
     CheckpointError,
@@ -24,6 +23,7 @@ from fxrank.policies.cuttlefish import Cuttlefish
 from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
 from fxrank.report import Report
+from fxrank.saving.model_files import load, save
 from fxrank.session import LowRankSession
 from fxrank.switch.apply_plan import plan_of
 

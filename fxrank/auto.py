@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.batches import LossFn
-from fxrank.checkpoint import check_storable, save
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.model.compiled import uncompiled
@@ -20,6 +19,7 @@ from fxrank.policies.base import Policy
 from fxrank.policies.fixed import as_policy
 from fxrank.report import figure
 from fxrank.resume import Keeper
+from fxrank.saving.model_files import check_storable, save
 from fxrank.trainer import Result, Trainer
 
 log = logging.getLogger("fxrank")

@@ -20,7 +20,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxrank.checkpoint import check_names
 from fxrank.distributed.shares import (
     OWN,
     buckets_of,
@@ -35,10 +34,11 @@ from fxrank.distributed.shares import (
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_state
-from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policies.base import Clock
-from fxrank.randoms import begun_from, generators_of, random_state, restore_random
+from fxrank.saving.model_files import check_names
+from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.saving.random_state import begun_from, generators_of, random_state, restore_random
 from fxrank.session import LowRankSession
 from fxrank.state import check_state, described
 from fxrank.switch.apply_plan import has_plan

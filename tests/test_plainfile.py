@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxrank import CheckpointError
-from fxrank.plainfile import read_plain, write_plain
+from fxrank.saving.plainfile import read_plain, write_plain
 
 
 def test_everything_comes_back(tmp_path):

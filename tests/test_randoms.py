@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fxrank.randoms import generators_of, random_state, restore_random
+from fxrank.saving.random_state import generators_of, random_state, restore_random
 
 
 class Holder:

@@ -5,7 +5,7 @@ import random
 import pytest
 from killing import Runs, moment, results, spans
 
-from fxrank.plainfile import read_plain
+from fxrank.saving.plainfile import read_plain
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxrank
-from fxrank.plainfile import read_plain, write_plain
+from fxrank.saving.plainfile import read_plain, write_plain
 
 SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 EPOCHS, STEPS = 4, 5

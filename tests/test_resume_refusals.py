@@ -15,7 +15,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 import fxrank
-from fxrank.plainfile import read_plain, write_plain
+from fxrank.saving.plainfile import read_plain, write_plain
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_foreign_files(kind, tmp_path):
 
 
 def test_a_newer_version(tmp_path, monkeypatch):
-    monkeypatch.setattr("fxrank.plainfile.VERSION", 2)
+    monkeypatch.setattr("fxrank.saving.plainfile.VERSION", 2)
     write_plain(tmp_path / "checkpoint.safetensors", {"everything": "is new"})
     monkeypatch.undo()
     message = "has version '2'. Install the fxrank that wrote it."

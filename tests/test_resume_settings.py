@@ -12,8 +12,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 import fxrank
-from fxrank.plainfile import read_plain
 from fxrank.policies.monitor import ReferenceDetector, SlopeDetector
+from fxrank.saving.plainfile import read_plain
 
 
 def summary(result):

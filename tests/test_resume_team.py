@@ -12,7 +12,7 @@ import pytest
 from killing import Runs, moment, results, spans
 from safetensors.torch import load_file
 
-from fxrank.plainfile import read_plain
+from fxrank.saving.plainfile import read_plain
 
 TEAMS = {
     "2": {"size": 2},

@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.optim.swa_utils import AveragedModel
 
 import fxrank
-from fxrank.checkpoint import WEIGHTS
+from fxrank.saving.model_files import WEIGHTS
 
 # Torch's own, where the input of a compiled part comes out of one that is not.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -24,7 +24,7 @@ from fxrank.distributed.ddp import rewrap
 from fxrank.distributed.team import Team
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.names import own_name
-from fxrank.plainfile import pack, unpack
+from fxrank.saving.plainfile import pack, unpack
 
 OWN: dict[str, type] = {
     "first_random": dict,

@@ -16,7 +16,7 @@ from fxrank.passes.errors import CheckpointError
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.randoms import random_state, restore_random
+from fxrank.saving.random_state import random_state, restore_random
 
 
 def check_factors(model: nn.Module, stored: Iterable[str], fix: str) -> None:

@@ -21,7 +21,6 @@ from transformers import AutoConfig, GenerationConfig, Trainer, TrainerCallback
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fxrank.batches import to_device
-from fxrank.checkpoint import PLAN, load, save
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
@@ -29,9 +28,10 @@ from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.calls import Example
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.rewriting.factorize import pairs_in
-from fxrank.plainfile import read_plain, write_plain
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
+from fxrank.saving.model_files import PLAN, load, save
+from fxrank.saving.plainfile import read_plain, write_plain
 from fxrank.session import LOW, LowRankSession
 from fxrank.switch.apply_plan import has_plan, plan_of
 

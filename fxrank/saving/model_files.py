@@ -29,8 +29,8 @@ from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
 from fxrank.passes.model.weights import is_derived
 from fxrank.passes.pairs.registry import dense_at, holders, pair_class
-from fxrank.plainfile import pack, unpack, unstorable
 from fxrank.plan import Plan
+from fxrank.saving.plainfile import pack, unpack, unstorable
 from fxrank.switch.apply_plan import apply_plan, check_plan, plan_of
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
