@@ -24,7 +24,7 @@ from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
 from fxrank.report import Report
 from fxrank.saving.model_files import load, save
-from fxrank.session import LowRankSession
+from fxrank.session.session import LowRankSession
 from fxrank.switch.apply_plan import plan_of
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxrank.distributed.team import Team
-from fxrank.session import FULL, LowRankSession
+from fxrank.session.session import FULL, LowRankSession
 
 
 class Totals:

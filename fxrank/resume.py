@@ -39,8 +39,8 @@ from fxrank.policies.base import Clock
 from fxrank.saving.model_files import check_names
 from fxrank.saving.plainfile import read_plain, write_plain
 from fxrank.saving.random_state import begun_from, generators_of, random_state, restore_random
-from fxrank.session import LowRankSession
-from fxrank.state import check_state, described
+from fxrank.session.session import LowRankSession
+from fxrank.session.state import check_state, described
 from fxrank.switch.apply_plan import has_plan
 
 CHECKPOINT = "checkpoint.safetensors"

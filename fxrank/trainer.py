@@ -25,7 +25,7 @@ from fxrank.policies.base import Policy
 from fxrank.progress import Bar, Totals, progress_bar
 from fxrank.report import Report
 from fxrank.resume import Keeper
-from fxrank.session import FULL, LOW, LowRankSession
+from fxrank.session.session import FULL, LOW, LowRankSession
 
 log = logging.getLogger("fxrank")
 

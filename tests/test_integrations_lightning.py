@@ -353,7 +353,7 @@ def test_the_batch_goes_through_the_modules_hooks(tmp_path):
 def test_steps_without_a_number_of_epochs(tmp_path):
     trainer, callback = trainer_of(tmp_path, max_epochs=-1, max_steps=8)
     trainer.fit(Classifier(), loader())
-    assert callback.session.clock == fxrank.session.Clock(8, 8, 3)
+    assert callback.session.clock == fxrank.session.session.Clock(8, 8, 3)
     assert callback.plan.switch_step == 4
 
 

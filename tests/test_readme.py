@@ -48,7 +48,7 @@ def test_a_loop_of_ones_own_then_saved_loaded_merged_and_repeated(tmp_path, monk
     names = {"fxrank": fxrank, "Net": Net, "model": model, "optimizer": optimizer, "batch": loader[0], "n": 12}
     names |= {"loader": loader}
     with monkeypatch.context() as patch:
-        patch.setattr("fxrank.session.as_policy", lambda _: HALFWAY)  # so that it switches in so short a run
+        patch.setattr("fxrank.session.session.as_policy", lambda _: HALFWAY)  # so that it switches in so short a run
         exec(block_after("In a loop of your own"), names)
     for inputs, targets in loader * 2:
         F.cross_entropy(model(inputs), targets).backward()

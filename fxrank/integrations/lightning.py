@@ -30,7 +30,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.session import LowRankSession
+from fxrank.session.session import LowRankSession
 from fxrank.switch.apply_plan import apply_plan
 
 AMP = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -37,7 +37,7 @@ from fxrank.plan import Plan
 from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names
 from fxrank.policies.fixed import FixedPlan, FullRank, as_policy
 from fxrank.policies.monitor import RankMonitor
-from fxrank.state import restore_session, session_state
+from fxrank.session.state import restore_session, session_state
 from fxrank.switch.apply_plan import has_plan, remember_plan
 from fxrank.switch.averages import averaged_in, check_averages, switch_average
 from fxrank.switch.later_steps import FactorRegime
