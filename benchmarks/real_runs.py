@@ -20,8 +20,8 @@ from torch import nn
 import fxrank
 from benchmarks import record
 from benchmarks.tasks import METRICS, TASKS, Task
-from fxrank.batches import IGNORED, split_batch, to_device
 from fxrank.passes.model.calls import call_arguments
+from fxrank.training.batches import IGNORED, split_batch, to_device
 
 
 def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device) -> tuple[float, float]:

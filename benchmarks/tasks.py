@@ -25,7 +25,7 @@ import fxrank
 from benchmarks.data import DeviceLoader, cifar10
 from benchmarks.text_models import PAD, CharTransformer, LstmLanguageModel, Translator
 from benchmarks.texts import END, START, Batches, numbers, padded, vocabulary, windows
-from fxrank.batches import IGNORED, LossFn
+from fxrank.training.batches import IGNORED, LossFn
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from fxrank.policies.base import Policy
 from fxrank.policies.cuttlefish import Cuttlefish
 from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
-from fxrank.report import Report
 from fxrank.saving.model_files import load, save
 from fxrank.session.session import LowRankSession
 from fxrank.switch.apply_plan import plan_of
+from fxrank.training.report import Report
 
 __all__ = [
     "CheckpointError",

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxrank.batches import LossFn
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.fixed import as_policy
-from fxrank.report import figure
-from fxrank.resume import Keeper
 from fxrank.saving.model_files import check_storable, save
-from fxrank.trainer import Result, Trainer
+from fxrank.training.batches import LossFn
+from fxrank.training.keeper import Keeper
+from fxrank.training.report import figure
+from fxrank.training.trainer import Result, Trainer
 
 log = logging.getLogger("fxrank")
 

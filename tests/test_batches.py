@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nets import Net, clusters, mlp, vectors
 from torch import nn
 
-from fxrank.batches import loss_of, model_inputs, run_batch, split_batch, to_device
+from fxrank.training.batches import loss_of, model_inputs, run_batch, split_batch, to_device
 
 X, Y = vectors()
 

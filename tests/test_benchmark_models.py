@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks.models import build, handwritten_lowrank_resnet18, resnet18, resnet20, vgg19_bn
-from fxrank.measure import parameter_count
+from fxrank.training.measure import parameter_count
 
 # Parameters of the models of the papers' reference implementations, built and counted from their own code.
 RESNET18 = 11_173_962

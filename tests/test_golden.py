@@ -11,13 +11,13 @@ import torch
 
 import fxrank
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18, vgg19_bn
-from fxrank.measure import parameter_count, planned_macs
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.spectra.exact import accumulative, energy, singular_values, stable
 from fxrank.policies.monitor import ReferenceDetector, moving_average
 from fxrank.policies.ranks import Evidence, rank_rule, whole_rank
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.later_steps import FactorRegime
+from fxrank.training.measure import parameter_count, planned_macs
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
 IMAGE = torch.zeros(1, 3, 32, 32)

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 import fxrank
-from fxrank.measure import parameter_count
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, output_difference, pair_error
+from fxrank.training.measure import parameter_count
 
 # float32: sums of at most a hundred products of order 1.
 ROUNDING = 1e-5

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import fxrank
-from fxrank.measure import parameter_count
 from fxrank.policies.base import frozen_names
+from fxrank.training.measure import parameter_count
 
 GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))["transformers"]
 

@@ -12,10 +12,10 @@ from torch import nn
 
 import fxrank
 from fxrank.auto import write_run
-from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.profiling.timing import StackProfile
-from fxrank.report import figure
+from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
+from fxrank.training.report import figure
 
 X, _ = vectors()
 DENSE = fxrank.LayerDecision(

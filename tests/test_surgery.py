@@ -13,8 +13,8 @@ from nets import ConvNet, Tied, images, sgd, snapshot, vectors
 from torch import nn
 
 import fxrank
-from fxrank.measure import planned_macs
 from fxrank.passes.tracing.compare import output_difference
+from fxrank.training.measure import planned_macs
 
 
 def net():

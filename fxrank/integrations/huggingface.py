@@ -20,7 +20,6 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, Trainer, TrainerCallback
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from fxrank.batches import to_device
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
@@ -34,6 +33,7 @@ from fxrank.saving.model_files import PLAN, load, save
 from fxrank.saving.plainfile import read_plain, write_plain
 from fxrank.session.session import LOW, LowRankSession
 from fxrank.switch.apply_plan import has_plan, plan_of
+from fxrank.training.batches import to_device
 
 log = logging.getLogger("fxrank")
 

@@ -21,7 +21,6 @@ try:
 except ImportError:
     from pytorch_lightning.callbacks import Callback
 
-from fxrank.batches import model_inputs, to_device
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
@@ -32,6 +31,7 @@ from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.session.session import LowRankSession
 from fxrank.switch.apply_plan import apply_plan
+from fxrank.training.batches import model_inputs, to_device
 
 AMP = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

@@ -20,17 +20,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxrank.distributed.shares import (
-    OWN,
-    buckets_of,
-    check_others,
-    differing,
-    hooks_with_memory,
-    lay_buckets,
-    on_cpu,
-    sent,
-    share_of,
-)
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_state
@@ -42,6 +31,17 @@ from fxrank.saving.random_state import begun_from, generators_of, random_state, 
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import check_state, described
 from fxrank.switch.apply_plan import has_plan
+from fxrank.training.team_shares import (
+    OWN,
+    buckets_of,
+    check_others,
+    differing,
+    hooks_with_memory,
+    lay_buckets,
+    on_cpu,
+    sent,
+    share_of,
+)
 
 CHECKPOINT = "checkpoint.safetensors"
 _PARTS: dict[str, type | tuple[type, ...]] = {

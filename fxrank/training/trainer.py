@@ -12,20 +12,20 @@ from torch import fx, nn
 from torch.optim import Optimizer
 from torch.utils.data import DistributedSampler
 
-from fxrank.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
 from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
-from fxrank.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.passes.discovery.selection import Selector, listed
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.profiling.timing import autocast
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.progress import Bar, Totals, progress_bar
-from fxrank.report import Report
-from fxrank.resume import Keeper
 from fxrank.session.session import FULL, LOW, LowRankSession
+from fxrank.training.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
+from fxrank.training.keeper import Keeper
+from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
+from fxrank.training.progress import Bar, Totals, progress_bar
+from fxrank.training.report import Report
 
 log = logging.getLogger("fxrank")
 
