@@ -32,7 +32,7 @@ import fxrank
 from benchmarks import record
 from benchmarks.models import resnet18
 from benchmarks.switch_cost import NAMES, training_step
-from fxrank.copies import copied
+from fxrank.oneshot import copied
 from fxrank.passes.profiling.timing import Stopwatch
 
 RATIO = 0.25

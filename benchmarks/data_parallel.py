@@ -28,7 +28,7 @@ import fxrank
 from benchmarks import record
 from benchmarks.models import resnet18
 from benchmarks.switch_cost import NAMES
-from fxrank.copies import copied
+from fxrank.oneshot import copied
 
 POWERSGD_RANK = 4
 WARM_UP = 4

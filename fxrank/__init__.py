@@ -2,7 +2,7 @@
 
 from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
-from fxrank.copies import factorize, merge
+from fxrank.oneshot import factorize, merge
 from fxrank.passes.errors import (
     CheckpointError,
     FxrankError,
