@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 import fxrank
 from benchmarks import record, zoo
-from fxrank.models import on_meta_where_possible
+from fxrank.cli.models import on_meta_where_possible
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.selection import candidates

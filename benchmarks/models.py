@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrank.models import build_model
+from fxrank.cli.models import build_model
 from fxrank.passes.errors import unknown_name
 
 

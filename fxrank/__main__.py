@@ -2,6 +2,6 @@
 
 import sys
 
-from fxrank.cli import main
+from fxrank.cli.main import main
 
 sys.exit(main())

@@ -7,8 +7,8 @@ from PIL import Image
 from torch import nn
 
 import fxrank
-from fxrank.cli import main
-from fxrank.models import on_meta_where_possible
+from fxrank.cli.main import main
+from fxrank.cli.models import on_meta_where_possible
 
 
 @pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"]])
