@@ -67,7 +67,7 @@ FAULTS = (
 
 def files_of(fault: Fault) -> list[Path]:
     """The test files behind a row."""
-    return [f for pattern in fault.tests for f in sorted(TESTS.glob(f"test_{pattern.partition('::')[0]}.py"))]
+    return [f for pattern in fault.tests for f in sorted(TESTS.rglob(f"test_{pattern.partition('::')[0]}.py"))]
 
 
 def outcomes(report: Path) -> list[dict[str, Any]]:

@@ -5,18 +5,18 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from nets import HALFWAY, Net, clusters
+from places import ROOT
 
 import fxrank
 from benchmarks.example import code
 from benchmarks.readme import load, tables
 from fxrank.plan import LayerDecision, Plan, Training
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs(tmp_path):
@@ -72,9 +72,8 @@ def test_the_tables_and_the_examples_output_are_the_results():
 
 
 def test_links_lead_somewhere():
-    root = Path(__file__).parent.parent
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
+        assert (ROOT / target).exists(), target
 
 
 def test_every_field_of_a_plan_is_described():

@@ -1,13 +1,13 @@
-"""Numbers of the reference implementations and of the papers, to the digit (tests/golden.json says where they come from)."""
+"""Numbers of the reference implementations and of the papers, to the digit (tests/data/golden.json says where they come from)."""
 
 import json
 import math
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from places import DATA
 
 import fxrank
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18, vgg19_bn
@@ -19,7 +19,7 @@ from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.later_steps import FactorRegime
 from fxrank.training.measure import parameter_count, planned_macs
 
-GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text())
+GOLDEN = json.loads((DATA / "golden.json").read_text())
 IMAGE = torch.zeros(1, 3, 32, 32)
 SHORTCUTS_DENSE = {"exclude": "*shortcut*"}
 

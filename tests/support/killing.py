@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+from places import ROOT, SUPPORT
 from safetensors.torch import load_file
 
 
@@ -13,10 +13,9 @@ class Runs:
     """Forks the runs from a process that has everything imported."""
 
     def __init__(self):
-        folder = Path(__file__).parent
-        paths = os.pathsep.join([str(folder), str(folder.parent)])
+        paths = os.pathsep.join([str(SUPPORT), str(ROOT)])
         self.server = subprocess.Popen(
-            [sys.executable, str(folder / "killed.py")],
+            [sys.executable, str(SUPPORT / "killed.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

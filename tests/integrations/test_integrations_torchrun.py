@@ -4,13 +4,10 @@ import ast
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT, SUPPORT
 
-import fxrank
-
-TESTS = Path(__file__).parent
 END = """
 digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
 bytes_sent = callback.session.gradient_bytes
@@ -20,13 +17,13 @@ sys.stdout.flush()
 """
 SCRIPTS = {
     "lightning": """
-from test_integrations_lightning import SOON, Classifier, LowRankCallback, loader, L
+from lightning_runs import SOON, Classifier, LowRankCallback, loader, L
 model, callback = Classifier(), LowRankCallback(SOON{module})
 L.Trainer(callbacks=[callback], accelerator="cpu", devices=2, strategy="ddp", max_epochs=4, logger=False, enable_checkpointing=False,
           enable_progress_bar=False, enable_model_summary=False).fit(model, loader())
 """,
     "transformers": """
-from test_integrations_huggingface import trainer_of
+from transformer_runs import trainer_of
 trainer, callback = trainer_of("run", ddp_backend="gloo")
 trainer.train()
 model = trainer.model
@@ -43,7 +40,7 @@ def test_both_processes_end_with_the_same_model(framework, module, pairs, steps,
     pytest.importorskip(framework)
     text = "import hashlib, sys\n" + SCRIPTS[framework].replace("{module}", module) + END
     (tmp_path / "script.py").write_text(text)
-    places = os.pathsep.join([str(TESTS), str(Path(fxrank.__file__).parent.parent)])
+    places = os.pathsep.join([str(SUPPORT), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "script.py"],
         cwd=tmp_path,

@@ -6,10 +6,10 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from killing import Runs, moment, results, spans
+from places import ROOT, SUPPORT
 from safetensors.torch import load_file
 
 from fxrank.saving.plainfile import read_plain
@@ -104,7 +104,7 @@ def test_only_the_first_process_writes(runs, whole, tmp_path):
 def test_the_command_comes_back_by_itself_under_torchrun(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
     command = [*torchrun, "-m", "fxrank", "train", "--model", "mortal:network", "--policy", "spectral-init", "--quiet"]
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
+    paths = os.pathsep.join([str(SUPPORT), str(ROOT)])
     found = []
     for data in ("digits", "mortal:loaders"):
         folder = tmp_path / data.partition(":")[0]

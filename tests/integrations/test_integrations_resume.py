@@ -10,9 +10,14 @@ import fxrank
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from test_integrations_huggingface import DATA, TOKENS, bert, pytestmark, trainer_of  # noqa: E402, F401 (needs both)
+from transformer_runs import DATA, TOKENS, bert, trainer_of  # noqa: E402 (needs both)
 
 from fxrank.integrations.huggingface import LowRankCallback  # noqa: E402
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning"),
+]
 
 
 def test_a_callback_added_later_refuses_a_checkpoint_after_the_switch(tmp_path):

@@ -5,16 +5,17 @@ import re
 
 import pytest
 import torch
-from nets import BERT, SOON, UNTIMED
+from nets import SOON, UNTIMED
 
 import fxrank
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 
+from transformer_runs import DATA, TOKENS, bert, trainer_of  # noqa: E402 (needs both)
+
 from fxrank.integrations.huggingface import (  # noqa: E402 (needs transformers)
     LowRankCallback,
-    LowRankTrainer,
     LowRankTrainerMixin,
     from_pretrained,
     save_pretrained,
@@ -24,35 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*use_reentrant:UserWarning"),
 ]
-
-TOKENS = torch.randint(0, 50, (24, 8), generator=torch.Generator().manual_seed(3))
-DATA = [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[0] % 2} for row in TOKENS]
-"""24 sentences of 8 tokens; the class is whether the first token is odd."""
-
-
-def bert(seed=0):
-    torch.manual_seed(seed)
-    return transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, max_position_embeddings=16))
-
-
-def trainer_of(folder, model=None, policy=SOON, cls=LowRankTrainer, callback=None, **options):
-    """12 optimizer steps: 4 epochs of 3, each of two batches of 4."""
-    settings = {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "num_train_epochs": 4,
-        "learning_rate": 3e-3,
-        "weight_decay": 0.01,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "logging_steps": 3,
-    }
-    args = transformers.TrainingArguments(output_dir=str(folder), **(settings | options))
-    callback = LowRankCallback(policy) if callback is None else callback
-    model = bert() if model is None else model
-    return cls(model, args, train_dataset=DATA, eval_dataset=DATA[:8], callbacks=[callback]), callback
 
 
 def test_the_switch_happens_inside_the_trainer(tmp_path):

@@ -2,17 +2,17 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from places import DATA
 from torch import nn
 
 import fxrank
 from fxrank.policies.base import frozen_names
 from fxrank.training.measure import parameter_count
 
-GOLDEN = json.loads((Path(__file__).parent / "golden.json").read_text(encoding="utf-8"))["transformers"]
+GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))["transformers"]
 
 
 def ranks(model, example, pattern, rank):

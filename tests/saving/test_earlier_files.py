@@ -7,7 +7,6 @@ of the tests of Transformers and Lightning.
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -15,11 +14,12 @@ import torch
 from interrupted import run
 from mixed import Mixed, factorized, mixed_inputs
 from nets import attach, mlp, sgd, train
+from places import DATA
 
 import fxrank
 from fxrank.plan import Plan
 
-FILES = Path(__file__).parent / "data" / "earlier"
+FILES = DATA / "earlier"
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """Another processor, or another torch, rounds sums otherwise, and a few steps of training carry that on."""
 
@@ -72,7 +72,7 @@ def test_a_session_goes_on_from_its_state(when):
 def test_a_transformers_trainer_resumes(tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    from test_integrations_huggingface import trainer_of
+    from transformer_runs import trainer_of
 
     checkpoint = shutil.copytree(FILES / "transformers", tmp_path / "checkpoint-9")
     trainer, callback = trainer_of(tmp_path)
@@ -86,7 +86,7 @@ def test_a_transformers_trainer_resumes(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*")
 def test_a_lightning_trainer_resumes(tmp_path):
     pytest.importorskip("lightning")
-    from test_integrations_lightning import Classifier, loader, trainer_of
+    from lightning_runs import Classifier, loader, trainer_of
 
     module = Classifier(seed=1)
     trainer, callback = trainer_of(tmp_path)
