@@ -13,8 +13,9 @@ from fxrank.passes.errors import (
     RankError,
     TraceError,
 )
-from fxrank.passes.pairs.base import FactorPair, LowRankLinear
+from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d
+from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.spectra.exact import stable_rank
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan

@@ -14,7 +14,8 @@ import fxrank
 from benchmarks import zoo
 from benchmarks.model_zoo import study, summary, tensors_in
 from fxrank.passes.model.calls import call_arguments
-from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.embedding import LowRankEmbedding
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.rewriting.factorize import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, output_difference, pair_error

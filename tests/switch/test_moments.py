@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxrank
-from fxrank.passes.pairs.base import LowRankLinear
+from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.moments import NoProjectionError, projected
 from fxrank.switch.optimizer import swap_parameters

@@ -15,7 +15,9 @@ from fxrank.passes.pairs.convolution import (
     LowRankConvTranspose3d,
 )
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding, LowRankFusedLinear, LowRankLinear
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.embedding import LowRankEmbedding
+from fxrank.passes.pairs.linear import LowRankFusedLinear, LowRankLinear
 from fxrank.passes.model.names import module_at
 from fxrank.passes.pairs.parameter import LowRankWeight, RawWeight
 from fxrank.passes.model.weights import computed_part, standardizes, weight_of

@@ -23,7 +23,8 @@ from torch import fx, nn
 
 from fxrank.passes.rewriting.driver import Pass, Refused
 from fxrank.passes.model.compiled import compiled_parts, follow_change
-from fxrank.passes.pairs.base import FactorPair, LowRankEmbedding
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.embedding import LowRankEmbedding
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.model.weights import drop_norm_hooks

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxrank
-from fxrank.passes.pairs.base import LowRankLinear
+from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.products import FactoredWeight
 from fxrank.passes.tracing.compare import largest_difference

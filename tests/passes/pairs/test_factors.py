@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fxrank
-from fxrank.passes.pairs.base import LowRankLinear
+from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.registry import PAIRS, make_pair, pair_class
 from fxrank.passes.tracing.compare import largest_difference, pair_error

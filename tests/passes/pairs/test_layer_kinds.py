@@ -14,7 +14,8 @@ from torch.nn.utils import parametrizations
 
 import fxrank
 from fxrank.passes.discovery.discover import discover
-from fxrank.passes.pairs.base import BlockLinear, FactorPair, LowRankFusedLinear
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.linear import BlockLinear, LowRankFusedLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.tracing.compare import largest_difference, pair_error
