@@ -22,7 +22,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.names import module_at
 from fxrank.passes.model.weights import is_derived, stands_for
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import dense_at, holders
+from fxrank.passes.pairs.locate import dense_at, holders
 from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule

@@ -28,7 +28,8 @@ from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
 from fxrank.passes.model.weights import is_derived
-from fxrank.passes.pairs.registry import dense_at, holders, pair_class
+from fxrank.passes.pairs.locate import dense_at, holders
+from fxrank.passes.pairs.registry import pair_class
 from fxrank.plan import Plan
 from fxrank.saving.plainfile import pack, unpack, unstorable
 from fxrank.switch.apply_plan import apply_plan, check_plan, plan_of

@@ -12,7 +12,8 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import FORMS, dense_at, holders, pair_class
+from fxrank.passes.pairs.locate import dense_at, holders
+from fxrank.passes.pairs.registry import FORMS, pair_class
 from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.rewriting.factorize import Factorize, install, install_weight, pairs_in
 from fxrank.passes.spectra.exact import check_finite

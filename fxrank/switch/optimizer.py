@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from fxrank.distributed.team import check_optimizer
 from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.registry import dense_at, pair_class
+from fxrank.passes.pairs.registry import pair_class
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.decays import put_on_parameters
 from fxrank.switch.moments import NoProjectionError, projected

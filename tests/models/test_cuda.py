@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxrank
+from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.profiling.timing import Profiler, Stopwatch
 from fxrank.passes.spectra.exact import decompose, singular_values, stable
 from fxrank.passes.spectra.tracked import StableRankTracker
-from fxrank.passes.tracing.compare import pair_error
 
 pytestmark = pytest.mark.cuda
 

@@ -16,9 +16,10 @@ from benchmarks.model_zoo import study, summary, tensors_in
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.embedding import LowRankEmbedding
+from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.rewriting.factorize import pairs_in
-from fxrank.passes.tracing.compare import largest_difference, output_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference, output_difference
 
 SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}
 MISC = [*zoo.zoo_misc.MODELS]

@@ -84,26 +84,5 @@ def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: b
     return pair
 
 
-def dense_at(model: nn.Module, name: str, form: str = "channel") -> nn.Module:
-    """The layer of that name, wrapped or not: a module, or a raw parameter dressed as one. Raises `AttributeError` if there
-    is none.
-    """
-    owner_path, _, attribute = name.rpartition(".")
-    owner = module_at(model, owner_path)
-    if owner._parameters.get(attribute) is not None:
-        return RawWeight(owner, attribute, form)
-    return module_at(model, name)
 
 
-def holders(
-    model: nn.Module, weight: torch.Tensor, form: str = "channel"
-) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Everything that holds this parameter: `(owner, attribute, layer)`; the attribute is empty where the layer is the
-    owner itself.
-    """
-    for module in model.modules():
-        for attribute, parameter in module._parameters.items():
-            if parameter is weight:
-                whole = attribute == "weight" and dense_type(module) is not None
-                layer = module if whole else RawWeight(module, attribute, form)
-                yield module, "" if whole else attribute, layer

@@ -16,34 +16,8 @@ from fxrank.passes.spectra.exact import singular_values, truncation_error
 from fxrank.passes.model.weights import weight_of
 
 
-@dataclass(frozen=True)
-class PairError:
-    """How far a pair's product is from the dense weight.
-
-    `spectral` is `‖W - VU‖₂` (largest over the groups), `bound` the least possible, `σ_{r+1}`
-    (Eckart-Young-Mirsky); `relative` is the Frobenius error over `‖W‖_F`, `relative_bound` its optimum. A Linear's
-    output moves by at most `spectral · ‖x‖₂`.
-    """
-
-    spectral: float
-    bound: float
-    relative: float
-    relative_bound: float
 
 
-def pair_error(dense: nn.Module, pair: FactorPair) -> PairError:
-    """Compare `pair`, without its `norm`, to `dense` in float64."""
-    stack = type(pair).unroll(dense, weight_of(dense).detach().double())
-    u, v = pair.unfold_u(pair.u.weight.detach().double()), pair.unfold_v(pair.v.weight.detach().double())
-    sigma = singular_values(stack)
-    residual = stack - v @ u
-    norm = float(torch.linalg.vector_norm(stack))
-    return PairError(
-        spectral=float(torch.linalg.matrix_norm(residual, 2).max()),
-        bound=float(sigma[:, pair.rank].max()) if pair.rank < sigma.shape[1] else 0.0,
-        relative=float(torch.linalg.vector_norm(residual)) / norm if norm else 0.0,
-        relative_bound=truncation_error(sigma, pair.rank),
-    )
 
 
 def largest_difference(a: Any, b: Any) -> float:

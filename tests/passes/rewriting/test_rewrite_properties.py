@@ -16,7 +16,8 @@ import fxrank
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.rewriting.factorize import pairs_in
-from fxrank.passes.tracing.compare import largest_difference, pair_error
+from fxrank.passes.tracing.compare import largest_difference
+from fxrank.passes.pairs.error import pair_error
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.optimizer import swap_parameters
 
