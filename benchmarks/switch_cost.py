@@ -23,7 +23,7 @@ from benchmarks import record
 from benchmarks.models import handwritten_lowrank_resnet18, resnet18
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.profiling.timing import Stopwatch, autocast
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.spectra.exact import as_stack, decompose
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.later_steps import FactorRegime

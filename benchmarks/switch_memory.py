@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxrank
 from benchmarks import record
 from benchmarks.models import resnet18
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 
 
 class NewBytes(TorchDispatchMode):

@@ -19,7 +19,7 @@ from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import FORMS
-from fxrank.passes.rewriting.factorize import install, pairs_in, remove_weight, uncompile_parts
+from fxrank.passes.rewriting.install import install, pairs_in, remove_weight, uncompile_parts
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank

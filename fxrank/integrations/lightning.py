@@ -26,7 +26,7 @@ from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.calls import Example
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.session.session import LowRankSession

@@ -30,7 +30,7 @@ from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.model.calls import Example
 from fxrank.passes.profiling.timing import Profiler, Stopwatch
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan

@@ -15,7 +15,8 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at, holders
 from fxrank.passes.pairs.registry import FORMS, pair_class
 from fxrank.passes.rewriting.calibrate import calibrate_on
-from fxrank.passes.rewriting.factorize import Factorize, install, install_weight, pairs_in
+from fxrank.passes.rewriting.factorize import Factorize
+from fxrank.passes.rewriting.install import install, install_weight, pairs_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.plan import LayerDecision, Plan

@@ -18,7 +18,7 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.registry import make_pair
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, output_difference
 from fxrank.training.measure import parameter_count
 

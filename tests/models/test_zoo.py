@@ -18,7 +18,7 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.embedding import LowRankEmbedding
 from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.tracing.compare import largest_difference, output_difference
 
 SOURCES = {"hf": "transformers", "timm": "timm", "torchvision": "torchvision"}

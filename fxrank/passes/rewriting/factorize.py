@@ -137,105 +137,22 @@ class Merge(Pass):
         return True
 
 
-def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
-    """Put each module in the place of the one with that `id`, at every path where it is registered, and where a module
-    of the model holds it aside (`self.blocks = [self.a, self.b]`). Returns the paths.
-
-    The replacement takes over the layer's forward and backward hooks; their handles stay valid. A replacement of the
-    model itself is impossible: raises `ValueError`. Other modules, their hooks and parameters are untouched.
-    """
-    if id(model) in replacements:
-        raise ValueError(
-            "the layer to replace must sit inside the model; the model is itself that layer "
-            f"({type(model).__name__}). Wrap it: torch.nn.Sequential(model)."
-        )
-    done = []
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replacements:
-            replacement = replacements[id(module)]
-            for name in _HOOKS:
-                replacement.__dict__[name] = module.__dict__[name]
-            drop_norm_hooks(replacement)
-            model.set_submodule(path, replacement)
-            follow_change(model.get_submodule(path.rpartition(".")[0]))
-            done.append(path)
-    _swap_held(model, replacements)
-    return done
 
 
-def uncompile_parts(model: nn.Module) -> nn.Module:
-    """Put what is inside in the place of every compiled part, so that names and classes are the user's own. Returns the
-    model.
-    """
-    if inside := compiled_parts(model):
-        for module in list(model.modules()):
-            module._modules.update({n: inside[id(c)] for n, c in module._modules.items() if id(c) in inside})
-        _swap_held(model, inside)
-    return model
 
 
-def _swap_held(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    for module in model.modules():
-        held = vars(module)
-        held.update({name: _swapped(value, replacements, set()) for name, value in held.items() if name not in _OWN})
 
 
-def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: FactorPair) -> list[str]:
-    """Put a pair in the place, and under the name, of a raw parameter. Returns the paths, one for each of the owner's."""
-    if isinstance(pair, LowRankWeight):
-        siblings = [m.place for m in owner._modules.values() if isinstance(m, LowRankWeight)]
-        pair.place = siblings[0] if siblings else tuple(owner._parameters)
-    del owner._parameters[attribute]
-    owner._modules[attribute] = pair
-    _refresh(owner)
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
-    return [f"{path}.{attribute}".lstrip(".") for path in paths]
 
 
-def remove_weight(model: nn.Module, pair: LowRankWeight, weight: nn.Parameter) -> None:
-    """The way back: a parameter in the place of the pair, wherever that is, in its old position."""
-    for owner in model.modules():
-        for attribute in [name for name, child in owner._modules.items() if child is pair]:
-            del owner._modules[attribute]
-            owner.register_parameter(attribute, weight)
-            known = [n for n in pair.place if n in owner._parameters]
-            for name in [*known, *(n for n in list(owner._parameters) if n not in pair.place)]:
-                owner._parameters[name] = owner._parameters.pop(name)
-            _refresh(owner)
 
 
-def _refresh(owner: nn.Module) -> None:
-    if isinstance(owner, nn.RNNBase):
-        # A recurrent layer keeps its weights in a list, too.
-        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
-        owner._flat_weight_refs = [None if w is None else weakref.ref(w) for w in owner._flat_weights]
 
 
-_OWN = set(vars(nn.Module()))
-"""What every module has: children, parameters, hooks and flags."""
-_HOOKS = {name for name in _OWN if "_hooks" in name and "state_dict" not in name} | {"_is_full_backward_hook"}
 
 
-def _swapped(value: Any, replacements: Mapping[int, nn.Module], seen: set[int]) -> Any:
-    """`value` with the layers replaced in plain lists, dicts and tuples, which fx and a user's forward go through as
-    if they were children.
-    """
-    if id(value) in replacements:
-        return replacements[id(value)]
-    if type(value) not in (list, dict, tuple) or id(value) in seen:
-        return value
-    seen.add(id(value))
-    if type(value) is tuple:
-        items = tuple(_swapped(item, replacements, seen) for item in value)
-        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    for key, item in list(value.items() if type(value) is dict else enumerate(value)):
-        value[key] = _swapped(item, replacements, seen)
-    return value
 
 
-def pairs_in(model: nn.Module) -> dict[str, FactorPair]:
-    """Every factor pair of a model, by its first name."""
-    return {own_name(path): module for path, module in model.named_modules() if isinstance(module, FactorPair)}
 
 
 def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:

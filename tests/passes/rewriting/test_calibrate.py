@@ -9,7 +9,7 @@ from torch import nn
 
 import fxrank
 from fxrank.passes.rewriting.calibrate import calibrate
-from fxrank.passes.rewriting.factorize import pairs_in
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.tracing.compare import output_difference
 
 # Two normalizations in a row; without calibration the difference is of order 0.2.

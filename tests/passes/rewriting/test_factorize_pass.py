@@ -11,7 +11,8 @@ from torch.fx.passes.infra.pass_manager import PassManager
 import fxrank
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.rewriting.driver import Pass, Refused
-from fxrank.passes.rewriting.factorize import Factorize, Merge, install, pairs_in
+from fxrank.passes.rewriting.factorize import Factorize, Merge
+from fxrank.passes.rewriting.install import install, pairs_in
 from fxrank.passes.tracing.compare import largest_difference
 from fxrank.passes.tracing.trace import trace
 
