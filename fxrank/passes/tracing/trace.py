@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.errors import TraceError
-from fxrank.passes.tracing.proxies import python_asks_the_values
+from fxrank.passes.tracing.patches import python_asks_the_values
 from fxrank.passes.model.restored import restored
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 from fxrank.passes.tracing.fake_values import Values
