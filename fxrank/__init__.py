@@ -25,7 +25,7 @@ from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
 from fxrank.profiling import Profile, profile
 from fxrank.saving.model_files import load, save
 from fxrank.session.session import LowRankSession
-from fxrank.switch.apply_plan import plan_of
+from fxrank.switch.plan_of import plan_of
 from fxrank.training.report import Report
 
 __all__ = [

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from fxrank.decisions import keep, take
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
@@ -23,7 +24,8 @@ from fxrank.passes.rewriting.install import install, pairs_in, remove_weight, un
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
-from fxrank.switch.apply_plan import apply_plan, forget_plan, has_plan, keep, plan_of, remember_plan, take
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.plan_of import forget_plan, has_plan, plan_of, remember_plan
 from fxrank.wrappers import outside_autocast
 
 Rank = int | float | Mapping[str, int | float] | Plan

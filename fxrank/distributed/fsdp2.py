@@ -27,7 +27,8 @@ from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
-from fxrank.switch.apply_plan import Factors, Replacement, apply_plan, remember_plan, take_hooks
+from fxrank.switch.apply_plan import Factors, Replacement, apply_plan, take_hooks
+from fxrank.switch.plan_of import remember_plan
 
 
 def whole(tensor: Tensor) -> Tensor:

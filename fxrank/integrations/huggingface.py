@@ -32,7 +32,7 @@ from fxrank.policies.base import Policy
 from fxrank.saving.model_files import PLAN, load, save
 from fxrank.saving.plainfile import read_plain, write_plain
 from fxrank.session.session import LOW, LowRankSession
-from fxrank.switch.apply_plan import has_plan, plan_of
+from fxrank.switch.plan_of import has_plan, plan_of
 from fxrank.training.batches import to_device
 
 log = logging.getLogger("fxrank")

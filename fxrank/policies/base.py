@@ -4,55 +4,15 @@ A policy is a frozen dataclass of options. The session asks it three things: whi
 (`eligible`, K), whether to switch now (`ready`, E), and what becomes of each layer (`decide`, R).
 """
 
-import fnmatch
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from torch import nn
-
-from fxrank.passes.discovery.layer import Layer, matrices_of
+from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.registry import FORMS
-from fxrank.passes.profiling.timing import Profiler, StackProfile
-from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
 from fxrank.plan import LayerDecision, Plan, Training
-from fxrank.policies.monitor import Detector, RankMonitor
-from fxrank.switch.apply_plan import Factors, keep
-
-
-@dataclass(frozen=True)
-class Clock:
-    """Where the training is: `step` optimizer steps made of `total_steps`, `steps_per_epoch` of them an epoch."""
-
-    step: int
-    total_steps: int
-    steps_per_epoch: int
-
-    @property
-    def epoch(self) -> float:
-        return self.step / self.steps_per_epoch
-
-
-@dataclass
-class Scene:
-    """What a policy may look at. `profiles` are by layer name; `profiler` measures more when asked, None if timing
-    is off.
-    """
-
-    model: nn.Module
-    layers: list[Layer]
-    profiles: dict[str, StackProfile] = field(default_factory=dict)
-    profiler: Profiler | None = None
-    monitor: RankMonitor | None = None
-    factors: Factors = field(default_factory=dict)
-    """Factors of the layers decided on, so that the switch needs no second decomposition."""
-
-    def watched(self, kept: Mapping[str, str]) -> frozenset[str]:
-        """Layers whose ranks decide the switch: those that may still be factorized, given the policy's `kept`."""
-        return frozenset(layer.name for layer in self.layers if layer.reason is None and layer.name not in kept)
+from fxrank.policies.monitor import Detector
+from fxrank.policies.scene import Clock, Scene
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,63 +112,3 @@ class Policy(ABC):
             tuple(decisions),
             note=f"the policy did not switch within {clock.step} of {clock.total_steps} steps",
         )
-
-
-def in_best_form(layer: Layer, rank: int, policy: Policy, model: nn.Module) -> tuple[Layer, int, Decomposition]:
-    """The layer in the form that the policy wants or that suits it best, the rank in that form with no more parameters
-    than `rank` has in the layer's own, and the spectrum.
-    """
-    spectrum = decomposition_of(layer, model)
-    if policy.form not in ("auto", *layer.other_forms):
-        return layer, rank, spectrum
-    best = layer, rank, spectrum
-    for form in layer.other_forms:
-        other = layer.in_form(form)
-        same_size = min(other.full_rank, layer.pair_parameters(rank) // other.pair_parameters(1))
-        if same_size < 1:
-            continue
-        found = decomposition_of(other, model)
-        better = truncation_error(found.sigma, same_size) < truncation_error(spectrum.sigma, rank)
-        if better or policy.form == form:
-            best = other, same_size, found
-    return best
-
-
-def frozen_names(model: nn.Module, globs: Iterable[str]) -> list[str]:
-    """The names of the parameters that the globs match, a factor by the name of the weight it stands for as well.
-    Raises `ValueError` for a glob that matches none.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    known = {name: (name, own_name(name), *_names_before(own_name(name))) for name in names}
-    frozen: set[str] = set()
-    for glob in globs:
-        hits = {name for name in names if fnmatch.filter(known[name], glob)}
-        if not hits:
-            raise ValueError(
-                f"each glob in freeze must match a parameter; {glob!r} matches none of {len(names)}. Names look like {own_name(names[0])!r}."
-            )
-        frozen |= hits
-    return [name for name in names if name in frozen]
-
-
-def freeze(model: nn.Module, globs: tuple[str, ...]) -> list[str]:
-    """Stop training the parameters that the globs match. Returns a note, or nothing."""
-    frozen = set(frozen_names(model, globs))
-    for name, parameter in model.named_parameters():
-        if name in frozen:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-    return [f"frozen after the switch: {len(frozen)} parameters ({', '.join(globs)})"] if frozen else []
-
-
-def _names_before(name: str) -> tuple[str, ...]:
-    """What a factor's weight was called as a layer's and as a raw parameter."""
-    factor = re.fullmatch(r"(.*)\.[uv]\.(weight|bias)", name)
-    return () if factor is None else (f"{factor[1]}.{factor[2]}", factor[1])
-
-
-def decomposition_of(layer: Layer, model: nn.Module) -> Decomposition:
-    """The layer's spectrum, with `σ_max` exact. Raises `NonFiniteWeightError` with its name."""
-    stack = matrices_of(layer, model)
-    check_finite(stack, layer.name)
-    return decompose(stack)

@@ -4,14 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
-from fxrank.policies.base import Clock, Policy, Scene, decomposition_of, in_best_form
+from fxrank.policies.base import Policy
+from fxrank.policies.forms import decomposition_of, in_best_form
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
-from fxrank.switch.apply_plan import keep, take
+from fxrank.policies.scene import Clock, Scene
 
 FULL_SPEED = 1.0
 """A pair must be faster than the dense layer at the very rank chosen."""

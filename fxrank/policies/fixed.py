@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
-from fxrank.policies.base import Clock, Policy, Scene, in_best_form
+from fxrank.policies.base import Policy
 from fxrank.policies.cuttlefish import Cuttlefish
+from fxrank.policies.forms import in_best_form
 from fxrank.policies.ranks import ratio_rank
-from fxrank.switch.apply_plan import keep, take
+from fxrank.policies.scene import Clock, Scene
 
 
 @dataclass(frozen=True, kw_only=True)

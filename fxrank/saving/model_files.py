@@ -32,7 +32,8 @@ from fxrank.passes.pairs.locate import dense_at, holders
 from fxrank.passes.pairs.registry import pair_class
 from fxrank.plan import Plan
 from fxrank.saving.plainfile import pack, unpack, unstorable
-from fxrank.switch.apply_plan import apply_plan, check_plan, plan_of
+from fxrank.switch.apply_plan import apply_plan, check_plan
+from fxrank.switch.plan_of import plan_of
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}

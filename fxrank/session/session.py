@@ -34,14 +34,16 @@ from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan
-from fxrank.policies.base import Clock, Policy, Scene, freeze, frozen_names
+from fxrank.policies.base import Policy
 from fxrank.policies.fixed import FixedPlan, FullRank, as_policy
 from fxrank.policies.monitor import RankMonitor
+from fxrank.policies.scene import Clock, Scene
 from fxrank.session.state import restore_session, session_state
-from fxrank.switch.apply_plan import has_plan, remember_plan
 from fxrank.switch.averages import averaged_in, check_averages, switch_average
+from fxrank.switch.freeze import freeze, frozen_names
 from fxrank.switch.later_steps import FactorRegime
 from fxrank.switch.optimizer import optimizers_of, refused_by, swap_parameters
+from fxrank.switch.plan_of import has_plan, remember_plan
 from fxrank.switch.step_hooks import is_outermost
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
 

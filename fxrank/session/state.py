@@ -15,8 +15,9 @@ from torch import nn
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.profiling.timing import StackProfile
 from fxrank.plan import Plan
-from fxrank.policies.base import Clock, Policy
+from fxrank.policies.base import Policy
 from fxrank.policies.monitor import RankMonitor
+from fxrank.policies.scene import Clock
 from fxrank.switch.apply_plan import check_plan
 
 STATE_VERSION = 2

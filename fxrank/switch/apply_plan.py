@@ -1,15 +1,13 @@
 """A plan applied to a model, in place, and read back from it."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.model.calls import Example
-from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at, holders
@@ -20,9 +18,8 @@ from fxrank.passes.rewriting.install import install, install_weight, pairs_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.plan import LayerDecision, Plan
+from fxrank.switch.plan_of import _NESTED, remember_plan
 
-_PLAN = "_fxrank_plan"
-_NESTED = "_fxrank_use_nested_tensor"
 _WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -195,57 +192,3 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
             f"the rank of {decision.name!r} must be in 1 … {full_rank}, its full rank; got {decision.rank}."
         )
     return layer
-
-
-def remember_plan(model: nn.Module, plan: Plan) -> None:
-    """Keep the plan with the model: it survives deepcopy and pickle and is not in the state dict."""
-    uncompiled(model).__dict__[_PLAN] = plan
-
-
-def has_plan(model: nn.Module) -> bool:
-    """Whether `plan_of` has an answer."""
-    return isinstance(uncompiled(model).__dict__.get(_PLAN), Plan)
-
-
-def forget_plan(model: nn.Module) -> None:
-    """Take away what `apply_plan` leaves on a model, for one that is dense again."""
-    uncompiled(model).__dict__.pop(_PLAN, None)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = module.__dict__.pop(_NESTED, module.use_nested_tensor)
-
-
-def plan_of(model: nn.Module) -> Plan:
-    """The plan of a model that fxrank has rewritten or loaded. Raises `ValueError` for any other model."""
-    plan = uncompiled(model).__dict__.get(_PLAN)
-    if not isinstance(plan, Plan):
-        raise ValueError(
-            f"only a model that fxrank has rewritten has a plan; this {type(model).__name__} has none. Rewrite it with fxrank.factorize or fxrank.auto_lowrank."
-        )
-    return plan
-
-
-def keep(layer: Layer, reason: str) -> LayerDecision:
-    """The decision to leave a layer dense."""
-    return LayerDecision(
-        name=layer.name,
-        kind=layer.kind,
-        weight_shape=layer.weight_shape,
-        full_rank=layer.full_rank,
-        rank=None,
-        reason=reason,
-        parameters=layer.parameters,
-        macs=layer.macs,
-    )
-
-
-def take(layer: Layer, rank: int, reason: str, *, extra_bn: bool = False) -> LayerDecision:
-    """The decision to factorize a layer, in its present form, at `rank`."""
-    return replace(
-        keep(layer, reason),
-        rank=rank,
-        form=layer.form,
-        extra_bn=extra_bn and layer.kind in ("conv1d", "conv2d", "conv3d"),
-        pair_parameters=layer.pair_parameters(rank),
-        pair_macs=layer.pair_macs(rank),
-    )

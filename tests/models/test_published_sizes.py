@@ -9,7 +9,7 @@ from places import DATA
 from torch import nn
 
 import fxrank
-from fxrank.policies.base import frozen_names
+from fxrank.switch.freeze import frozen_names
 from fxrank.training.measure import parameter_count
 
 GOLDEN = json.loads((DATA / "golden.json").read_text(encoding="utf-8"))["transformers"]

@@ -12,9 +12,9 @@ from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.profiling.timing import StackProfile
 from fxrank.passes.tracing.trace import trace
-from fxrank.policies.base import Clock, Scene
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import RANK_RULES
+from fxrank.policies.scene import Clock, Scene
 
 X = vectors()[0]
 RULES = ", ".join(map(repr, sorted(RANK_RULES)))

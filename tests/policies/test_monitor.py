@@ -8,8 +8,8 @@ import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.tracing.trace import trace
-from fxrank.policies.base import Clock
 from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average
+from fxrank.policies.scene import Clock
 
 NONE = frozenset()
 
@@ -190,7 +190,7 @@ def test_a_broken_weight_is_named_and_no_sample_is_kept(value, name, exact):
     [(300, 3000, 100, 10), (300, 100, 10, 1), (300, 450, 10, 2), ("epoch", 3000, 100, 100), (1, 70, 10, 70)],
 )
 def test_samples_are_spread_over_the_run(samples, steps, per_epoch, expected):
-    from fxrank.policies.base import Clock
+    from fxrank.policies.scene import Clock
 
     policy = fxrank.Cuttlefish(samples=samples)
     assert policy.interval(Clock(0, steps, per_epoch)) == expected

@@ -205,7 +205,7 @@ class Alternating(fxrank.Policy):
         return "three steps" if clock.step == 3 else None
 
     def decide(self, scene):
-        from fxrank.switch.apply_plan import keep, take
+        from fxrank.decisions import keep, take
 
         return [
             take(layer, 1, "even") if layer.reason is None and i % 2 == 0 else keep(layer, layer.reason or "odd")

@@ -12,7 +12,8 @@ import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.spectra.exact import truncation_error
 from fxrank.passes.tracing.trace import trace
-from fxrank.policies.base import frozen_names, in_best_form
+from fxrank.policies.forms import in_best_form
+from fxrank.switch.freeze import frozen_names
 
 
 class Block(nn.Module):
