@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fxrank._version import __version__
 from fxrank.auto import auto_lowrank
 from fxrank.cli.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
-from fxrank.distributed.team import Team, in_shares, launched
+from fxrank.distributed.launch import in_shares, launched
+from fxrank.distributed.team import Team
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.errors import FxrankError

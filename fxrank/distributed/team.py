@@ -4,11 +4,10 @@ What depends on a clock or on one process's rounding is decided once, by the fir
 the timings, the rank samples, the plan, the factors.
 """
 
-import os
 import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -17,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
 from fxrank.distributed.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap_all, wrapper_around
 from fxrank.distributed.fsdp2 import Shards, is_sharded
@@ -337,53 +335,6 @@ def check_optimizer(optimizer: Any) -> None:
                 f"DeepSpeed keeps flat copies of the parameters, so they cannot be swapped; got its {type(part).__name__}. Use a torch optimizer with "
                 "DistributedDataParallel or fully_shard, or start DeepSpeed on a model from fxrank.factorize."
             )
-
-
-@contextmanager
-def launched() -> Iterator[torch.device | None]:
-    """Join the group of processes that `torchrun` started this one in, for the time of the block, and give its device:
-    NCCL and one GPU each where there are GPUs, else gloo. None for a process on its own.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
-        yield None
-        return
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
-
-
-def in_shares(loader: Any) -> Any:
-    """The loader over this process's share of the data; itself for a process on its own.
-
-    Raises `TypeError` for anything but a `DataLoader` with a batch size of its own, or a loader with
-    `share(part, parts)`: other data cannot be divided from here.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return loader
-    if hasattr(loader, "share"):
-        return loader.share(dist.get_rank(), dist.get_world_size())
-    if not isinstance(loader, DataLoader) or loader.batch_size is None:
-        raise TypeError(
-            f"several processes divide the data of a torch DataLoader with a batch_size; got {type(loader).__name__}. Return a DataLoader, "
-            "or a loader with share(part, parts)."
-        )
-    shuffled = isinstance(loader.sampler, RandomSampler)
-    sampler: DistributedSampler[Any] = DistributedSampler(loader.dataset, shuffle=shuffled, drop_last=loader.drop_last)
-    return DataLoader(
-        loader.dataset,
-        loader.batch_size,
-        sampler=sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        drop_last=loader.drop_last,
-    )
 
 
 def gradient_bytes(model: nn.Module) -> int:

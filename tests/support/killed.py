@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 import fxrank
-from fxrank.distributed.team import in_shares
+from fxrank.distributed.launch import in_shares
 
 WATCHED = ("_switch", "write_plain", "evaluate")
 """Functions of which the calls' first and last event are noted."""
