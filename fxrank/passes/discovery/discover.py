@@ -13,14 +13,14 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import dense_type, pair_class
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.model.names import own_name
-from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.discovery.uses import uses
-from fxrank.passes.tracing.trace import WHOLE, TracedModule
+from fxrank.passes.model.names import own_name
 from fxrank.passes.model.weights import computed_part, is_derived, weight_of
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.parameter import RawWeight
+from fxrank.passes.pairs.registry import dense_type, pair_class
+from fxrank.passes.tracing.trace import WHOLE, TracedModule
 
 Found = Iterable[tuple[Tensor, Layer]]
 _COMPUTED = "its layer's weight or bias is computed, as after pruning; make it a parameter first, after pruning with prune.remove"

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.errors import PlanMismatchError
-from fxrank.passes.pairs.registry import pair_class
-from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.model.weights import check_not_computed, numbers_of, weight_of
+from fxrank.passes.pairs.locate import dense_at
+from fxrank.passes.pairs.registry import pair_class
 
 
 @dataclass(frozen=True)

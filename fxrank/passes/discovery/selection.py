@@ -8,8 +8,8 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from fxrank.passes.errors import NothingToFactorizeError
 from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.errors import NothingToFactorizeError
 from fxrank.passes.model.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module

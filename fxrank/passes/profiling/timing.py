@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import pair_class
-from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.stacks import Stack
 from fxrank.passes.model.weights import weight_of
+from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.locate import dense_at
+from fxrank.passes.pairs.registry import pair_class
 
 
 class Stopwatch:

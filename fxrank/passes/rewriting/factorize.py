@@ -12,22 +12,16 @@ short side per layer.
 """
 
 import operator
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxrank.passes.rewriting.driver import Pass, Refused
-from fxrank.passes.model.compiled import compiled_parts, follow_change
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.embedding import LowRankEmbedding
-from fxrank.passes.model.names import own_name
-from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.model.weights import drop_norm_hooks
+from fxrank.passes.rewriting.driver import Pass, Refused
 
 
 @dataclass(frozen=True)
@@ -135,24 +129,6 @@ class Merge(Pass):
         if not any(str(n.target).rpartition(".")[0] == path and n.op == "call_module" for n in gm.graph.nodes):
             gm.set_submodule(path, self.dense[path])
         return True
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:

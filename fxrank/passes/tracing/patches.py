@@ -16,7 +16,6 @@ from torch.utils import checkpoint
 
 from fxrank.passes.tracing.proxies import ValueProxy
 
-
 _FACTORIES = (
     "arange",
     "empty",

@@ -28,14 +28,14 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
+from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
-from fxrank.passes.errors import TraceError
-from fxrank.passes.tracing.patches import python_asks_the_values
 from fxrank.passes.model.restored import restored
-from fxrank.passes.tracing.tracer import ValueTracer, is_layer
-from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
+from fxrank.passes.tracing.fake_values import Values
+from fxrank.passes.tracing.patches import python_asks_the_values
+from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 
 TOLERANCE = 1e-4
 """Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""

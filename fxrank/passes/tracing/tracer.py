@@ -15,10 +15,10 @@ from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import dense_type
-from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.passes.pairs.registry import dense_type
 from fxrank.passes.tracing.fake_values import Values
+from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 
 
 def is_layer(module: nn.Module) -> bool:
