@@ -26,7 +26,7 @@ def take(layer: Layer, rank: int, reason: str, *, extra_bn: bool = False) -> Lay
         keep(layer, reason),
         rank=rank,
         form=layer.form,
-        extra_bn=extra_bn and layer.kind in ("conv1d", "conv2d", "conv3d"),
+        extra_bn=extra_bn and layer.takes_norm,
         pair_parameters=layer.pair_parameters(rank),
         pair_macs=layer.pair_macs(rank),
     )

@@ -13,14 +13,13 @@ from fxrank.decisions import keep, take
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
-from fxrank.passes.errors import RankError, unknown_name
+from fxrank.passes.errors import RankError
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.registry import FORMS
-from fxrank.passes.rewriting.install import install, pairs_in, remove_weight, uncompile_parts
+from fxrank.passes.pairs.registry import check_form
+from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
@@ -53,8 +52,7 @@ def factorize(
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
     """
-    if form not in FORMS:
-        raise unknown_name("form", form, FORMS)
+    check_form(form)
     model = uncompiled(model)
     small = copied(model)
     if isinstance(rank, Plan):
@@ -170,10 +168,7 @@ def merge(model: nn.Module) -> nn.Module:
                 layer = pair.to_dense()
                 # Pairs that share their factors share the product again.
                 layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
-                if isinstance(pair, LowRankWeight):
-                    remove_weight(dense, pair, layer.weight)
-                else:
-                    install(dense, {id(pair): layer})
+                put_back(dense, pair, layer)
     forget_plan(dense)
     return dense
 

@@ -97,10 +97,10 @@ class Shards:
 
     def refusal(self, name: str, form: str) -> str | None:
         """Why a layer cannot be replaced inside its unit; None if it can."""
-        if is_derived(dense_at(self.skeleton, name, form)):
+        if is_derived(dense_at(self.skeleton, name)):
             return "its weight is derived from parameters that are sharded"
         weight = self.model.get_parameter(_weight_name(self.model, name))
-        places = [(owner, attribute) for owner, attribute, _ in holders(self.model, weight, form)]
+        places = [(owner, attribute) for owner, attribute, _ in holders(self.model, weight)]
         if any(_is_unit(owner) for owner, attribute in places if not attribute):
             return "it is a unit of fully_shard by itself; shard the block around it instead"
         owner, attribute = places[0]  # asked by its place: a unit may be unsharded now

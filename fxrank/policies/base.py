@@ -9,10 +9,13 @@ from dataclasses import dataclass
 
 from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.pairs.registry import FORMS
+from fxrank.passes.pairs.registry import forms
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector
 from fxrank.policies.scene import Clock, Scene
+
+AUTO = "auto"
+"""The form by which a policy leaves the choice to the spectra."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +47,8 @@ class Policy(ABC):
             raise ValueError(f"frobenius_decay must not be negative; got {decay}. None switches it off.")
         if self.lr_scale <= 0:
             raise ValueError(f"lr_scale must be above 0; got {self.lr_scale}. 1.0 keeps the schedule.")
-        if self.form not in ("auto", *FORMS):
-            raise unknown_name("form", self.form, ("auto", *FORMS))
+        if self.form not in (AUTO, *forms()):
+            raise unknown_name("form", self.form, (AUTO, *forms()))
         if isinstance(self.freeze, str):
             raise TypeError(
                 f"freeze takes a tuple of globs of parameter names; got the string {self.freeze!r}. Write ({self.freeze!r},)."

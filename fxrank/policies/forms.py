@@ -4,27 +4,32 @@ from torch import nn
 
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
-from fxrank.policies.base import Policy
+from fxrank.policies.base import AUTO, Policy
 
 
 def in_best_form(layer: Layer, rank: int, policy: Policy, model: nn.Module) -> tuple[Layer, int, Decomposition]:
     """The layer in the form that the policy wants or that suits it best, the rank in that form with no more parameters
     than `rank` has in the layer's own, and the spectrum.
     """
-    spectrum = decomposition_of(layer, model)
-    if policy.form not in ("auto", *layer.other_forms):
-        return layer, rank, spectrum
-    best = layer, rank, spectrum
-    for form in layer.other_forms:
+    best = layer, rank, decomposition_of(layer, model)
+    lost = truncation_error(best[2].sigma, rank)
+    for form in _choices(layer, policy.form):
         other = layer.in_form(form)
         same_size = min(other.full_rank, layer.pair_parameters(rank) // other.pair_parameters(1))
         if same_size < 1:
             continue
         found = decomposition_of(other, model)
-        better = truncation_error(found.sigma, same_size) < truncation_error(spectrum.sigma, rank)
-        if better or policy.form == form:
-            best = other, same_size, found
+        error = truncation_error(found.sigma, same_size)
+        if error < lost or policy.form == form:
+            best, lost = (other, same_size, found), error
     return best
+
+
+def _choices(layer: Layer, wanted: str) -> list[str]:
+    """The forms to try beside the one that the layer has."""
+    if wanted == AUTO:
+        return [other.form for other in layer.others if other.pair is not None and other.pair.automatic]
+    return [form for form in layer.other_forms if form == wanted]
 
 
 def decomposition_of(layer: Layer, model: nn.Module) -> Decomposition:

@@ -206,12 +206,8 @@ def check_names(
     for decision in plan.layers:
         if decision.rank is None:
             continue
-        layer = dense_at(model, decision.name, decision.form)
-        sites = (
-            [(layer, "", layer)]
-            if is_derived(layer)
-            else holders(model, cast(nn.Parameter, layer.weight), decision.form)
-        )
+        layer = dense_at(model, decision.name)
+        sites = [(layer, "", layer)] if is_derived(layer) else holders(model, cast(nn.Parameter, layer.weight))
         for owner, attribute, dense_layer in sites:
             cls = pair_class(dense_layer, decision.form)
             assert cls is not None

@@ -11,7 +11,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at, holders
-from fxrank.passes.pairs.registry import FORMS, pair_class
+from fxrank.passes.pairs.registry import forms, pair_class
 from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.rewriting.factorize import Factorize
 from fxrank.passes.rewriting.install import install, install_weight, pairs_in
@@ -92,7 +92,7 @@ def apply_plan(
         else:
             weight = layer.weight
             assert isinstance(weight, nn.Parameter)
-            sites, old = list(holders(model, weight, decision.form)), (weight,)
+            sites, old = list(holders(model, weight)), (weight,)
         pairs: list[FactorPair] = []
         paths: list[str] = []
         for owner, attribute, dense_layer in sites:
@@ -164,7 +164,7 @@ def check_plan(model: nn.Module, plan: Plan) -> dict[str, nn.Module]:
 
 def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
     try:
-        layer = dense_at(model, decision.name, decision.form)
+        layer = dense_at(model, decision.name)
     except AttributeError:
         raise PlanMismatchError(
             f"every layer of a plan must exist in the model; {type(model).__name__} has no {decision.name!r}. Use the plan of this very architecture."
@@ -173,9 +173,9 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
         raise PlanMismatchError(
             f"a plan applies to a dense model; {decision.name!r} is already a factor pair. Pass a freshly built model."
         )
-    if decision.form not in FORMS:
+    if decision.form not in forms():
         raise PlanMismatchError(
-            f"a plan's forms must be among {', '.join(FORMS)}; {decision.name!r} has {decision.form!r}. Install the fxrank that wrote the plan."
+            f"a plan's forms must be among {', '.join(forms())}; {decision.name!r} has {decision.form!r}. Install the fxrank that wrote the plan."
         )
     check_not_computed(layer, decision.name)
     cls = pair_class(layer, decision.form)

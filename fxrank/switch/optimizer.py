@@ -70,7 +70,7 @@ def refused_by(
     holder = {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     answer = []
     for layer in layers:
-        reason = None if layer.reason else _refusal(dense_at(model, layer.name, layer.form), layer, holder)
+        reason = None if layer.reason else _refusal(dense_at(model, layer.name), layer, holder)
         if reason is not None and layer.name in planned:
             raise TypeError(
                 f"an optimizer must take the factors that a plan asks for; of {layer.name!r}, {reason}. Give this weight to another one."

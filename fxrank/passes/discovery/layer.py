@@ -1,6 +1,6 @@
 """What fxrank knows about one weight: a `Layer`."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fxrank.passes.errors import PlanMismatchError
 from fxrank.passes.model.weights import check_not_computed, numbers_of, weight_of
+from fxrank.passes.pairs.base import FactorPair, Unrolled
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.registry import pair_class
 
@@ -16,18 +17,22 @@ from fxrank.passes.pairs.registry import pair_class
 class Layer:
     """One weight of the model, seen from the graph.
 
-    The weight unrolls to `groups` matrices of `(rows, cols)`. `positions` is how often each of its numbers is used
-    in one call of the model at the example's sizes, so that the dense layer takes `groups · rows · cols ·
-    positions` multiply-adds (MACs).
+    The weight unrolls to `groups` matrices of `(rows, cols)`, in its present `form`. `positions` is how often each of its numbers
+    is multiplied with in one call of the model at the example's sizes, so that the dense layer takes `groups · rows · cols ·
+    positions` multiply-adds (MACs); `outputs` is how many numbers come out.
     """
 
     name: str
     kind: str
     weight_shape: tuple[int, ...]
-    groups: int = 1
-    rows: int = 0
-    cols: int = 0
+    unrolled: Unrolled = field(default_factory=Unrolled)
+    """The weight as the pair class of the present form reads it."""
+    others: tuple[Unrolled, ...] = ()
+    """The same in other forms that its pair may have instead; see `in_form`."""
     positions: float = 0
+    outputs: int = 0
+    is_table: bool = False
+    """Whether some of its sites look the weight up."""
     paths: tuple[str, ...] = ()
     """Every module path under which the weight can be reached; `name` is the first."""
     nodes: tuple[str, ...] = ()
@@ -35,9 +40,6 @@ class Layer:
     input_shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     geometry: tuple[Any, ...] = ()
-    form: str = "channel"
-    other_forms: tuple[str, ...] = ()
-    """Forms that its pair may have instead; see `in_form`."""
     reason: str | None = None
     """Why this layer cannot be factorized at all; None if it can."""
     supported: bool = True
@@ -46,8 +48,28 @@ class Layer:
     """`"first"` if no other weight comes before it in the graph, `"last"` if none comes after."""
 
     @property
+    def form(self) -> str:
+        return self.unrolled.form
+
+    @property
+    def other_forms(self) -> tuple[str, ...]:
+        return tuple(other.form for other in self.others)
+
+    @property
+    def groups(self) -> int:
+        return self.unrolled.groups
+
+    @property
+    def rows(self) -> int:
+        return self.unrolled.rows
+
+    @property
+    def cols(self) -> int:
+        return self.unrolled.cols
+
+    @property
     def full_rank(self) -> int:
-        return min(self.rows, self.cols)
+        return self.unrolled.full_rank
 
     @property
     def parameters(self) -> int:
@@ -56,31 +78,38 @@ class Layer:
 
     @property
     def macs(self) -> int:
-        return 0 if self.kind == "embedding" else round(self.parameters * self.positions)
+        return round(self.parameters * self.positions)
 
     def pair_parameters(self, rank: int) -> int:
-        return self.groups * rank * (self.rows + self.cols)
+        """Numbers in both factors of its pair."""
+        return self._pair.pair_parameters(self.unrolled, rank)
 
     def pair_macs(self, rank: int) -> int:
-        per_position = rank * self.cols if self.kind == "embedding" else self.pair_parameters(rank)
-        return round(per_position * self.positions)
+        """Multiply-adds of both factors in one call of the model."""
+        return self._pair.pair_macs(self.unrolled, rank)
 
     @property
     def break_even_rank(self) -> float:
-        """`rows·cols / (rows + cols)`: a pair of this rank is as large, and takes as many MACs, as the layer (spec
-        of the rule: Pufferfish Table 1).
-        """
-        return self.rows * self.cols / (self.rows + self.cols) if self.rows else 0.0
+        """The rank at which a pair is as large as the layer; 0 where there is no pair."""
+        return 0.0 if self.unrolled.pair is None else self._pair.break_even_rank(self.unrolled)
+
+    @property
+    def takes_norm(self) -> bool:
+        """Whether a BatchNorm may stand between its factors."""
+        return self.unrolled.pair is not None and self._pair.takes_norm
+
+    @property
+    def _pair(self) -> type[FactorPair]:
+        assert self.unrolled.pair is not None, self.name
+        return self.unrolled.pair
 
     def in_form(self, form: str) -> "Layer":
-        """The same weight split otherwise: `"channel"` one matrix (or one per group), `"qkv"` three below each other."""
+        """The same weight read in another of its forms; itself in the form that it has."""
         if form == self.form:
             return self
-        assert form in self.other_forms, form
-        rows = self.groups * self.rows
-        groups = 3 if form == "qkv" else 1
-        others = tuple(f for f in (self.form, *self.other_forms) if f != form)
-        return replace(self, form=form, other_forms=others, groups=groups, rows=rows // groups)
+        chosen = next(other for other in self.others if other.form == form)
+        others = (self.unrolled, *(other for other in self.others if other is not chosen))
+        return replace(self, unrolled=chosen, others=others)
 
 
 def stack_of(layer: Layer, model: nn.Module) -> Tensor:
@@ -94,7 +123,7 @@ def matrices_of(layer: Layer, model: nn.Module) -> Tensor:
 
 
 def _unrolled(layer: Layer, model: nn.Module, *, spectral: bool) -> Tensor:
-    dense = dense_at(model, layer.name, layer.form)
+    dense = dense_at(model, layer.name)
     check_not_computed(dense, layer.name)
     cls = pair_class(dense, layer.form)
     if cls is None:

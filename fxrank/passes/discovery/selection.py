@@ -42,7 +42,7 @@ def candidates(
         elif reason is None and layer.name not in included:
             if layer.boundary:
                 reason = f"{layer.boundary} layer of the graph, left dense by default"
-            elif "embedding" in layer.kind:
+            elif layer.is_table:
                 reason = f"{layer.kind}, left dense by default"
             elif layer.break_even_rank <= 1:
                 reason = f"a pair of rank 1 would not save anything: break-even is {layer.break_even_rank:.1f}"

@@ -1,31 +1,65 @@
-"""The modules a rewrite puts in: a factor pair at the place of one dense layer. Linear layers and embeddings here.
+"""What a factor pair is: two thin layers in the place of one dense layer, and all that is particular to a kind or a form.
 
-A pair class is one *form* for one kind of layer. It says how the dense weight is read as a stack of matrices `W`
+A pair class is one *form* for one *kind* of layer. It says how the dense weight is read as a stack of matrices `W`
 `(groups, rows, cols)` (`unroll`), and how the factors `U` `(groups, r, cols)` and `V` `(groups, rows, r)` of `W ≈ V
-U` are folded into the weights of its two layers `u` (first) and `v` (second). Everything else (splitting, optimizer
-state, Frobenius decay, merging, checking) is written once against those few functions, so a new kind or a new form
-is one class and one line in `kinds.PAIRS`.
+U` are folded into the weights of its two layers `u` (first) and `v` (second); what both cost; and how it is timed. Everything
+else (splitting, optimizer state, Frobenius decay, merging, checking, plans, files) is written once against this class, so a new
+kind or a new form is one class and one `register_pair`.
 
-The dense layer's bias belongs to `v`: a bias on `u` would be redundant, `V(Ux + b) + c = VUx + (Vb + c)`. Stride,
-padding, dilation, padding mode and groups belong to `u`; `v` is pointwise. `u` then `v` is what Pufferfish §2 and
-Cuttlefish §3 use: thin k×k, then 1×1.
+The dense layer's bias belongs to `v`: a bias on `u` would be redundant, `V(Ux + b) + c = VUx + (Vb + c)`.
 """
 
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fxrank.passes.errors import RankError
+from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.products import factored
 from fxrank.passes.spectra.exact import truncated_factors
-from fxrank.passes.model.weights import weight_of
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 Layers = tuple[nn.Module, Norm | None, nn.Module]
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """One weight as a pair class reads it: `groups` matrices of `(rows, cols)`, in this `form`.
+
+    `positions` is how often each number of `U`, and of `V`, is used in one call of the model at the example's sizes.
+    """
+
+    pair: "type[FactorPair] | None" = None
+    form: str = "channel"
+    groups: int = 1
+    rows: int = 0
+    cols: int = 0
+    positions: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows, self.cols)
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """`(groups, rows, cols)`."""
+        return self.groups, self.rows, self.cols
+
+    def also_used(self, positions: tuple[float, float]) -> "Unrolled":
+        """The same weight, used at another site too."""
+        return replace(self, positions=(self.positions[0] + positions[0], self.positions[1] + positions[1]))
+
+
+def whole_number(dense: nn.Module, name: str) -> int:
+    """An attribute of a layer that is a whole number."""
+    value = getattr(dense, name)
+    assert isinstance(value, int)
+    return value
 
 
 class FactorPair(nn.Module):
@@ -34,14 +68,29 @@ class FactorPair(nn.Module):
     Children: `u`, `v`, and `norm`, a BatchNorm between them if it was asked for. The state dict has only their
     plain keys (`u.weight`, `v.weight`, `v.bias`, …). For code that reads the layer's weight and geometry itself, they
     are there under the dense layer's own names; `weight` is a `FactoredWeight`, which multiplies through the factors.
+
+    A subclass must have `kind` and `geometry`, and define `make_layers` and `empty_dense`. What else it may define has a default
+    that is right for a layer that multiplies with one matrix: the `weight` `(out, …)`, all but its first dimension as columns.
     """
 
-    form: ClassVar[str] = "channel"
     kind: ClassVar[str]
+    """What plans and tables call the dense layer."""
     geometry: ClassVar[tuple[str, ...]]
-    """Attributes of the dense layer that a reader may ask the pair for."""
+    """Attributes of the dense layer that a reader may ask the pair for; layers that share them, and the shapes of weight
+    and input, take the same time.
+    """
     children_in_order: ClassVar[tuple[str, ...]] = ("u", "norm", "v")
     """The children as the forward calls them."""
+    takes_norm: ClassVar[bool] = False
+    """Whether a BatchNorm may stand between the factors."""
+    is_table: ClassVar[bool] = False
+    """Whether the weight is looked up rather than multiplied with. A table stays dense unless it is asked for."""
+    is_parameter: ClassVar[bool] = False
+    """Whether the pair takes the place of a parameter, under its name, and not of a module."""
+    multiplies_when_read: ClassVar[bool] = True
+    """Whether its `weight`, read by other code, multiplies through the factors; else it is the dense product."""
+    automatic: ClassVar[bool] = True
+    """Whether `form="auto"` may choose this form by itself."""
 
     u: Any
     v: Any
@@ -62,7 +111,8 @@ class FactorPair(nn.Module):
         self.dense_shape: tuple[int, ...] = tuple(weight.shape)
         for name in self.geometry:
             self.__dict__[name] = getattr(dense, name)
-        self.u, self.norm, self.v = self._layers(dense, {"device": weight.device, "dtype": weight.dtype}, extra_bn)
+        place = {"device": weight.device, "dtype": weight.dtype}
+        self.u, self.norm, self.v = self.make_layers(dense, place, extra_bn and self.takes_norm)
         self.train(dense.training)
         for parameter in self.parameters():
             parameter.requires_grad_(weight.requires_grad)
@@ -70,49 +120,142 @@ class FactorPair(nn.Module):
             # The very parameter: its gradient, optimizer state and flags go on.
             self.v.bias = cast(nn.Parameter, dense.bias)
 
-    @classmethod
-    def full_rank_of(cls, dense: nn.Module) -> int:
-        """`min(rows, cols)` of one group's matrix."""
-        return min(cls.unroll(dense, weight_of(dense)).shape[1:])
+    # -- whether
 
     @classmethod
-    @abstractmethod
+    def refusal(cls, dense: nn.Module) -> str | None:
+        """Why this very layer, of the class that the pair is registered for, has no such pair: a clause that follows its
+        class's name, "has no factor pair …"; None if it has one.
+        """
+        return None
+
+    @classmethod
+    def suits(cls, dense: nn.Module) -> bool:
+        """Whether this form is offered for the layer beside its first one."""
+        return False
+
+    # -- the matrices
+
+    @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        """A tensor of the dense weight's shape (weight, gradient, moment) as a stack `(groups, rows, cols)`."""
+        """A tensor of the dense weight's shape (weight, gradient, moment) as a stack `(groups, rows, cols)`. `dense` is the layer,
+        or the pair in its place: ask it for `geometry` only.
+        """
+        return tensor[None] if tensor.ndim == 2 else tensor.reshape(1, tensor.shape[0], -1)
 
     @classmethod
     def spectral_view(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         """As `unroll`, rows and columns in whatever order needs no copy: same singular values."""
         return cls.unroll(dense, tensor)
 
-    @abstractmethod
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers: ...
+    @classmethod
+    def full_rank_of(cls, dense: nn.Module) -> int:
+        """`min(rows, cols)` of one group's matrix."""
+        return min(cls.unroll(dense, weight_of(dense)).shape[1:])
 
-    @abstractmethod
-    def fold_u(self, u: Tensor) -> Tensor:
-        """`U` `(groups, r, cols)` in the shape of `u.weight`."""
-
-    @abstractmethod
-    def fold_v(self, v: Tensor) -> Tensor:
-        """`V` `(groups, rows, r)` in the shape of `v.weight`."""
-
-    @abstractmethod
-    def unfold_u(self, tensor: Tensor) -> Tensor:
-        """Inverse of `fold_u`."""
-
-    @abstractmethod
-    def unfold_v(self, tensor: Tensor) -> Tensor:
-        """Inverse of `fold_v`."""
-
-    @abstractmethod
     def fold_dense(self, matrix: Tensor) -> Tensor:
         """Inverse of `unroll`."""
+        return matrix.reshape(self.dense_shape)
+
+    def fold_u(self, u: Tensor) -> Tensor:
+        """`U` `(groups, r, cols)` in the shape of `u.weight`."""
+        return u.reshape(self.u.weight.shape)
+
+    def fold_v(self, v: Tensor) -> Tensor:
+        """`V` `(groups, rows, r)` in the shape of `v.weight`."""
+        return v.reshape(self.v.weight.shape)
+
+    def unfold_u(self, tensor: Tensor) -> Tensor:
+        """Inverse of `fold_u`."""
+        return tensor.reshape(1, self.rank, -1)
+
+    def unfold_v(self, tensor: Tensor) -> Tensor:
+        """Inverse of `fold_v`."""
+        return tensor.reshape(1, -1, self.rank)
+
+    # -- what it costs
+
+    @classmethod
+    def uses(
+        cls, dense: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]
+    ) -> tuple[float, float, float]:
+        """How often each number of the dense weight, of `U` and of `V` is multiplied with in one call of the layer."""
+        places = math.prod(output_shape) / weight_of(dense).shape[0]
+        return places, places, places
+
+    @classmethod
+    def pair_parameters(cls, weight: Unrolled, rank: int) -> int:
+        """Numbers in both factors: `groups · r · (rows + cols)`."""
+        return weight.groups * rank * (weight.rows + weight.cols)
+
+    @classmethod
+    def pair_macs(cls, weight: Unrolled, rank: int) -> int:
+        """Multiply-adds of both factors in one call of the model at the example's sizes."""
+        of_u, of_v = weight.positions
+        return round(weight.groups * rank * (weight.cols * of_u + weight.rows * of_v))
+
+    @classmethod
+    def break_even_rank(cls, weight: Unrolled) -> float:
+        """`rows·cols / (rows + cols)`: a pair of this rank has as many parameters as the layer (Pufferfish Table 1)."""
+        return weight.rows * weight.cols / (weight.rows + weight.cols) if weight.rows else 0.0
+
+    def between(self, input: Tensor, output: Tensor) -> Tensor:
+        """An empty tensor of the shape and place of the value between the factors, from the layer's input and output."""
+        return output.new_empty([*output.shape[:-1], self.rank * self.unfold_u(self.u.weight).shape[0]])
+
+    # -- how it is timed
+
+    @classmethod
+    def shape_when_read(cls, dense: nn.Module, positions: float) -> tuple[int, ...]:
+        """The shape of an input to time the layer with where only its weight was read, which is used at so many positions."""
+        return (max(1, round(positions)), weight_of(dense).shape[-1])
+
+    @classmethod
+    def probe_input(cls, dense: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A random input of the layer, in the memory format of its weight."""
+        x = torch.randn(shape, device=device, dtype=dtype)
+        if x.ndim == 4 and not weight_of(dense).is_contiguous():
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    # -- the layers
 
     @abstractmethod
+    def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+        """`u`, the BatchNorm or None, and `v`, without numbers and without a bias, on the device and of the dtype in `place`."""
+
+    @abstractmethod
+    def empty_dense(self, place: dict[str, Any]) -> nn.Module:
+        """The dense layer again, without numbers and without a bias."""
+
     def to_dense(self) -> nn.Module:
         """The dense layer with the product of the factors as its weight (exact up to rounding; a `norm` is folded
         in with its running statistics).
         """
+        v, u = self.unfold_v(self.v.weight.detach()), self.unfold_u(self.u.weight.detach())
+        bias = self.bias
+        if (norm := self.extra_norm) is not None:
+            assert norm.running_mean is not None and norm.running_var is not None
+            scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+            shift = (norm.bias - norm.running_mean * scale).detach().reshape(len(u), self.rank, 1)
+            v_shift = (v @ shift).reshape(-1)
+            u = u * scale.reshape(len(u), self.rank, 1)
+            trained = self.v.weight.requires_grad if bias is None else bias.requires_grad
+            bias = nn.Parameter(v_shift if bias is None else bias.detach() + v_shift, trained)
+        weight = self.fold_dense(v @ u)
+        return self._filled(self.empty_dense({"device": weight.device, "dtype": weight.dtype}), weight, bias)
+
+    def _filled(self, dense: nn.Module, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """The layer with this weight and bias, and the pair's mode, gradient flag and memory format."""
+        source: Tensor = self.u.weight
+        with torch.no_grad():
+            weight_of(dense).copy_(weight)
+        if weight.ndim == 4 and not source.is_contiguous():
+            dense.to(memory_format=torch.channels_last)
+        weight_of(dense).requires_grad_(source.requires_grad)
+        if bias is not None:
+            dense.register_parameter("bias", cast(nn.Parameter, bias))
+        return dense.train(self.training)
 
     def split(self, weight: Tensor) -> None:
         """Fill the factors with the best rank-r approximation of the dense `weight`, split by √Σ (Cuttlefish §3.3)."""
@@ -133,18 +276,24 @@ class FactorPair(nn.Module):
         out: Tensor = self.v(x)
         return out
 
+    # -- what a reader sees
+
     @property
     def weight(self) -> Tensor:
         """The dense weight as the product of the factors, made where its numbers are needed; differentiable. A `norm`
         is not part of it.
         """
         u, v = self.unfold_u(self.u.weight), self.unfold_v(self.v.weight)
-        if issubclass(type(u), fx.Proxy):  # being traced: the product in full
+        if not self.multiplies_when_read or issubclass(
+            type(u), fx.Proxy
+        ):  # the product in full, also while being traced
             return self.fold_dense(v @ u)
-        return self._factored(u, v)
-
-    def _factored(self, u: Tensor, v: Tensor) -> Tensor:
         return cast(Tensor, factored(u, v, self.dense_shape))  # or what stands in for one while a graph is compiled
+
+    @property
+    def splits_products(self) -> bool:
+        """Whether `x @ weight` is two products with `u.weight` and `v.weight` as they lie there."""
+        return len(self.dense_shape) == 2 and len(self.unfold_u(self.u.weight)) == 1 and not self.is_table
 
     @property
     def bias(self) -> Tensor | None:
@@ -159,27 +308,3 @@ class FactorPair(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.kind} {self.dense_shape}, rank={self.rank}"
-
-
-
-
-
-
-
-
-
-
-
-
-def fill_dense(dense: nn.Module, pair: FactorPair, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """`dense` with this weight and bias, and the pair's mode, gradient flag and memory format."""
-    source: Tensor = pair.u.weight
-    own = weight_of(dense)
-    with torch.no_grad():
-        own.copy_(weight)
-    if weight.ndim == 4 and not source.is_contiguous():
-        dense.to(memory_format=torch.channels_last)
-    weight_of(dense).requires_grad_(source.requires_grad)
-    if bias is not None:
-        dense.register_parameter("bias", cast(nn.Parameter, bias))
-    return dense.train(pair.training)

@@ -1,13 +1,20 @@
-"""Factor pairs of convolutions, in one, two and three dimensions, and of their transposes."""
+"""Factor pairs of convolutions, in one, two and three dimensions, and of their transposes.
 
+Stride, padding, dilation, padding mode and groups belong to `u`; `v` is pointwise. `u` then `v` is what Pufferfish §2 and
+Cuttlefish §3 use: thin k×k, then 1×1.
+"""
+
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxrank.passes.pairs.base import FactorPair, Layers, Norm, fill_dense
 from fxrank.passes.model.weights import weight_of
+from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
+from fxrank.passes.pairs.registry import register_pair
 
 _GEOMETRY = (
     "in_channels",
@@ -45,6 +52,7 @@ class _LowRankConv(FactorPair):
     """What the convolutions share. Unrolled matrix per group `(n/g, m/g · k)` with `k` places of the kernel."""
 
     geometry = _GEOMETRY
+    takes_norm = True
     conv_type: ClassVar[type[Any]]
     norm_type: ClassVar[type[Any]]
     in_channels: int
@@ -60,8 +68,7 @@ class _LowRankConv(FactorPair):
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        groups = dense.groups
-        assert isinstance(groups, int)
+        groups = whole_number(dense, "groups")
         return tensor.reshape(groups, tensor.shape[0] // groups, -1)
 
     @classmethod
@@ -70,52 +77,43 @@ class _LowRankConv(FactorPair):
             tensor = tensor.permute(0, 2, 3, 1)
         return cls.unroll(dense, tensor)
 
-    def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Module:
-        options = {name: getattr(self, name) for name in _GEOMETRY[:8]} | {"bias": False} | changes
-        kind = SamePadConv2d if self.same_pad and "kernel_size" not in changes else type(self).conv_type
-        conv: nn.Module = nn.utils.skip_init(kind, **options, **place)
-        return conv
-
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
-        self.same_pad = bool(getattr(dense, "same_pad", False))
-        width = self.groups * self.rank
-        first = self._conv(place, out_channels=width)
-        second = self._conv(place, in_channels=width, **_POINTWISE)
-        weight = weight_of(dense)
-        if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
-            first.to(memory_format=torch.channels_last)
-            second.to(memory_format=torch.channels_last)
-        return first, type(self).norm_type(width, **place) if extra_bn else None, second
-
-    def fold_u(self, u: Tensor) -> Tensor:
-        return u.reshape(self.groups * self.rank, self.in_channels // self.groups, *self.kernel_size)
-
-    def fold_v(self, v: Tensor) -> Tensor:
-        return v.reshape(self.out_channels, self.rank, *[1] * len(self.kernel_size))
-
     def unfold_u(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.groups, self.rank, -1)
 
     def unfold_v(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.groups, -1, self.rank)
 
-    def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.dense_shape)
+    def between(self, input: Tensor, output: Tensor) -> Tensor:
+        return self._thin(output)
 
-    def to_dense(self) -> nn.Module:
-        v, u = self.unfold_v(self.v.weight.detach()), self.unfold_u(self.u.weight.detach())
-        bias = self.bias
-        if self.norm is not None:
-            norm = self.norm
-            assert norm.running_mean is not None and norm.running_var is not None
-            scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
-            shift = (norm.bias - norm.running_mean * scale).detach().reshape(self.groups, self.rank, 1)
-            v_shift = (v @ shift).reshape(-1)
-            u = u * scale.reshape(self.groups, self.rank, 1)
-            trained = self.v.weight.requires_grad if bias is None else bias.requires_grad
-            bias = nn.Parameter(v_shift if bias is None else bias.detach() + v_shift, trained)
-        weight = self.fold_dense(v @ u)
-        return fill_dense(self._conv({"device": weight.device, "dtype": weight.dtype}), self, weight, bias)
+    def _thin(self, image: Tensor) -> Tensor:
+        """Empty, of the shape of an image, with as many channels as there are between the factors."""
+        channel = image.ndim - len(self.kernel_size) - 1
+        width = self.groups * self.rank
+        return image.new_empty([width if i == channel else size for i, size in enumerate(image.shape)])
+
+    def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Module:
+        options = {name: getattr(self, name) for name in _GEOMETRY[:8]} | {"bias": False} | changes
+        kind = SamePadConv2d if self.same_pad and options["kernel_size"] != 1 else type(self).conv_type
+        conv: nn.Module = nn.utils.skip_init(kind, **options, **place)
+        return conv
+
+    def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+        self.same_pad = bool(getattr(dense, "same_pad", False))
+        width = self.groups * self.rank
+        first, second = self._factors(place, width)
+        weight = weight_of(dense)
+        if weight.ndim == 4 and weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous():
+            first.to(memory_format=torch.channels_last)
+            second.to(memory_format=torch.channels_last)
+        return first, type(self).norm_type(width, **place) if extra_bn else None, second
+
+    def _factors(self, place: dict[str, Any], width: int) -> tuple[nn.Module, nn.Module]:
+        """`u` and `v` with so many channels between them."""
+        return self._conv(place, out_channels=width), self._conv(place, in_channels=width, **_POINTWISE)
+
+    def empty_dense(self, place: dict[str, Any]) -> nn.Module:
+        return self._conv(place)
 
 
 class LowRankConv1d(_LowRankConv):
@@ -157,44 +155,45 @@ class _LowRankConvTranspose(_LowRankConv):
     a BatchNorm there could not be folded back where the output is cut at its border.
     """
 
-    geometry = _GEOMETRY
+    takes_norm = False
+    multiplies_when_read = False  # nobody multiplies with such a kernel outside of its layer
     pointwise_type: ClassVar[type[Any]]
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        groups = dense.groups
-        assert isinstance(groups, int)
+        groups = whole_number(dense, "groups")
         return tensor.reshape(groups, tensor.shape[0] // groups, -1).mT
 
     @classmethod
     def spectral_view(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         return cls.unroll(dense, tensor)
 
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
-        self.same_pad = False
-        width = self.groups * self.rank
+    @classmethod
+    def uses(
+        cls, dense: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]
+    ) -> tuple[float, float, float]:
+        places = math.prod(input_shape) / weight_of(dense).shape[0]
+        return places, places, places
+
+    def between(self, input: Tensor, output: Tensor) -> Tensor:
+        return self._thin(input)
+
+    def _factors(self, place: dict[str, Any], width: int) -> tuple[nn.Module, nn.Module]:
         pointwise = type(self).pointwise_type
         first = nn.utils.skip_init(pointwise, self.in_channels, width, 1, groups=self.groups, bias=False, **place)
-        second = self._conv(place, in_channels=width)
-        return first, None, second
+        return first, self._conv(place, in_channels=width)
 
     def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Module:
         return super()._conv(place, **({"output_padding": self.output_padding} | changes))
 
-    def fold_u(self, u: Tensor) -> Tensor:
-        return u.reshape(self.groups * self.rank, -1, *[1] * len(self.kernel_size))
-
     def fold_v(self, v: Tensor) -> Tensor:
-        return v.mT.reshape(self.groups * self.rank, self.out_channels // self.groups, *self.kernel_size)
+        return super().fold_v(v.mT)
 
     def unfold_v(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.groups, self.rank, -1).mT
 
     def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix.mT.reshape(self.dense_shape)
-
-    def _factored(self, u: Tensor, v: Tensor) -> Tensor:
-        return self.fold_dense(v @ u)  # nobody multiplies with such a kernel outside of its layer
+        return super().fold_dense(matrix.mT)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """As the dense layer's, `output_size` included."""
@@ -233,13 +232,9 @@ class LowRankConvTranspose3d(_LowRankConvTranspose):
     norm_type = nn.BatchNorm3d
 
 
-__all__ = [
-    "LowRankConv1d",
-    "LowRankConv2d",
-    "LowRankConv3d",
-    "LowRankConvTranspose1d",
-    "LowRankConvTranspose2d",
-    "LowRankConvTranspose3d",
-    "Norm",
-    "SamePadConv2d",
-]
+register_pair(nn.Conv1d, LowRankConv1d)
+register_pair(nn.Conv2d, LowRankConv2d)
+register_pair(nn.Conv3d, LowRankConv3d)
+register_pair(nn.ConvTranspose1d, LowRankConvTranspose1d)
+register_pair(nn.ConvTranspose2d, LowRankConvTranspose2d)
+register_pair(nn.ConvTranspose3d, LowRankConvTranspose3d)

@@ -1,12 +1,14 @@
 """Factor pairs of embeddings."""
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxrank.passes.pairs.base import FactorPair, Layers, fill_dense
-from fxrank.passes.pairs.linear import LowRankLinear
+from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
+from fxrank.passes.pairs.registry import register_pair
 
 
 class Expansion(nn.Module):
@@ -43,13 +45,31 @@ class LowRankEmbedding(FactorPair):
         "sparse",
     )
     children_in_order = ("v", "u")
+    is_table = True
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
 
     @classmethod
-    def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor[None]
+    def refusal(cls, dense: nn.Module) -> str | None:
+        changes = dense.max_norm is not None or dense.scale_grad_by_freq
+        return "with max_norm or scale_grad_by_freq" if changes else None
+
+    @classmethod
+    def uses(
+        cls, dense: nn.Module, input_shape: Sequence[int], output_shape: Sequence[int]
+    ) -> tuple[float, float, float]:
+        lookups = math.prod(output_shape) / whole_number(dense, "embedding_dim")
+        return 0.0, lookups, 0.0
+
+    @classmethod
+    def shape_when_read(cls, dense: nn.Module, positions: float) -> tuple[int, ...]:
+        return (max(1, round(positions)),)
+
+    @classmethod
+    def probe_input(cls, dense: nn.Module, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Random indices."""
+        return torch.randint(whole_number(dense, "num_embeddings"), tuple(shape), device=device)
 
     def _table(self, width: int, place: dict[str, Any]) -> nn.Embedding:
         options = {
@@ -58,14 +78,11 @@ class LowRankEmbedding(FactorPair):
         table: nn.Embedding = nn.utils.skip_init(nn.Embedding, self.num_embeddings, width, **options, **place)
         return table
 
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+    def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
         return Expansion(self.rank, self.embedding_dim, **place), None, self._table(self.rank, place)
 
-    fold_u = LowRankLinear.fold_u
-    fold_v = LowRankLinear.fold_v
-    unfold_u = LowRankLinear.unfold_u
-    unfold_v = LowRankLinear.unfold_v
-    fold_dense = LowRankLinear.fold_dense
+    def empty_dense(self, place: dict[str, Any]) -> nn.Module:
+        return self._table(self.embedding_dim, place)
 
     def forward(self, input: Tensor) -> Tensor:
         out: Tensor = self.u(self.v(input))
@@ -78,7 +95,5 @@ class LowRankEmbedding(FactorPair):
         """An embedding has none."""
         return None
 
-    def to_dense(self) -> nn.Module:
-        weight = (self.v.weight @ self.u.weight).detach()
-        table = self._table(self.embedding_dim, {"device": weight.device, "dtype": weight.dtype})
-        return fill_dense(table, self, weight, None)
+
+register_pair(nn.Embedding, LowRankEmbedding)

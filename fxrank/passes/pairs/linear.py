@@ -1,4 +1,4 @@
-"""Factor pairs of linear layers, whole and in blocks."""
+"""Factor pairs of linear layers, whole and in three blocks."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fxrank.passes.pairs.base import FactorPair, Layers, fill_dense
+from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
+from fxrank.passes.pairs.registry import register_pair
 
 
 class LowRankLinear(FactorPair):
@@ -22,42 +23,16 @@ class LowRankLinear(FactorPair):
     in_features: int
     out_features: int
 
-    @classmethod
-    def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor[None]
-
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+    def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
         # The output projection of torch's attention is a class of its own, which its merged layer must be again.
         self.dense_class = type(dense) if type(dense) is NonDynamicallyQuantizableLinear else nn.Linear
         first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
         return first, None, nn.utils.skip_init(nn.Linear, self.rank, self.out_features, bias=False, **place)
 
-    def fold_u(self, u: Tensor) -> Tensor:
-        return u[0]
-
-    def fold_v(self, v: Tensor) -> Tensor:
-        return v[0]
-
-    def unfold_u(self, tensor: Tensor) -> Tensor:
-        return tensor[None]
-
-    def unfold_v(self, tensor: Tensor) -> Tensor:
-        return tensor[None]
-
-    def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.dense_shape)
-
-    def to_dense(self) -> nn.Module:
-        weight = self.fold_dense(self.unfold_v(self.v.weight.detach()) @ self.unfold_u(self.u.weight.detach()))
-        dense = nn.utils.skip_init(
-            getattr(self, "dense_class", nn.Linear),
-            self.in_features,
-            self.out_features,
-            bias=False,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        return fill_dense(dense, self, weight, self.bias)
+    def empty_dense(self, place: dict[str, Any]) -> nn.Module:
+        kind = getattr(self, "dense_class", nn.Linear)
+        dense: nn.Module = nn.utils.skip_init(kind, self.in_features, self.out_features, bias=False, **place)
+        return dense
 
 
 class BlockLinear(nn.Module):
@@ -93,26 +68,33 @@ class LowRankFusedLinear(LowRankLinear):
     the same size depends on the weight.
     """
 
-    form = "qkv"
     blocks = 3
+
+    @classmethod
+    def refusal(cls, dense: nn.Module) -> str | None:
+        rows = whole_number(dense, "out_features")
+        return f"in {cls.blocks} blocks: it has {rows} rows" if rows % cls.blocks else None
+
+    @classmethod
+    def suits(cls, dense: nn.Module) -> bool:
+        return whole_number(dense, "out_features") == cls.blocks * whole_number(dense, "in_features")
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         return tensor.reshape(cls.blocks, -1, tensor.shape[1])
 
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+    def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
         width = self.blocks * self.rank
         first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, width, bias=False, **place)
         return first, None, BlockLinear(self.blocks, self.rank, self.out_features, **place)
-
-    def fold_u(self, u: Tensor) -> Tensor:
-        return u.flatten(0, 1)
-
-    def fold_v(self, v: Tensor) -> Tensor:
-        return v.flatten(0, 1)
 
     def unfold_u(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.blocks, self.rank, -1)
 
     def unfold_v(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.blocks, -1, self.rank)
+
+
+register_pair(nn.Linear, LowRankLinear)
+register_pair(nn.Linear, LowRankFusedLinear, form="qkv")
+register_pair(NonDynamicallyQuantizableLinear, LowRankLinear)

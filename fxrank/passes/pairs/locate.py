@@ -10,20 +10,18 @@ from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.pairs.registry import dense_type
 
 
-def dense_at(model: nn.Module, name: str, form: str = "channel") -> nn.Module:
+def dense_at(model: nn.Module, name: str) -> nn.Module:
     """The layer of that name, wrapped or not: a module, or a raw parameter dressed as one. Raises `AttributeError` if there
     is none.
     """
     owner_path, _, attribute = name.rpartition(".")
     owner = module_at(model, owner_path)
     if owner._parameters.get(attribute) is not None:
-        return RawWeight(owner, attribute, form)
+        return RawWeight(owner, attribute)
     return module_at(model, name)
 
 
-def holders(
-    model: nn.Module, weight: torch.Tensor, form: str = "channel"
-) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def holders(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Everything that holds this parameter: `(owner, attribute, layer)`; the attribute is empty where the layer is the
     owner itself.
     """
@@ -31,5 +29,5 @@ def holders(
         for attribute, parameter in module._parameters.items():
             if parameter is weight:
                 whole = attribute == "weight" and dense_type(module) is not None
-                layer = module if whole else RawWeight(module, attribute, form)
+                layer = module if whole else RawWeight(module, attribute)
                 yield module, "" if whole else attribute, layer

@@ -7,15 +7,17 @@ multiply through the factors (see `product`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fxrank.passes.pairs.base import FactorPair, Layers
+from fxrank.passes.model.weights import weight_of
+from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
 from fxrank.passes.pairs.recurrent import steps
+from fxrank.passes.pairs.registry import register_pair
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 KERNELS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -34,16 +36,16 @@ def gates(owner: nn.Module, attribute: str) -> int:
 class RawWeight(nn.Module):
     """A raw parameter dressed as a layer, so that it goes the same ways as one. `weight` is the very parameter.
 
-    Its matrices: `blocks` of rows of a 2-D weight (form `"qkv"`: three; recurrent layers: one for each gate); the last
-    two dimensions of a 3-D one, in form `"stack"`; all but the first dimension as columns of a convolution's kernel.
+    `gates` is how many matrices lie below each other in it; `recurrent` whether its owner is a recurrent layer; `stacked`
+    whether it is used as a stack of matrices.
     """
 
-    def __init__(self, owner: nn.Module, attribute: str, form: str = "channel") -> None:
+    def __init__(self, owner: nn.Module, attribute: str) -> None:
         """The parameter `attribute` of `owner`; neither is changed."""
         super().__init__()
         self.weight = owner._parameters[attribute]
-        self.blocks = 3 if form == "qkv" else gates(owner, attribute)
-        self.stacked = form == "stack"
+        self.gates = gates(owner, attribute)
+        self.stacked = False
         self.recurrent = isinstance(owner, nn.RNNBase)
         self.training = owner.training
 
@@ -51,6 +53,11 @@ class RawWeight(nn.Module):
         """`x @ Wᵀ`, or the convolution with a kernel; for timing."""
         assert self.weight is not None
         return multiply(input, self.weight, self.stacked)
+
+
+def form_when_read(weight: Tensor, kernel: bool) -> str:
+    """The form of a parameter: one of three dimensions is a stack of matrices, unless a convolution takes it for a kernel."""
+    return "stack" if weight.ndim == 3 and not kernel else "channel"
 
 
 def multiply(x: Tensor, weight: Tensor, stacked: bool) -> Tensor:
@@ -75,31 +82,37 @@ class _Factor(nn.Module):
 
 
 class LowRankWeight(FactorPair):
-    """A raw parameter as a product: `u.weight` `(r, cols)` and `v.weight` `(rows, r)`, with a leading dimension for
-    blocks of rows (gates, or queries, keys and values) and for stacks (experts).
+    """A raw parameter as a product: `u.weight` `(r, cols)` and `v.weight` `(rows, r)`, with a leading dimension for the gates
+    of a recurrent layer, one matrix below the other. All but the first dimension of a convolution's kernel are columns.
 
     The pair sits at the parameter's own name and can be used as the tensor it was: in products, slices, `chunk`, `.t()`,
     `.shape`. Recurrent layers are explained in `recurrent`.
     """
 
     kind = "parameter"
-    geometry = ("blocks", "stacked", "recurrent")
-    blocks: int
+    geometry = ("gates", "recurrent")
+    is_parameter = True
+    stacked: ClassVar[bool] = False
+    gates: int
     recurrent: bool
-    stacked: bool
+
+    @classmethod
+    def blocks(cls, dense: nn.Module) -> int:
+        """How many matrices lie below each other in the weight."""
+        return whole_number(dense, "gates")
+
+    @classmethod
+    def refusal(cls, dense: nn.Module) -> str | None:
+        rows, blocks = weight_of(dense).shape[0], cls.blocks(dense)
+        return f"in {blocks} blocks: it has {rows} rows" if rows % blocks else None
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
-        if dense.stacked:
-            return tensor
-        blocks = dense.blocks
-        assert isinstance(blocks, int)
+        blocks = cls.blocks(dense)
         return tensor.reshape(blocks, tensor.shape[0] // blocks, -1)
 
-    def _layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
-        weight = dense.weight
-        assert isinstance(weight, Tensor)
-        groups, rows, cols = self.unroll(dense, weight).shape
+    def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
+        groups, rows, cols = self.unroll(dense, weight_of(dense)).shape
         self.place: tuple[str, ...] = ()
         lead = (groups,) if groups > 1 or self.stacked else ()
         return _Factor((*lead, self.rank, cols), place), None, _Factor((*lead, rows, self.rank), place)
@@ -109,20 +122,11 @@ class LowRankWeight(FactorPair):
         super().__init__(dense, rank)
         self.__dict__.pop("norm", None)  # `.norm()` is the tensor's
 
-    def fold_u(self, u: Tensor) -> Tensor:
-        return u.reshape(self.u.weight.shape)
-
-    def fold_v(self, v: Tensor) -> Tensor:
-        return v.reshape(self.v.weight.shape)
-
     def unfold_u(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.ndim == 3 else tensor[None]
 
     def unfold_v(self, tensor: Tensor) -> Tensor:
         return tensor if tensor.ndim == 3 else tensor[None]
-
-    def fold_dense(self, matrix: Tensor) -> Tensor:
-        return matrix.reshape(self.dense_shape)
 
     @property
     def bias(self) -> Tensor | None:
@@ -131,19 +135,16 @@ class LowRankWeight(FactorPair):
 
     def forward(self, input: Tensor) -> Tensor:
         """The product of `RawWeight.forward`, for timing."""
-        fused = self.recurrent and not steps(input.device, self.dense_shape[0] // self.blocks)
+        fused = self.recurrent and not steps(input.device, self.dense_shape[0] // self.gates)
         weight = self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight)) if fused else self.weight
         return multiply(input, weight, self.stacked)
 
-    def to_dense(self) -> nn.Module:
-        with torch.no_grad():
-            weight = self.fold_dense(self.unfold_v(self.v.weight) @ self.unfold_u(self.u.weight))
-        holder = nn.Module()
-        holder.weight = nn.Parameter(weight, self.u.weight.requires_grad)
-        for name in (*self.geometry, "training"):
-            setattr(holder, name, getattr(self, name))
-        holder.__class__ = RawWeight
-        return holder
+    def empty_dense(self, place: dict[str, Any]) -> nn.Module:
+        owner = nn.Module()
+        owner.weight = nn.Parameter(torch.empty(self.dense_shape, **place))
+        dense = RawWeight(owner, "weight")
+        dense.gates, dense.recurrent, dense.stacked = self.gates, self.recurrent, self.stacked
+        return dense
 
     # -- standing for the tensor; `model.to(…)` and its like reach the factors another way, through `_apply`
 
@@ -182,6 +183,39 @@ class LowRankWeight(FactorPair):
         return product
 
 
+class LowRankFusedWeight(LowRankWeight):
+    """A raw fused projection of queries, keys and values as three products, each with a subspace of its own."""
+
+    @classmethod
+    def blocks(cls, dense: nn.Module) -> int:
+        return 3
+
+    @classmethod
+    def suits(cls, dense: nn.Module) -> bool:
+        weight = weight_of(dense)
+        plain = weight.ndim == 2 and whole_number(dense, "gates") == 1
+        return plain and weight.shape[0] == 3 * weight.shape[1]
+
+
+class LowRankStack(LowRankWeight):
+    """A raw stack of matrices `(groups, rows, cols)`, of experts say, as a product for each."""
+
+    stacked = True
+
+    @classmethod
+    def refusal(cls, dense: nn.Module) -> str | None:
+        ndim = weight_of(dense).ndim
+        return None if ndim == 3 else f"as a stack of matrices: it has {ndim} dimensions"
+
+    @classmethod
+    def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor
+
+    @classmethod
+    def shape_when_read(cls, dense: nn.Module, positions: float) -> tuple[int, ...]:
+        return (weight_of(dense).shape[0], *super().shape_when_read(dense, positions))
+
+
 def _with_weights(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     args, kwargs = pytree.tree_map_only(LowRankWeight, lambda pair: pair.weight, (args, dict(kwargs)))
     return func(*args, **kwargs)
@@ -202,3 +236,7 @@ _TENSOR_METHODS = (
 )
 for _name in _TENSOR_METHODS:
     setattr(LowRankWeight, _name, _of_the_tensor(_name))
+
+register_pair(RawWeight, LowRankWeight)
+register_pair(RawWeight, LowRankFusedWeight, form="qkv")
+register_pair(RawWeight, LowRankStack, form="stack")

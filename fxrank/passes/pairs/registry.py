@@ -1,43 +1,68 @@
-"""Which layers have a factor pair, and how to find a layer again by its name."""
+"""Which pair class stands for which layer class, in which form: the registry, which users extend with `register_pair`."""
 
-from collections.abc import Iterator
+import inspect
 
-import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fxrank.passes.pairs.convolution import (
-    LowRankConv1d,
-    LowRankConv2d,
-    LowRankConv3d,
-    LowRankConvTranspose1d,
-    LowRankConvTranspose2d,
-    LowRankConvTranspose3d,
-)
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.embedding import LowRankEmbedding
-from fxrank.passes.pairs.linear import LowRankFusedLinear, LowRankLinear
-from fxrank.passes.model.names import module_at
-from fxrank.passes.pairs.parameter import LowRankWeight, RawWeight
 from fxrank.passes.model.weights import computed_part, standardizes, weight_of
+from fxrank.passes.pairs.base import FactorPair
 
-PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {
-    nn.Linear: {"channel": LowRankLinear, "qkv": LowRankFusedLinear},
-    NonDynamicallyQuantizableLinear: {"channel": LowRankLinear},
-    nn.Conv1d: {"channel": LowRankConv1d},
-    nn.Conv2d: {"channel": LowRankConv2d},
-    nn.Conv3d: {"channel": LowRankConv3d},
-    nn.ConvTranspose1d: {"channel": LowRankConvTranspose1d},
-    nn.ConvTranspose2d: {"channel": LowRankConvTranspose2d},
-    nn.ConvTranspose3d: {"channel": LowRankConvTranspose3d},
-    nn.Embedding: {"channel": LowRankEmbedding},
-    RawWeight: {"channel": LowRankWeight, "qkv": LowRankWeight, "stack": LowRankWeight},
-}
+PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {}
 """Dense layer class → form → pair class. A subclass counts as its base class if it inherits the forward; a subclass with
 a forward of its own is traced, and its weight is a raw one, except where it standardizes its weight.
 """
-FORMS = sorted({form for forms in PAIRS.values() for form in forms})
+_BY_OTHERS = "auto"
+"""What policies call the choice among forms."""
+
+
+def register_pair(dense_class: type[nn.Module], pair_class: type[FactorPair], form: str = "channel") -> None:
+    """Let layers of `dense_class` be replaced by pairs of `pair_class`, in this `form`.
+
+    From then on the class is a layer for everything in fxrank: `trace` keeps it as one node, and `factorize`, `profile`,
+    `auto_lowrank`, `save`, `load`, `merge` and plans know it. The first form is the one that is taken unless another is asked for
+    (`form=`). The layer must hold what it multiplies with as its parameter `weight`, of two or more dimensions, and may have a
+    parameter `bias`, which it adds last. `pair_class` is a subclass of `fxrank.FactorPair`, which says what it must define. A
+    process that loads such a model registers the pair first.
+
+    Raises `TypeError` for what is no such class, and `ValueError` for a form that has another class already, or whose name is
+    no identifier. Source: Pufferfish §2 and Cuttlefish §3 for the built-in pairs.
+    """
+    for what, base, found in (("dense_class", nn.Module, dense_class), ("pair_class", FactorPair, pair_class)):
+        if not (isinstance(found, type) and issubclass(found, base)):
+            name = found.__name__ if isinstance(found, type) else type(found).__name__
+            raise TypeError(
+                f"{what} must be a subclass of {base.__name__}; got {name}. Call register_pair(MyLayer, MyPair)."
+            )
+    missing = [name for name in ("kind", "geometry") if not hasattr(pair_class, name)]
+    missing += [name for name in ("make_layers", "empty_dense") if _abstract(getattr(pair_class, name))]
+    if missing:
+        raise TypeError(
+            f"a pair class must define kind, geometry, make_layers and empty_dense; {pair_class.__name__} lacks {', '.join(missing)}. "
+            "See fxrank.FactorPair."
+        )
+    if not form.isidentifier() or form == _BY_OTHERS:
+        raise ValueError(f"a form's name must be an identifier other than {_BY_OTHERS!r}; got {form!r}.")
+    forms = PAIRS.setdefault(dense_class, {})
+    if forms.setdefault(form, pair_class) is not pair_class:
+        raise ValueError(
+            f"a form has one pair class; {form!r} of {dense_class.__name__} is {forms[form].__name__}, got {pair_class.__name__}. Give it another name: form=…."
+        )
+
+
+def _abstract(method: object) -> bool:
+    return getattr(inspect.unwrap(method), "__isabstractmethod__", False)  # type: ignore[arg-type]
+
+
+def forms() -> list[str]:
+    """The names of all forms."""
+    return sorted({form for registered in PAIRS.values() for form in registered})
+
+
+def check_form(form: str) -> None:
+    """Raise `ValueError` for a form that nothing is registered under."""
+    if form not in forms():
+        raise unknown_name("form", form, forms())
 
 
 def dense_type(layer: nn.Module) -> type[nn.Module] | None:
@@ -56,16 +81,25 @@ def _inner(kind: type[nn.Module]) -> object:
     return getattr(kind, "_conv_forward", None)
 
 
+def forms_of(dense: nn.Module) -> dict[str, type[FactorPair]]:
+    """The pair classes that this layer may have, by form; the first is the one that it has unless another is asked for."""
+    kind = dense_type(dense)
+    if kind is None or computed_part(dense) is not None:
+        return {}
+    return {form: cls for form, cls in PAIRS[kind].items() if cls.refusal(dense) is None}
+
+
 def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | None:
     """The pair class for this layer, or None if it has none. Raises `ValueError` for an unknown form."""
-    if form not in FORMS:
-        raise unknown_name("form", form, FORMS)
+    check_form(form)
+    return forms_of(dense).get(form)
+
+
+def why_none(dense: nn.Module) -> str:
+    """What is said of a layer that has no pair in any form: a clause that follows "has no factor pair"."""
     kind = dense_type(dense)
-    if kind is None or (kind is nn.Embedding and (dense.max_norm is not None or dense.scale_grad_by_freq)):
-        return None
-    if computed_part(dense) is not None:
-        return None
-    return PAIRS[kind].get(form)
+    reasons = [] if kind is None else [r for cls in PAIRS[kind].values() if (r := cls.refusal(dense)) is not None]
+    return f" {reasons[0]}" if reasons else ""
 
 
 def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: bool = False) -> FactorPair:
@@ -77,12 +111,8 @@ def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: b
     """
     cls = pair_class(dense, form)
     if cls is None:
-        names = ", ".join(t.__name__ for t in PAIRS if t is not RawWeight)
+        names = ", ".join(t.__name__ for t, pairs in PAIRS.items() if not any(p.is_parameter for p in pairs.values()))
         raise TypeError(f"only {names} have a factor pair; got {type(dense).__name__}. Leave this layer dense.")
     pair = cls(dense, rank, extra_bn)
     pair.split(weight_of(dense))
     return pair
-
-
-
-

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.stacks import Stack
-from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.registry import pair_class
@@ -129,8 +128,7 @@ class Profiler:
         dense_ms, pair_ms = self.times_ms(layer, [rank])
         size = layer.dtype.itemsize if self._amp is None else self._amp.itemsize
         inputs = _numel(layer.input_shape)
-        outputs = round(layer.groups * layer.rows * layer.positions)
-        middle = round(layer.groups * rank * layer.positions)
+        middle = round(layer.groups * rank * layer.unrolled.positions[0])
         return StackProfile(
             names=tuple(a.name for a in stack.layers),
             kind=layer.kind,
@@ -140,15 +138,15 @@ class Profiler:
             dense_ms=dense_ms,
             pair_ms=pair_ms,
             flops=2 * layer.macs,
-            bytes_moved=size * (inputs + layer.parameters + outputs),
+            bytes_moved=size * (inputs + layer.parameters + layer.outputs),
             pair_flops=2 * layer.pair_macs(rank),
-            pair_bytes_moved=size * (inputs + layer.pair_parameters(rank) + 2 * middle + outputs),
+            pair_bytes_moved=size * (inputs + layer.pair_parameters(rank) + 2 * middle + layer.outputs),
         )
 
     def times_ms(self, layer: Layer, ranks: Sequence[int]) -> list[float]:
         """Median forward + backward milliseconds of the dense layer, then of a pair of each rank."""
         start = time.perf_counter()
-        source = dense_at(self._model, layer.name, layer.form)
+        source = dense_at(self._model, layer.name)
         cls = pair_class(source, layer.form)
         assert cls is not None
         with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
@@ -157,12 +155,7 @@ class Profiler:
                 _own_weights(pair, self._device)
             dense = cls(source, 1).to_dense()
             _own_weights(dense, self._device)
-            if "embedding" in layer.kind:
-                x = torch.randint(layer.rows, layer.input_shape, device=self._device)
-            else:
-                x = torch.randn(layer.input_shape, device=self._device, dtype=layer.dtype)
-            if x.ndim == 4 and not weight_of(source).is_contiguous():
-                x = x.contiguous(memory_format=torch.channels_last)
+            x = cls.probe_input(source, layer.input_shape, layer.dtype, self._device)
             medians = self._interleaved([self._step(module, x) for module in (dense, *pairs)])
         self.seconds += time.perf_counter() - start
         return medians

@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.embedding import LowRankEmbedding
 from fxrank.passes.rewriting.driver import Pass, Refused
 
 
@@ -52,7 +51,7 @@ class Factorize(Pass):
                 value = gm.graph.call_module(f"{target}.{name}", args, kwargs)
                 value.meta = dict(node.meta)
                 if name != children[-1]:
-                    value.meta["val"] = _middle(node, pair)
+                    value.meta["val"] = pair.between(_first_input(node), node.meta["val"])
         assert value is not None
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
@@ -68,13 +67,12 @@ class Factorize(Pass):
             return False
         graph = gm.graph
         for user in list(node.users):
-            straight = len(pair.dense_shape) == 2 and pair.unfold_u(pair.u.weight).shape[0] == 1
             linear = user.target is F.linear and user.args[1:2] == (node,)
             matmul = (
                 user.target in (operator.matmul, torch.matmul) and user.args[1] is node and user.args[0] is not node
             )
             product = user.target
-            if not callable(product) or not straight or not (linear or matmul) or isinstance(pair, LowRankEmbedding):
+            if not callable(product) or not pair.splits_products or not (linear or matmul):
                 continue
             with graph.inserting_before(user):
                 u, v = (graph.get_attr(f"{path}.{name}.weight") for name in "uv")
@@ -131,20 +129,9 @@ class Merge(Pass):
         return True
 
 
-def _middle(node: fx.Node, pair: FactorPair) -> torch.Tensor:
-    """The value between the factors: of convolutions with `groups · r` channels, at the places of the output (of a
-    transposed one, of the input); of others with the first factor's width at the end.
-    """
-    out = node.meta["val"]
-    assert isinstance(out, torch.Tensor)
-    if "conv" not in pair.kind:
-        width = pair.rank * pair.unfold_u(pair.u.weight).shape[0]
-        return out.new_empty([*out.shape[:-1], width])
-    width = pair.u.weight.shape[0]
-    if "transpose" in pair.kind:
-        source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-        assert isinstance(source, fx.Node)
-        out = source.meta["val"]
-    channel = out.ndim - (pair.u.weight.ndim - 2) - 1
-    middle: torch.Tensor = out.new_empty([width if i == channel else size for i, size in enumerate(out.shape)])
-    return middle
+def _first_input(node: fx.Node) -> torch.Tensor:
+    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
+    assert isinstance(source, fx.Node)
+    value = source.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value

@@ -68,8 +68,16 @@ def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: Fac
     return [f"{path}.{attribute}".lstrip(".") for path in paths]
 
 
-def remove_weight(model: nn.Module, pair: LowRankWeight, weight: nn.Parameter) -> None:
-    """The way back: a parameter in the place of the pair, wherever that is, in its old position."""
+def put_back(model: nn.Module, pair: FactorPair, dense: nn.Module) -> None:
+    """The way back: the dense layer, or its parameter, in the place of the pair, wherever that is."""
+    if isinstance(pair, LowRankWeight):
+        _put_back_weight(model, pair, dense.get_parameter("weight"))
+    else:
+        install(model, {id(pair): dense})
+
+
+def _put_back_weight(model: nn.Module, pair: LowRankWeight, weight: nn.Parameter) -> None:
+    """In its old position among the owner's parameters."""
     for owner in model.modules():
         for attribute in [name for name, child in owner._modules.items() if child is pair]:
             del owner._modules[attribute]

@@ -263,7 +263,7 @@ class ValueTracer(fx.Tracer):
             return a.node
         if type(a) is Mode:
             return bool(a)
-        if type(a) is LowRankWeight:
+        if issubclass(type(a), LowRankWeight):
             a = a.weight  # the product of its factors' proxies
             return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
         return tuple(self.create_arg(e) for e in a) if isinstance(a, torch.Size) else super().create_arg(a)

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import fxrank
-from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.convolution import LowRankConv2d
+from fxrank.passes.pairs.error import pair_error
+from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.registry import PAIRS, make_pair, pair_class
 from fxrank.passes.tracing.compare import largest_difference
-from fxrank.passes.pairs.error import pair_error
 
 # float32: sums of at most a hundred products of order 1.
 ROUNDING = 1e-5

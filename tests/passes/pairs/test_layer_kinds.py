@@ -15,11 +15,11 @@ from torch.nn.utils import parametrizations
 import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.linear import BlockLinear, LowRankFusedLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.tracing.compare import largest_difference
-from fxrank.passes.pairs.error import pair_error
 
 # float64: sums of some hundred products of order 1.
 ROUNDING = 1e-12

@@ -14,10 +14,10 @@ from torch import nn
 
 import fxrank
 from fxrank.passes.pairs.base import FactorPair
+from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.registry import make_pair, pair_class
 from fxrank.passes.rewriting.install import pairs_in
 from fxrank.passes.tracing.compare import largest_difference
-from fxrank.passes.pairs.error import pair_error
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.optimizer import swap_parameters
 
