@@ -25,7 +25,8 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
-from fxrank.switch.apply_plan import Factors, Replacement, apply_plan, check_plan
+from fxrank.switch.apply_plan import Factors, Replacement, apply_plan
+from fxrank.switch.sites import sites
 
 T = TypeVar("T")
 
@@ -100,8 +101,8 @@ class Team:
         return [x if x.reason is not None else replace(x, reason=refusal(x.name, x.form)) for x in layers]
 
     def check_plan(self, plan: Plan) -> None:
-        """`surgery.check_plan`; and raise `TypeError` for a layer that this engine does not let go."""
-        check_plan(self.structure, plan)
+        """Raise as `sites` does for a plan that does not fit; and raise `TypeError` for a layer that this engine does not let go."""
+        sites(self.structure, plan)
         refusal = self._refusal()
         for decision in plan.layers:
             if decision.factorized and (reason := refusal(decision.name, decision.form)) is not None:

@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 import safetensors.torch
 import torch.distributed as dist
@@ -27,13 +26,11 @@ from fxrank.distributed.fsdp2 import is_sharded, whole
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
-from fxrank.passes.model.weights import is_derived
-from fxrank.passes.pairs.locate import dense_at, holders
-from fxrank.passes.pairs.registry import pair_class
 from fxrank.plan import Plan
 from fxrank.saving.plainfile import pack, unpack, unstorable
-from fxrank.switch.apply_plan import apply_plan, check_plan
+from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import plan_of
+from fxrank.switch.sites import sites
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}
@@ -141,7 +138,6 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise ValueError(
             f"a model to load into must have memory; {meta[0]!r} is on the meta device. Build it on a real one, or move it with model.to_empty(device=…) first."
         )
-    check_plan(inner, plan)
     aliases = check_names(inner, plan, stored | dict.fromkeys(extra))
     replacements = apply_plan(inner, plan, split=False)
     rewrap_all(p for r in replacements for p in r.parameters)
@@ -203,22 +199,16 @@ def check_names(
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(own_name(path))
-    for decision in plan.layers:
-        if decision.rank is None:
-            continue
-        layer = dense_at(model, decision.name)
-        sites = [(layer, "", layer)] if is_derived(layer) else holders(model, cast(nn.Parameter, layer.weight))
-        for owner, attribute, dense_layer in sites:
-            cls = pair_class(dense_layer, decision.form)
-            assert cls is not None
-            pair = cls(dense_layer, decision.rank, decision.extra_bn)
-            for path in [f"{p}.{attribute}".strip(".") for p in paths[id(owner)]]:
+    for site in sites(model, plan):
+        for place in site.places:
+            pair = site.pair_at(place)
+            for path in [f"{p}.{place.attribute}".strip(".") for p in paths[id(place.owner)]]:
                 for name in [n for n in expected if n == path or n.startswith(path + ".")]:
                     del expected[name]
                 for name, value in pair.state_dict().items():
                     if name != "v.bias":
                         expected[f"{path}.{name}"] = tuple(value.shape)
-                        identity[f"{path}.{name}"] = (id(owner) if name.startswith("norm.") else decision.name, name)
+                        identity[f"{path}.{name}"] = (id(place.owner) if name.startswith("norm.") else site.name, name)
                 if pair.bias is not None:
                     expected[f"{path}.v.bias"] = tuple(pair.bias.shape)
                     identity[f"{path}.v.bias"] = id(pair.bias)

@@ -18,7 +18,7 @@ from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.policies.scene import Clock
-from fxrank.switch.apply_plan import check_plan
+from fxrank.switch.sites import sites
 
 STATE_VERSION = 2
 
@@ -85,7 +85,7 @@ def check_state(
     text = _need(state, "plan", lambda p: p is None or isinstance(p, str))
     plan = None if text is None else Plan.from_json(text)
     if plan is not None and dense is not None:
-        check_plan(dense, plan)
+        sites(dense, plan)
     saved = _need(state, "monitor", lambda m: (isinstance(m, dict)) if monitor is not None else True)
     if monitor is not None:
         monitor.check_state(saved)

@@ -31,7 +31,8 @@ from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.plan import Plan
-from fxrank.switch.apply_plan import apply_plan, check_plan
+from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.sites import sites
 
 
 def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:
@@ -79,8 +80,8 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 def check_averages(averages: Iterable[nn.Module], plan: Plan) -> None:
     """Raise `NonFiniteWeightError` or `PlanMismatchError` if an average cannot be switched as the plan says."""
     for average in averages:
-        for name, layer in check_plan(average, plan).items():
-            check_finite(weight_of(layer).detach(), f"{name} of an average")
+        for site in sites(average, plan):
+            check_finite(weight_of(site.dense).detach(), f"{site.name} of an average")
 
 
 def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: bool = True) -> None:
@@ -89,16 +90,16 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
 
     An extra BatchNorm starts as the model's own. Devices and dtypes of the average stay.
     """
-    dense = check_plan(average, plan)
+    found = sites(average, plan)
     factors = {}
     if split:
-        for name, layer in dense.items():
-            pair = module_at(model, name)
+        for site in found:
+            pair = module_at(model, site.name)
             assert isinstance(pair, FactorPair)
             own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
-            factors[name] = fitted(type(pair).unroll(pair, weight_of(layer)), *own)
+            factors[site.name] = fitted(type(pair).unroll(pair, weight_of(site.dense)), *own)
     apply_plan(average, plan, split=False, factors=factors)
-    for name in dense:
+    for name in [site.name for site in found]:
         mine, theirs = module_at(average, name), module_at(model, name)
         assert isinstance(mine, FactorPair) and isinstance(theirs, FactorPair)
         if mine.extra_norm is not None and theirs.extra_norm is not None:

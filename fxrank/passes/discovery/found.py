@@ -101,7 +101,7 @@ def unsupported(name: str, kind: str, weight: Tensor, reason: str, node: str = "
     )
 
 
-def tied_to(kind: str) -> str:
+def untied(kind: str) -> str:
     """The kind of the layer itself, tied or not."""
     return kind.removeprefix(_TIED)
 
