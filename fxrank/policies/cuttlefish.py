@@ -226,6 +226,7 @@ class Cuttlefish(Policy):
                 speedup=round(speedup, 4),
                 **known,
             )
+        scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
         why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}"
         decision = take(layer, rank, why, extra_bn=self.extra_bn)
