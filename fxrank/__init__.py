@@ -16,6 +16,7 @@ from fxrank.passes.errors import (
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.linear import LowRankLinear
+from fxrank.passes.pairs.registry import register_pair
 from fxrank.passes.spectra.exact import stable_rank
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
@@ -59,6 +60,7 @@ __all__ = [
     "merge",
     "plan_of",
     "profile",
+    "register_pair",
     "save",
     "stable_rank",
     "trace",

@@ -113,8 +113,7 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
 
 
 def _given(layer: Layer, rank: int | float, form: str, extra_bn: bool) -> LayerDecision:
-    if form in layer.other_forms:
-        layer = layer.in_form(form)
+    layer = layer.if_in_form(form)
     whole = whole_given_rank(layer.name, layer.full_rank, rank)
     reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
     return take(layer, whole, reason, extra_bn=extra_bn)

@@ -15,6 +15,7 @@ from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
 
@@ -97,20 +98,23 @@ def profile(
     speedup_threshold: float = 1.5,
     include: Iterable[Selector] | Selector = (),
     exclude: Iterable[Selector] | Selector = (),
+    form: str = "channel",
 ) -> Profile:
     """Time every layer stack, dense and as a factor pair at `probe_ratio` of its full rank, forward and backward,
     on `device` (default: the model's).
 
     `example_inputs` sets batch size and shapes. The model is neither moved nor changed. Times are medians in ms;
-    FLOPs and bytes are per forward call. Raises `TraceError`, `NothingToFactorizeError`. Source: Cuttlefish Alg. 2,
-    per stack.
+    FLOPs and bytes are per forward call. Layers that have pairs of this `form` are timed in it, the others in their own. Raises
+    `TraceError`, `NothingToFactorizeError`, `ValueError` for an unknown form. Source: Cuttlefish Alg. 2, per stack.
     """
+    check_form(form)
     model = uncompiled(model)
     place = next(model.parameters()).device if device is None else torch.device(device)
     here = next(model.parameters()).device
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
     layers = candidates(discover(trace(model, inputs), model), model, include=include, exclude=exclude)
     require_some(layers)
+    layers = [layer.if_in_form(form) for layer in layers]
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))
     return Profile(measured, tuple(layers), speedup_threshold, profiler.seconds, str(place))

@@ -97,7 +97,7 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
     """Decisions for given ranks: a string from `rank_of` is the reason to keep."""
     decisions = []
     for whole in scene.layers:
-        layer = whole.in_form(policy.form) if policy.form in whole.other_forms else whole
+        layer = whole.if_in_form(policy.form)
         rank = layer.reason or rank_of(layer)
         if isinstance(rank, str):
             decisions.append(keep(layer, rank))

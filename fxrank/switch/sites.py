@@ -9,7 +9,7 @@ from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at, holders
-from fxrank.passes.pairs.registry import forms, pair_class
+from fxrank.passes.pairs.registry import forms, kinds, pair_class
 from fxrank.plan import LayerDecision, Plan
 
 
@@ -99,10 +99,12 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
     check_not_computed(layer, decision.name)
     cls = pair_class(layer, decision.form)
     shape = () if cls is None else tuple(weight_of(layer).shape)
+    known = untied(decision.kind) in kinds()
     if cls is None or cls.kind != untied(decision.kind) or shape != tuple(decision.weight_shape):
         raise PlanMismatchError(
             f"layers must match the plan; {decision.name!r} is {type(layer).__name__} with weight {shape}, "
             f"the plan has {decision.kind} with {tuple(decision.weight_shape)}. Use the plan of this very architecture."
+            + ("" if known else f" If {decision.kind} is a kind of your own, call fxrank.register_pair first.")
         )
     assert decision.rank is not None
     full_rank = cls.full_rank_of(layer)

@@ -103,6 +103,10 @@ class Layer:
         assert self.unrolled.pair is not None, self.name
         return self.unrolled.pair
 
+    def if_in_form(self, form: str) -> "Layer":
+        """`in_form`, or the layer as it is where its pair has no such form."""
+        return self.in_form(form) if form in self.other_forms else self
+
     def in_form(self, form: str) -> "Layer":
         """The same weight read in another of its forms; itself in the form that it has."""
         if form == self.form:

@@ -59,6 +59,11 @@ def forms() -> list[str]:
     return sorted({form for registered in PAIRS.values() for form in registered})
 
 
+def kinds() -> set[str]:
+    """What plans may call a layer."""
+    return {cls.kind for registered in PAIRS.values() for cls in registered.values()}
+
+
 def check_form(form: str) -> None:
     """Raise `ValueError` for a form that nothing is registered under."""
     if form not in forms():
