@@ -47,7 +47,8 @@ def factorize(
     full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
     layers, a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
-    returns the decisions with their reasons.
+    returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
+    splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
@@ -136,11 +137,15 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
 
 
 def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:
-    above = [
-        f"{layer.name} (rank {d.rank}, break-even {layer.break_even_rank:.1f})"
-        for layer, d in zip(layers, decisions, strict=True)
-        if d.rank is not None and d.pair_parameters is not None and d.rank >= layer.break_even_rank
-    ]
+    above = []
+    for layer, decision in zip(layers, decisions, strict=True):
+        layer = layer.if_in_form(decision.form)
+        if (
+            decision.pair_parameters is not None
+            and decision.rank is not None
+            and decision.rank >= layer.break_even_rank
+        ):
+            above.append(f"{layer.name} (rank {decision.rank}, break-even {layer.break_even_rank:.1f})")
     if above:
         listing = ", ".join(above[:5]) + (f" and {len(above) - 5} more" if len(above) > 5 else "")
         warnings.warn(
