@@ -98,7 +98,7 @@ def test_a_form_asked_for_is_installed_and_trains(form):
 
 def test_unknown_forms_are_refused():
     with pytest.raises(
-        ValueError, match=re.escape("form must be one of 'auto', 'channel', 'qkv', 'stack'; got 'head'.")
+        ValueError, match=re.escape("form must be one of 'auto', 'channel', 'qkv', 'spatial', 'stack'; got 'head'.")
     ):
         fxrank.Cuttlefish(form="head")
 

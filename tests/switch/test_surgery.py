@@ -388,7 +388,9 @@ def test_selection_errors():
         fxrank.factorize(net(), X, exclude=[2])
     with pytest.raises(
         ValueError,
-        match=re.escape("form must be one of 'channel', 'qkv', 'stack'; got 'chanel'. Did you mean 'channel'?"),
+        match=re.escape(
+            "form must be one of 'channel', 'qkv', 'spatial', 'stack'; got 'chanel'. Did you mean 'channel'?"
+        ),
     ):
         fxrank.factorize(net(), X, form="chanel")
     with pytest.raises(

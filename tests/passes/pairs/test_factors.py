@@ -197,7 +197,9 @@ def test_other_layers_and_forms_are_refused():
         make_pair(nn.Bilinear(2, 2, 2), 1)
     with pytest.raises(
         ValueError,
-        match=re.escape("form must be one of 'channel', 'qkv', 'stack'; got 'chanel'. Did you mean 'channel'?"),
+        match=re.escape(
+            "form must be one of 'channel', 'qkv', 'spatial', 'stack'; got 'chanel'. Did you mean 'channel'?"
+        ),
     ):
         make_pair(nn.Linear(2, 2), 1, form="chanel")
 
