@@ -1,1 +1,6 @@
-"""The user's optimizer and averages through the switch: parameters swapped, state projected; decay and learning rate after it."""
+"""The switch from full rank to low rank, of a model and of all that follows it: a plan applied (`sites`, `apply_plan`), the optimizer
+(`optimizer`, `moments`), averages of the weights, and what later steps add (`later_steps`, `decays`).
+
+May import: passes, plan, torch_private, wrappers.
+Start reading: sites.py, then apply_plan.py.
+"""

@@ -1,1 +1,6 @@
-""""""
+"""Singular values of weights: whole spectra and truncated factors (`exact`), and σ_max of many weights followed over the training
+at a few products each (`tracked`).
+
+May import: errors.
+Start reading: exact.py.
+"""
