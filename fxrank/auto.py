@@ -16,9 +16,9 @@ from fxrank.passes.model.compiled import uncompiled
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.fixed import as_policy
+from fxrank.resume.keeper import Keeper
 from fxrank.saving.model_files import check_storable, save
 from fxrank.training.batches import LossFn
-from fxrank.training.keeper import Keeper
 from fxrank.training.report import figure
 from fxrank.training.trainer import Result, Trainer
 

@@ -25,13 +25,7 @@ from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_state
 from fxrank.plan import Plan
 from fxrank.policies.scene import Clock
-from fxrank.saving.model_files import check_names
-from fxrank.saving.plainfile import read_plain, write_plain
-from fxrank.saving.random_state import begun_from, generators_of, random_state, restore_random
-from fxrank.session.session import LowRankSession
-from fxrank.session.state import check_state, described
-from fxrank.switch.plan_of import has_plan
-from fxrank.training.team_shares import (
+from fxrank.resume.team_shares import (
     OWN,
     buckets_of,
     check_others,
@@ -42,6 +36,12 @@ from fxrank.training.team_shares import (
     sent,
     share_of,
 )
+from fxrank.saving.model_files import check_names
+from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.saving.random_state import begun_from, generators_of, random_state, restore_random
+from fxrank.session.session import LowRankSession
+from fxrank.session.state import check_state, described
+from fxrank.switch.plan_of import has_plan
 
 CHECKPOINT = "checkpoint.safetensors"
 _PARTS: dict[str, type | tuple[type, ...]] = {
