@@ -35,7 +35,7 @@ from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.policies.fixed import FixedPlan, FullRank, as_policy
+from fxrank.policies.fixed import as_policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.policies.scene import Clock, Scene
 from fxrank.session.state import restore_session, session_state
@@ -140,19 +140,20 @@ class LowRankSession:
         check_not_graphed(model)
         optimizers = optimizers_of(optimizer, model)
         averages = [averaged_in(follower, model) for follower in followers]
-        frozen_names(model, chosen.freeze)
-        if isinstance(chosen, FixedPlan):
-            team.check_plan(chosen.given)
+        frozen_names(model, chosen.training.freeze)
+        known = chosen.known_plan
+        if known is not None:
+            team.check_plan(known)
         structure = team.structure
         with own_forward(structure):
             gm = trace(structure, team.example(example_inputs))
         layers = candidates(discover(gm, structure), structure, include=include, exclude=exclude)
         layers = team.refused(layers)
-        layers = refused_by(optimizers, layers, model, chosen.given.R if isinstance(chosen, FixedPlan) else ())
+        layers = refused_by(optimizers, layers, model, () if known is None else known.R)
         for layer in layers:
             if layer.reason is None:
                 check_finite(stack_of(layer, structure), layer.name)
-        if not isinstance(chosen, FullRank):
+        if chosen.may_switch:
             require_some(layers)
         scene = Scene(structure, layers)
         session = cls(
@@ -209,7 +210,7 @@ class LowRankSession:
         self._check_whole()
         check_not_captured()
         check_outside_backward()
-        if self.plan is None and not isinstance(self.policy, FullRank):
+        if self.plan is None and self.policy.may_switch:
             self.team.check()
         regime = self._regimes.get(optimizer)
         if regime is None or not is_outermost(optimizer):
@@ -309,15 +310,16 @@ class LowRankSession:
         for average in self._averages:
             switch_average(average, self.model, plan, split=split)
         self.plan, self.phase = plan, LOW
-        self.notes += freeze(self.model, self.policy.freeze) + [r.hook_note for r in replacements if r.hooked]
+        training = self.policy.training
+        self.notes += freeze(self.model, training.freeze) + [r.hook_note for r in replacements if r.hooked]
         self.notes += [note for o in self.optimizers for note in swap_parameters(o, replacements)]
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
         if (missing := self.team.rewrap(p for r in replacements for p in r.parameters)) is not None:
             self.notes.append(missing)
-        ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
-        scale, first = self.policy.lr_scale, plan.switch_step or 0
+        ramp = max(1, round(training.rewarmup * self.clock.total_steps)) if training.rewarmup else 0
+        scale, first = training.lr_scale, plan.switch_step or 0
         for optimizer in self.optimizers:
-            regime = FactorRegime(optimizer, replacements, self.policy.frobenius_decay)
+            regime = FactorRegime(optimizer, replacements, training.frobenius_decay)
             if ramp or scale != 1.0:
                 regime.scale_lr(lambda: scale * (min(1.0, (self.clock.step - first + 1) / ramp) if ramp else 1.0))
             self._regimes[optimizer] = regime
@@ -343,7 +345,7 @@ class LowRankSession:
             self.plan = self.policy.plan_without_switch(self.scene, self.clock)
         if not self.plan.R and not has_plan(self.model):
             remember_plan(self.model, self.plan)  # it can be saved like any other
-        if not self.plan.R and not isinstance(self.policy, FullRank):
+        if not self.plan.R and self.policy.may_switch:
             listing = "".join(f"\n  {d.name} ({d.kind}): {d.reason}" for d in self.plan.layers)
             warnings.warn(
                 f"nothing was factorized ({self.plan.note}); the model is full-rank. Layer by layer:{listing}",
