@@ -31,7 +31,8 @@ from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.saving.model_files import PLAN, load, save
 from fxrank.saving.plainfile import read_plain, write_plain
-from fxrank.session.session import LOW, LowRankSession
+from fxrank.session.session import LowRankSession
+from fxrank.session.state import LOW
 from fxrank.switch.plan_of import has_plan, plan_of
 from fxrank.training.batches import to_device
 
@@ -185,7 +186,7 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
     def _leave(self) -> None:
         """Let go of the session of a run that was broken off, or is over: its optimizer may serve the next one."""
         if self.session is not None:
-            self.session._detach()
+            self.session.detach()
             self.session = None
 
     def _unguard(self) -> None:

@@ -168,7 +168,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         _own_methods(pl_module)
         if self.session is not None:
-            self.session._detach()
+            self.session.detach()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         _own_methods(pl_module)

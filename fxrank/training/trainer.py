@@ -21,7 +21,8 @@ from fxrank.passes.profiling.timing import autocast
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.resume.keeper import Keeper
-from fxrank.session.session import FULL, LOW, LowRankSession
+from fxrank.session.session import LowRankSession
+from fxrank.session.state import FULL, LOW
 from fxrank.training.batches import LossFn, loss_of, model_inputs, run_batch, split_batch, takes_targets, to_device
 from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.training.progress import Bar, Totals, progress_bar
