@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
-from fxrank.auto import auto_lowrank
+from fxrank.auto import train_lowrank
 from fxrank.cli.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
 from fxrank.distributed.launch import in_shares, launched
 from fxrank.distributed.team import Team
@@ -24,6 +24,7 @@ from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies.fixed import POLICIES, as_policy
 from fxrank.profiling import profile
+from fxrank.training.options import RunOptions
 
 SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"
 
@@ -79,7 +80,7 @@ def _train(options: argparse.Namespace) -> None:
             model = DistributedDataParallel(model.to(place), device_ids=None if place.index is None else [place.index])
             train, val = in_shares(train), in_shares(val)
         team = Team.of(model)
-        result = auto_lowrank(
+        run = RunOptions.of(
             model,
             train,
             epochs=options.epochs,
@@ -95,6 +96,7 @@ def _train(options: argparse.Namespace) -> None:
             resume=options.resume,
             checkpoint_every=options.checkpoint_every,
         )
+        result = train_lowrank(run, team)
         if team.is_first:
             print(result.report)
 
