@@ -4,7 +4,7 @@ A checkpoint holds everything that the rest of the run depends on: the states of
 loss scaler and session, the sums of the epoch, the history, and all random numbers: as they are, and as they were when the
 epoch began. From those the loader deals the epoch's batches again; the ones already taken are passed over, and the
 numbers as they are put back. Batches are dealt alike if they come from random numbers known here: torch's, numpy's,
-Python's, and generators that the loader, its samplers, its data set or the parts of these hold (see `randoms`). What else
+Python's, and generators that the loader, its samplers, its data set or the parts of these hold (see `random_state`). What else
 a sampler or a data set remembers from epoch to epoch is not known, nor are random numbers in workers that persist.
 
 A team of processes has one checkpoint; see `team_shares`. As many processes as before go on to the last bit. Another number

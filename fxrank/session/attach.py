@@ -30,10 +30,10 @@ from fxrank.switch.optimizer import optimizers_of, refused_by
 from fxrank.wrappers import check_not_graphed, own_forward
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attachment:
-    """A model with its team and its optimizers, fit to be watched, and what is known of it; `scene` has the layers, the
-    profiles and a monitor without a sample, where the policy wants them.
+    """A model with its team and its optimizers, fit to be watched, and what is known of it before the first step; `scene` has
+    the layers and, where the policy wants them, the profiles and a monitor without a sample.
     """
 
     team: Team

@@ -27,7 +27,7 @@ FULL, LOW = "full-rank", "low-rank"
 """The phases of a training, before and after the switch."""
 
 
-class Knowing(Protocol):
+class StatefulSession(Protocol):
     """What a `LowRankSession` knows, as far as its state is concerned; the session imports this file."""
 
     team: Team
@@ -43,7 +43,7 @@ class Knowing(Protocol):
         """Make the switch that a plan describes."""
 
 
-def session_state(session: Knowing) -> dict[str, Any]:
+def session_state(session: StatefulSession) -> dict[str, Any]:
     """See `LowRankSession.state_dict`."""
     clock, monitor = session.clock, session.scene.monitor
     profiles = {id(profile): profile for profile in session.scene.profiles.values()}
@@ -60,7 +60,7 @@ def session_state(session: Knowing) -> dict[str, Any]:
     }
 
 
-def restore_session(session: Knowing, state: dict[str, Any]) -> None:
+def restore_session(session: StatefulSession, state: dict[str, Any]) -> None:
     """See `LowRankSession.load_state_dict`."""
     dense = session.scene.model if session.plan is None else None
     plan, profiles = check_state(state, session.policy, session.clock, session.scene.monitor, dense)

@@ -37,7 +37,7 @@ class Scheduler(Protocol):
         """Inverse of `state_dict`."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class RunOptions:
     """The arguments of `auto_lowrank`, which describes them, in the form in which the run uses them. Made by `of`."""
 
