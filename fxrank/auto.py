@@ -10,15 +10,17 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.policies.fixed import as_policy
+from fxrank.resume.keeper import FileKeeper
 from fxrank.saving.model_files import check_storable, save
 from fxrank.training.batches import LossFn
 from fxrank.training.keeper import Keeper
+from fxrank.training.options import RunOptions
 from fxrank.training.report import figure
 from fxrank.training.trainer import Result, Trainer
 
@@ -84,38 +86,42 @@ def auto_lowrank(
     empty loader or a bad option, `CheckpointError` for a checkpoint that is damaged or of another run, `TraceError`,
     `NothingToFactorizeError`, `NonFiniteWeightError`. Source: Cuttlefish Alg. 1 (Wang et al., MLSys 2023).
     """
-    keeper = None
-    if resume and output_dir is not None:
-        keeper = Keeper(output_dir, checkpoint_every)
-    elif resume or checkpoint_every is not None:
-        raise ValueError(
-            f"checkpoints take both output_dir= and resume=True; got output_dir={output_dir!r}, resume={resume}, checkpoint_every={checkpoint_every}."
-        )
-    trainer = Trainer(
+    options = RunOptions.of(
         model,
         loader,
-        epochs,
-        steps_per_epoch,
-        val_loader,
-        loss_fn,
-        optimizer,
-        scheduler,
-        scheduler_per,
-        device,
-        amp,
-        as_policy(policy),
-        seed,
-        progress,
-        logger,
-        keeper,
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        val_loader=val_loader,
+        loss_fn=loss_fn,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scheduler_per=scheduler_per,
+        device=device,
+        amp=amp,
+        policy=policy,
+        include=include,
+        exclude=exclude,
+        seed=seed,
+        progress=progress,
+        logger=logger,
+        output_dir=output_dir,
+        resume=resume,
+        checkpoint_every=checkpoint_every,
     )
-    if output_dir is not None:
-        folder = Path(output_dir)  # one that is refused is refused before the training
-        trainer.team.agree(lambda: folder.mkdir(parents=True, exist_ok=True))
-        check_storable(uncompiled(model))
-    result = trainer.run(include, exclude)
-    if output_dir is not None and trainer.team.is_first:
-        write_run(result, output_dir, trainer.steps_per_epoch)
+    return train_lowrank(options, Team.of(model))
+
+
+def train_lowrank(options: RunOptions, team: Team) -> Result:
+    """`auto_lowrank` with its options in one record, in the processes of a `team`; the first one writes the results."""
+    keeper = FileKeeper(options, team) if options.resume else Keeper(options, team)
+    trainer = Trainer(options, team, keeper)
+    output = options.output
+    if output is not None:  # one that is refused is refused before the training
+        team.agree(lambda: output.mkdir(parents=True, exist_ok=True))
+        check_storable(uncompiled(options.model))
+    result = trainer.run()
+    if output is not None and team.is_first:
+        write_run(result, output, options.steps_per_epoch)
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxrank.passes.errors import PlanMismatchError
+from fxrank.passes.errors import PlanMismatchError, unknown_name
 
 PLAN_VERSION = 1
 
@@ -53,12 +53,30 @@ class LayerDecision:
 
 @dataclass(frozen=True)
 class Training:
-    """How a run goes on after the switch: the options of its `Policy` by the same names."""
+    """How a run goes on after the switch: the options of its `Policy` by the same names, which says what they mean.
+
+    Raises `ValueError` or `TypeError` for one that is out of bounds.
+    """
 
     frobenius_decay: float | str | None = "auto"
     lr_scale: float = 1.0
     rewarmup: float = 0.0
     freeze: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        decay = self.frobenius_decay
+        if isinstance(decay, str) and decay != "auto":
+            raise unknown_name("frobenius_decay (or a number, or None)", decay, ["auto"])
+        if isinstance(decay, (int, float)) and decay < 0:
+            raise ValueError(f"frobenius_decay must not be negative; got {decay}. None switches it off.")
+        if self.lr_scale <= 0:
+            raise ValueError(f"lr_scale must be above 0; got {self.lr_scale}. 1.0 keeps the schedule.")
+        if isinstance(self.freeze, str):
+            raise TypeError(
+                f"freeze takes a tuple of globs of parameter names; got the string {self.freeze!r}. Write ({self.freeze!r},)."
+            )
+        if not 0 <= self.rewarmup < 1:
+            raise ValueError(f"rewarmup is a share of the run in [0, 1); got {self.rewarmup}. 0 switches it off.")
 
 
 @dataclass(frozen=True)
@@ -227,11 +245,12 @@ def _read_training(entry: Any) -> Training | None:
     if not isinstance(freeze, list) or not all(isinstance(glob, str) for glob in freeze):
         raise PlanMismatchError(f"{where}: freeze must be a list of globs; got {freeze!r:.200}.")
     scale, ramp = (_typed(entry, name, float, where) for name in ("lr_scale", "rewarmup"))
-    if scale <= 0 or not 0 <= ramp < 1 or (isinstance(decay, float) and decay < 0):
+    try:
+        return Training(decay, scale, ramp, tuple(freeze))
+    except ValueError as error:
         raise PlanMismatchError(
             f"{where} needs lr_scale above 0, rewarmup in [0, 1) and no negative frobenius_decay; got {scale}, {ramp} and {decay}."
-        )
-    return Training(decay, scale, ramp, tuple(freeze))
+        ) from error
 
 
 def _typed(data: dict[str, Any], name: str, kind: type, where: str, optional: bool = False) -> Any:

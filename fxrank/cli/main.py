@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
-from fxrank.auto import auto_lowrank
+from fxrank.auto import train_lowrank
 from fxrank.cli.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
 from fxrank.distributed.launch import in_shares, launched
 from fxrank.distributed.team import Team
@@ -24,6 +24,7 @@ from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies.fixed import POLICIES, as_policy
 from fxrank.profiling import profile
+from fxrank.training.options import RunOptions
 
 SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"
 
@@ -79,7 +80,7 @@ def _train(options: argparse.Namespace) -> None:
             model = DistributedDataParallel(model.to(place), device_ids=None if place.index is None else [place.index])
             train, val = in_shares(train), in_shares(val)
         team = Team.of(model)
-        result = auto_lowrank(
+        run = RunOptions.of(
             model,
             train,
             epochs=options.epochs,
@@ -95,6 +96,7 @@ def _train(options: argparse.Namespace) -> None:
             resume=options.resume,
             checkpoint_every=options.checkpoint_every,
         )
+        result = train_lowrank(run, team)
         if team.is_first:
             print(result.report)
 
@@ -171,36 +173,9 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     demo = command("demo", _demo, "train on embedded data, beside a full-rank twin; about two minutes on two CPU cores")
-    demo.add_argument(
-        "--output", default="run/demo", help="folder for report, plan, model and figure (default %(default)s)"
-    )
-    demo.add_argument("--epochs", type=int, default=30)
-    demo.add_argument("--seed", type=int, default=0)
-    demo.add_argument("--quiet", action="store_true", help="no progress bar")
-
+    _add_demo_options(demo)
     train = command("train", _train, "train a model with auto_lowrank")
-    train.add_argument(
-        "--data", required=True, help="digits, an image folder with train/ and val/, or package.module:callable"
-    )
-    train.add_argument("--epochs", type=int, default=None, help="default 30")
-    train.add_argument("--batch-size", type=int, default=128)
-    train.add_argument("--image-size", type=int, default=224, help="for an image folder (default %(default)s)")
-    train.add_argument("--amp", choices=("bfloat16", "float16"), default=None)
-    train.add_argument(
-        "--policy",
-        default="cuttlefish",
-        help=f"{', '.join(sorted(set(POLICIES) - {'pufferfish'}))}, or a plan.json to repeat",
-    )
-    train.add_argument("--seed", type=int, default=0)
-    train.add_argument(
-        "--output", default="run/train", help="folder for report, plan, model and figure (default %(default)s)"
-    )
-    train.add_argument(
-        "--resume", action="store_true", help="keep a checkpoint in the folder, and go on from the one that is there"
-    )
-    train.add_argument("--checkpoint-every", type=int, default=None, help="steps, besides every epoch")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
-
+    _add_train_options(train)
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
     timing.add_argument(
         "--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)"
@@ -225,6 +200,39 @@ def parser() -> argparse.ArgumentParser:
     for sub in (train, timing):
         sub.add_argument("--device", default=None, help="cpu, cuda, … (train: a GPU if there is one)")
     return top
+
+
+def _add_demo_options(demo: argparse.ArgumentParser) -> None:
+    demo.add_argument(
+        "--output", default="run/demo", help="folder for report, plan, model and figure (default %(default)s)"
+    )
+    demo.add_argument("--epochs", type=int, default=30)
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _add_train_options(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "--data", required=True, help="digits, an image folder with train/ and val/, or package.module:callable"
+    )
+    train.add_argument("--epochs", type=int, default=None, help="default 30")
+    train.add_argument("--batch-size", type=int, default=128)
+    train.add_argument("--image-size", type=int, default=224, help="for an image folder (default %(default)s)")
+    train.add_argument("--amp", choices=("bfloat16", "float16"), default=None)
+    train.add_argument(
+        "--policy",
+        default="cuttlefish",
+        help=f"{', '.join(sorted(set(POLICIES) - {'pufferfish'}))}, or a plan.json to repeat",
+    )
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument(
+        "--output", default="run/train", help="folder for report, plan, model and figure (default %(default)s)"
+    )
+    train.add_argument(
+        "--resume", action="store_true", help="keep a checkpoint in the folder, and go on from the one that is there"
+    )
+    train.add_argument("--checkpoint-every", type=int, default=None, help="steps, besides every epoch")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,6 +91,11 @@ class Team:
         """What to trace and to decide on: the model, or its skeleton if it lies in shards."""
         return self._model if self._shards is None else self._shards.skeleton
 
+    def look_again(self) -> None:
+        """Take up a model that was moved, run or put in another mode since the team was made; in all processes."""
+        if self._shards is not None:
+            self._shards = Shards(self._model)
+
     def example(self, given: Example) -> Example:
         """A batch as `structure` takes it."""
         return given if self._shards is None else self._shards.example(given)

@@ -17,7 +17,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, Trainer, TrainerCallback
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import (
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
@@ -31,7 +42,8 @@ from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.saving.model_files import PLAN, load, save
 from fxrank.saving.plainfile import read_plain, write_plain
-from fxrank.session.session import LOW, LowRankSession
+from fxrank.session.session import LowRankSession
+from fxrank.session.state import LOW
 from fxrank.switch.plan_of import has_plan, plan_of
 from fxrank.training.batches import to_device
 
@@ -69,10 +81,10 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._example = example_inputs
         self.session: LowRankSession | None = None
         self.plan: Plan | None = None
-        self._guard: Any = None
+        self._guard: RemovableHandle | None = None
         self._prepared = self._noted = False
 
-    def resume(self, trainer: Any, folder: str | os.PathLike[str]) -> None:
+    def resume(self, trainer: Trainer, folder: str | os.PathLike[str]) -> None:
         """Bring the trainer's dense model and its optimizer to the form they had in the checkpoint, before the trainer
         loads it. Called by `LowRankTrainerMixin`. Raises `CheckpointError`, `PlanMismatchError`.
         """
@@ -91,17 +103,24 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._attach(trainer.model, trainer.optimizer, trainer.args, loader, total_steps, steps_per_epoch, state)
         self._prepared = True
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel = None,
+        **_: Any,
+    ) -> None:
         if isinstance(model, nn.Module) and not pairs_in(model):
             self._guard = model.register_load_state_dict_pre_hook(_refuse_pairs)
 
     def on_train_begin(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
-        model: Any = None,
-        optimizer: Any = None,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel = None,
+        optimizer: Any = None,  # the trainer's, or what Accelerate puts around it
         train_dataloader: Any = None,
         **_: Any,
     ) -> None:
@@ -134,7 +153,14 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         self._note(state, model)
 
     def _attach(
-        self, model: Any, optimizer: Any, args: Any, loader: Any, total_steps: int, steps_per_epoch: int, state: Any
+        self,
+        model: PreTrainedModel,
+        optimizer: Optimizer,
+        args: TrainingArguments,
+        loader: Any,
+        total_steps: int,
+        steps_per_epoch: int,
+        state: dict[str, Any] | None,
     ) -> None:
         self._unguard()
         self._leave()
@@ -153,10 +179,17 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             **self._options,
         )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel = None,
+        **_: Any,
+    ) -> None:
         self._note(state, model)
 
-    def _note(self, state: Any, model: Any) -> None:
+    def _note(self, state: TrainerState, model: PreTrainedModel) -> None:
         if self._noted or self.session is None or self.session.plan is None or self.session.phase != LOW:
             return
         self._noted, plan = True, self.session.plan
@@ -167,7 +200,14 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         state.best_metric = state.best_model_checkpoint = None
         state.best_global_step = 0
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel = None,
+        **_: Any,
+    ) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not state.is_world_process_zero:
             return
@@ -178,14 +218,14 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
             write_plain(folder / SESSION, self.session.state_dict())
         _save_plan(model, folder)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.session is not None:
             self.plan = self.session.finish()
 
     def _leave(self) -> None:
         """Let go of the session of a run that was broken off, or is over: its optimizer may serve the next one."""
         if self.session is not None:
-            self.session._detach()
+            self.session.detach()
             self.session = None
 
     def _unguard(self) -> None:
@@ -202,7 +242,7 @@ class LowRankTrainerMixin:
     A checkpoint that cannot be resumed raises `CheckpointError` or `PlanMismatchError` before weights are loaded.
     """
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         callbacks = [c for c in self.callback_handler.callbacks if isinstance(c, LowRankCallback)]  # type: ignore[attr-defined]
         if not callbacks and (Path(resume_from_checkpoint) / SESSION).is_file():
             raise CheckpointError(
@@ -231,7 +271,7 @@ class LowRankTrainer(LowRankTrainerMixin, Trainer):  # type: ignore[misc]
     """`transformers.Trainer` that resumes before and after the switch; see `LowRankTrainerMixin`."""
 
 
-def save_pretrained(model: Any, path: str | os.PathLike[str]) -> None:
+def save_pretrained(model: PreTrainedModel, path: str | os.PathLike[str]) -> None:
     """`model.save_pretrained` for a factorized model: configuration, weights and `plan.json` in one folder.
 
     Read it with `from_pretrained` of this module: Transformers' own would build the dense model, find no weights for its

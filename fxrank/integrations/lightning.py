@@ -14,11 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 try:
+    from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.callbacks import Callback
 except ImportError:
+    from pytorch_lightning import LightningModule, Trainer
     from pytorch_lightning.callbacks import Callback
 
 from fxrank.integrations.examples import check_factors, example_batch, random_untouched, session_options
@@ -72,7 +75,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         self._saved: dict[str, Any] | None = None
         self._weights: dict[str, Any] | None = None
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         start = getattr(trainer.strategy, "_start_method", "popen")
         if stage == "fit" and start != "popen":
             raise ValueError(
@@ -88,7 +91,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
 
         pl_module.on_load_checkpoint = on_load_checkpoint
 
-    def _look_into(self, checkpoint: dict[str, Any], trainer: Any, pl_module: Any, stage: str) -> None:
+    def _look_into(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         model = self._watched(pl_module)
         self._saved = state.get("session")
@@ -120,7 +123,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         """Stands in for `load_state_dict` of a module that has no pairs yet; of several calls the last one counts."""
         self._weights = weights
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _own_methods(pl_module)
         model, saved, weights = self._watched(pl_module), self._saved, self._weights
         self._saved = self._weights = self.session = None
@@ -161,32 +164,32 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         if weights is not None:
             pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.session is not None:
             self.plan = self.session.finish()
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         _own_methods(pl_module)
         if self.session is not None:
-            self.session._detach()
+            self.session.detach()
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         _own_methods(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.session is None else {"session": self.session.state_dict()}
 
-    def _optimizers(self, listed: list[Any], model: nn.Module) -> list[Any]:
+    def _optimizers(self, listed: list[Optimizer], model: nn.Module) -> list[Optimizer]:
         if self._optimizer is not None:
             return [listed[self._optimizer]]
         own = set(model.parameters())
         return [o for o in listed if any(p in own for group in o.param_groups for p in group["params"])] or listed
 
-    def _watched(self, pl_module: Any) -> nn.Module:
+    def _watched(self, pl_module: LightningModule) -> nn.Module:
         model: nn.Module = pl_module.get_submodule(self._module)
         return model
 
-    def _averages(self, trainer: Any) -> list[nn.Module]:
+    def _averages(self, trainer: Trainer) -> list[nn.Module]:
         """What Lightning's own callbacks hold as an average of the module that is watched."""
         held = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
         return [
@@ -194,7 +197,7 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         ]
 
 
-def _own_methods(pl_module: Any) -> None:
+def _own_methods(pl_module: LightningModule) -> None:
     """Take away what was put over the module's methods for loading."""
     for name in ("on_load_checkpoint", "load_state_dict"):
         pl_module.__dict__.pop(name, None)

@@ -1,7 +1,8 @@
 """What a policy is: the three questions that a session asks it, and what it may look at to answer them.
 
 A policy is a frozen dataclass of options. The session asks it three things: which layers may be factorized at all
-(`eligible`, K), whether to switch now (`ready`, E), and what becomes of each layer (`decide`, R).
+(`eligible`, K), whether to switch now (`ready`, E), and what becomes of each layer (`decide`, R). All else that it asks is
+a property or a method with an answer here, so that a policy of one's own needs no more than `ready` and `decide`.
 """
 
 from abc import ABC, abstractmethod
@@ -32,33 +33,40 @@ class Policy(ABC):
     papers' BERT recipe.
     """
 
-    frobenius_decay: float | str | None = "auto"
+    # In this order, as a policy's `repr` is compared when a run goes on.
+    frobenius_decay: float | str | None = Training.frobenius_decay
     extra_bn: bool = False
     form: str = "channel"
-    lr_scale: float = 1.0
-    rewarmup: float = 0.0
-    freeze: tuple[str, ...] = ()
+    lr_scale: float = Training.lr_scale
+    rewarmup: float = Training.rewarmup
+    freeze: tuple[str, ...] = Training.freeze
 
     def __post_init__(self) -> None:
-        decay = self.frobenius_decay
-        if isinstance(decay, str) and decay != "auto":
-            raise unknown_name("frobenius_decay (or a number, or None)", decay, ["auto"])
-        if isinstance(decay, (int, float)) and decay < 0:
-            raise ValueError(f"frobenius_decay must not be negative; got {decay}. None switches it off.")
-        if self.lr_scale <= 0:
-            raise ValueError(f"lr_scale must be above 0; got {self.lr_scale}. 1.0 keeps the schedule.")
+        _ = self.training  # which has the rules for its options
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))
-        if isinstance(self.freeze, str):
-            raise TypeError(
-                f"freeze takes a tuple of globs of parameter names; got the string {self.freeze!r}. Write ({self.freeze!r},)."
-            )
-        if not 0 <= self.rewarmup < 1:
-            raise ValueError(f"rewarmup is a share of the run in [0, 1); got {self.rewarmup}. 0 switches it off.")
 
     @property
     def name(self) -> str:
+        """What plans and reports call it."""
         return type(self).__name__
+
+    @property
+    def training(self) -> Training:
+        """How the run goes on after the switch."""
+        return Training(self.frobenius_decay, self.lr_scale, self.rewarmup, self.freeze)
+
+    @property
+    def may_switch(self) -> bool:
+        """Whether a switch is wanted at all: a model that has nothing to factorize, or has stayed dense, is then worth an
+        error or a warning.
+        """
+        return True
+
+    @property
+    def known_plan(self) -> Plan | None:
+        """The plan that is known before the training, so that it can be checked against the model; None for most."""
+        return None
 
     @property
     def speedup_needed(self) -> float | None:
@@ -67,6 +75,7 @@ class Policy(ABC):
 
     @property
     def probe(self) -> float:
+        """The share of the full rank at which a stack's pair is timed."""
         return 0.25
 
     def detector(self, clock: Clock) -> Detector | None:
@@ -97,7 +106,7 @@ class Policy(ABC):
             switch_step=clock.step,
             switch_epoch=round(clock.epoch, 4),
             note=why,
-            training=Training(self.frobenius_decay, self.lr_scale, self.rewarmup, self.freeze),
+            training=self.training,
         )
 
     def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:

@@ -19,6 +19,10 @@ from fxrank.policies.scene import Clock, Scene
 class FullRank(Policy):
     """Never switch: the full-rank twin, through the same calls."""
 
+    @property
+    def may_switch(self) -> bool:
+        return False
+
     def ready(self, clock: Clock, scene: Scene) -> str | None:
         return None
 
@@ -82,6 +86,10 @@ class FixedPlan(Policy):
     """
 
     given: Plan
+
+    @property
+    def known_plan(self) -> Plan:
+        return self.given
 
     def ready(self, clock: Clock, scene: Scene) -> str | None:
         return "as planned" if clock.step >= (self.given.switch_step or 0) and self.given.R else None

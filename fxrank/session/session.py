@@ -19,35 +19,26 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from fxrank.distributed.team import Team, gradient_bytes
 from fxrank.loggers import Logger
-from fxrank.passes.discovery.discover import discover
-from fxrank.passes.discovery.layer import stack_of
-from fxrank.passes.discovery.selection import Selector, candidates, require_some
-from fxrank.passes.discovery.stacks import stacks
+from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.model.calls import Example
-from fxrank.passes.profiling.timing import Profiler, Stopwatch
+from fxrank.passes.profiling.timing import Stopwatch
 from fxrank.passes.rewriting.install import pairs_in
-from fxrank.passes.spectra.exact import check_finite
-from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.policies.fixed import FixedPlan, FullRank, as_policy
-from fxrank.policies.monitor import RankMonitor
-from fxrank.policies.scene import Clock, Scene
-from fxrank.session.state import restore_session, session_state
-from fxrank.switch.averages import averaged_in, check_averages, switch_average
-from fxrank.switch.freeze import freeze, frozen_names
-from fxrank.switch.later_steps import FactorRegime
-from fxrank.switch.optimizer import optimizers_of, refused_by, swap_parameters
+from fxrank.policies.fixed import as_policy
+from fxrank.policies.scene import Clock
+from fxrank.session.attach import Attachment, clock_of, examine
+from fxrank.session.hooks import StepHooks
+from fxrank.session.state import FULL, LOW, restore_session, session_state
+from fxrank.session.switch import hand_over, put_pairs
+from fxrank.switch.averages import averaged_in, check_averages
 from fxrank.switch.plan_of import has_plan, remember_plan
-from fxrank.switch.step_hooks import is_outermost
-from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
+from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast
 
-FULL, LOW = "full-rank", "low-rank"
 Listener = Callable[[str, "LowRankSession"], None]
 """Called with `"before_switch"` and `"after_switch"`, inside the optimizer step after which the switch is made."""
 
@@ -60,34 +51,22 @@ class LowRankSession:
     `seconds` (time spent in monitor, profile and switch), `step_ms` (recent step times by phase), `notes`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        graph_module: TracedModule,
-        scene: Scene,
-        policy: Policy,
-        clock: Clock,
-        example: Example,
-        listener: Listener | None,
-        team: Team,
-    ) -> None:
-        self.model, self.optimizers, self.graph_module, self.team = model, tuple(optimizers), graph_module, team
-        self.policy, self.clock, self.scene = policy, clock, scene
-        self.phase = FULL
+    def __init__(self, attached: Attachment, listener: Listener | None = None) -> None:
+        """Nothing is hooked before `begin`."""
+        self.team, self.model, self.optimizers = attached.team, attached.team.model, attached.optimizers
+        self.graph_module, self.scene = attached.graph_module, attached.scene
+        self.policy, self.clock = attached.policy, attached.clock
         self.plan: Plan | None = None
         self.notes: list[str] = []
-        self.seconds = {"monitor": 0.0, "profile": 0.0, "switch": 0.0}
+        profiler = self.scene.profiler
+        self.seconds = {"monitor": 0.0, "profile": profiler.seconds if profiler else 0.0, "switch": 0.0}
         self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}
-        self.gradient_bytes: dict[str, int | None] = {FULL: gradient_bytes(model), LOW: None}
-        self._example, self._listener = example, listener or (lambda *_: None)
-        self._regimes: dict[Optimizer, FactorRegime] = {}
-        self._watch = Stopwatch(next(model.parameters()).device)
-        self._handles: list[RemovableHandle] = []
-        self._after: dict[Optimizer, RemovableHandle] = {}
-        self._averages: list[nn.Module] = []
+        self.gradient_bytes: dict[str, int | None] = {FULL: gradient_bytes(self.model), LOW: None}
+        self._attached, self._listener = attached, listener or (lambda *_: None)
+        self._averages, self._logger = list(attached.averages), attached.logger
+        self._hooks = StepHooks(self.optimizers)
+        self._watch = Stopwatch(next(self.model.parameters()).device)
         self._broken: BaseException | None = None
-        self._logger: Logger | None = None
 
     @classmethod
     def attach(
@@ -128,71 +107,46 @@ class LowRankSession:
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
         `NothingToFactorizeError`.
         """
-        chosen = as_policy(policy)
-        steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
-        if total_steps < 1 or steps_per_epoch < 1:
-            raise ValueError(
-                f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
-            )
-        team = Team.of(model, keep_comm_hooks)
-        team.check_alike(total_steps=total_steps, steps_per_epoch=steps_per_epoch, state="one" if state else "none")
-        model = team.model
-        check_not_graphed(model)
-        optimizers = optimizers_of(optimizer, model)
-        averages = [averaged_in(follower, model) for follower in followers]
-        frozen_names(model, chosen.freeze)
-        if isinstance(chosen, FixedPlan):
-            team.check_plan(chosen.given)
-        structure = team.structure
-        with own_forward(structure):
-            gm = trace(structure, team.example(example_inputs))
-        layers = candidates(discover(gm, structure), structure, include=include, exclude=exclude)
-        layers = team.refused(layers)
-        layers = refused_by(optimizers, layers, model, chosen.given.R if isinstance(chosen, FixedPlan) else ())
-        for layer in layers:
-            if layer.reason is None:
-                check_finite(stack_of(layer, structure), layer.name)
-        if not isinstance(chosen, FullRank):
-            require_some(layers)
-        scene = Scene(structure, layers)
-        session = cls(
-            model, optimizers, gm, scene, chosen, Clock(0, total_steps, steps_per_epoch), example_inputs, listener, team
+        chosen, clock = as_policy(policy), clock_of(total_steps, steps_per_epoch)
+        attached = examine(
+            Team.of(model, keep_comm_hooks),
+            optimizer,
+            chosen,
+            clock,
+            example_inputs,
+            include=include,
+            exclude=exclude,
+            amp=amp,
+            seed=seed,
+            logger=logger,
+            followers=followers,
+            state=state,
         )
-        session._averages = averages
-        session._logger = team.logger(logger)
-        session._start(amp, seed, state)
+        session = cls(attached, listener)
+        session.begin(state)
         return session
 
-    def _start(self, amp: torch.dtype | None, seed: int, state: dict[str, Any] | None) -> None:
-        scene, policy = self.scene, self.policy
-        if policy.speedup_needed is not None:
-            device = next(self.model.parameters()).device
-            scene.profiler = Profiler(scene.model, device, amp=amp)
-            profiler, measured = scene.profiler, stacks(scene.layers) if state is None else []
-            profiles = self.team.agree(lambda: [profiler.stack(s, policy.probe) for s in measured])
-            for profile in profiles:
-                scene.profiles.update(dict.fromkeys(profile.names, profile))
-            self.seconds["profile"] = scene.profiler.seconds
-        detector = policy.detector(self.clock)
-        if detector is not None:
-            scene.monitor = RankMonitor(
-                scene.layers, scene.model, detector, policy.interval(self.clock), seed=seed, agree=self.team.agree
-            )
-            if state is None:
-                self._observe(exact=True)
+    def begin(self, state: dict[str, Any] | None = None) -> None:
+        """Take the first sample, or go on from a `state`; watch the steps from here on, and switch at once if the policy
+        says so. Called once, by `attach`.
+        """
         if state is not None:
             restore_session(self, state)
-        # A user's compiled step calls them as they are: to compile what they do would take minutes, and again at each change.
-        before, after = map(torch.compiler.disable, (self._before_step, self._after_step))
-        self._handles = [o.register_step_pre_hook(before) for o in self.optimizers]
-        self._after = {o: o.register_step_post_hook(after) for o in self.optimizers}
+        elif self.scene.monitor is not None:
+            self._observe(exact=True)
+        self._hooks.put_on(self._before_step, self._after_step)
         try:
             if state is None:
                 self._consider_switch()
         except BaseException:  # `attach` has failed
-            self._detach()
+            self.detach()
             raise
         self._watch.mark()
+
+    @property
+    def phase(self) -> str:
+        """`"full-rank"`, or `"low-rank"` from the switch on."""
+        return LOW if self.plan is not None and self.plan.R else FULL
 
     def follow(self, average: nn.Module) -> None:
         """Take an average of the model through the switch: `AveragedModel`, timm's `ModelEmaV3`, or any module, bare or
@@ -205,32 +159,14 @@ class LowRankSession:
 
     # -- inside optimizer.step()
 
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _before_step(self) -> None:
         self._check_whole()
         check_not_captured()
         check_outside_backward()
-        if self.plan is None and not isinstance(self.policy, FullRank):
+        if self.plan is None and self.policy.may_switch:
             self.team.check()
-        regime = self._regimes.get(optimizer)
-        if regime is None or not is_outermost(optimizer):
-            return None
-        # The first of all: a user's hook, one that steps a scheduler say, finds the learning rate as scheduled.
-        hooks: Any = optimizer._optimizer_step_post_hooks
-        hooks.move_to_end(self._after[optimizer].id, last=False)
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], regime.before_step(args[1]), *args[2:]), kwargs
-        if callable(kwargs.get("closure")):
-            return args, kwargs | {"closure": regime.before_step(kwargs["closure"])}
-        regime.before_step()
-        return None
 
-    def _after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        if not is_outermost(optimizer):
-            return
-        if (regime := self._regimes.get(optimizer)) is not None:
-            regime.after_step()
-        if optimizer is not self.optimizers[-1]:
-            return
+    def _after_step(self) -> None:
         self._watch.mark()
         self.clock = Clock(self.clock.step + 1, self.clock.total_steps, self.clock.steps_per_epoch)
         monitor = self.scene.monitor
@@ -268,7 +204,7 @@ class LowRankSession:
 
     def _consider_switch(self) -> None:
         why = self.policy.ready(self.clock, self.scene)
-        if why is not None and self.phase == FULL and self.plan is None:
+        if why is not None and self.plan is None:
             self._switch(why)
 
     @outside_autocast
@@ -276,17 +212,20 @@ class LowRankSession:
         check_not_graphed(self.model)
         self.team.check()
         self.team.together(lambda: self._listener("before_switch", self))
-        start = time.perf_counter()
-        profiled = self.scene.profiler.seconds if self.scene.profiler else 0.0
+        start, profiled = time.perf_counter(), self._profiled()
         plan = self.team.agree(lambda: self.policy.plan(self.scene, self.clock, why))
-        self.seconds["profile"] += (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
-        measured = (self.scene.profiler.seconds if self.scene.profiler else 0.0) - profiled
+        measured = self._profiled() - profiled
+        self.seconds["profile"] += measured
         self.install(plan)
         self.seconds["switch"] += time.perf_counter() - start - measured
         if self._logger is not None:
             self._logger.log(self.clock.step, {f"rank/{name}": float(rank) for name, rank in plan.R.items()})
             self._logger.event(self.clock.step, f"{len(plan.R)} of {len(plan.layers)} layers factorized ({plan.note})")
         self.team.together(lambda: self._listener("after_switch", self))
+
+    def _profiled(self) -> float:
+        """Seconds spent on timing layers so far."""
+        return self.scene.profiler.seconds if self.scene.profiler else 0.0
 
     def install(self, plan: Plan, *, split: bool = True) -> None:
         """Make the switch that `plan` describes: model, graph and optimizer. `split=False` leaves the factors for a
@@ -305,23 +244,12 @@ class LowRankSession:
             raise
 
     def _install(self, plan: Plan, split: bool) -> None:
-        replacements = self.team.apply(plan, self.graph_module, self._example, self.scene.factors, split=split)
-        for average in self._averages:
-            switch_average(average, self.model, plan, split=split)
-        self.plan, self.phase = plan, LOW
-        self.notes += freeze(self.model, self.policy.freeze) + [r.hook_note for r in replacements if r.hooked]
-        self.notes += [note for o in self.optimizers for note in swap_parameters(o, replacements)]
+        replacements = put_pairs(self._attached, self._averages, plan, split=split)
+        self.plan = plan
+        regimes, notes = hand_over(self._attached, plan, replacements, lambda: self.clock.step)
+        self._hooks.regimes.update(regimes)
+        self.notes += notes
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
-        if (missing := self.team.rewrap(p for r in replacements for p in r.parameters)) is not None:
-            self.notes.append(missing)
-        ramp = max(1, round(self.policy.rewarmup * self.clock.total_steps)) if self.policy.rewarmup else 0
-        scale, first = self.policy.lr_scale, plan.switch_step or 0
-        for optimizer in self.optimizers:
-            regime = FactorRegime(optimizer, replacements, self.policy.frobenius_decay)
-            if ramp or scale != 1.0:
-                regime.scale_lr(lambda: scale * (min(1.0, (self.clock.step - first + 1) / ramp) if ramp else 1.0))
-            self._regimes[optimizer] = regime
-            self.notes += regime.notes
 
     def _check_whole(self) -> None:
         if self._broken is not None:
@@ -336,14 +264,14 @@ class LowRankSession:
         """Take the hooks off and return the plan. Warns with `NothingFactorizedWarning`, listing the reasons, if
         every layer was left dense.
         """
-        self._detach()
+        self.detach()
         self._check_whole()
         self._collect_times()
         if self.plan is None:
             self.plan = self.policy.plan_without_switch(self.scene, self.clock)
         if not self.plan.R and not has_plan(self.model):
             remember_plan(self.model, self.plan)  # it can be saved like any other
-        if not self.plan.R and not isinstance(self.policy, FullRank):
+        if not self.plan.R and self.policy.may_switch:
             listing = "".join(f"\n  {d.name} ({d.kind}): {d.reason}" for d in self.plan.layers)
             warnings.warn(
                 f"nothing was factorized ({self.plan.note}); the model is full-rank. Layer by layer:{listing}",
@@ -352,12 +280,9 @@ class LowRankSession:
             )
         return self.plan
 
-    def _detach(self) -> None:
-        for handle in (*self._handles, *self._after.values()):
-            handle.remove()
-        self._handles, self._after = [], {}
-        for regime in self._regimes.values():
-            regime.after_step()
+    def detach(self) -> None:
+        """Take the hooks off without an end of the training, as of one that was broken off."""
+        self._hooks.take_off()
 
     def __enter__(self) -> "LowRankSession":
         return self
@@ -366,7 +291,7 @@ class LowRankSession:
         if error is None:
             self.finish()
         else:
-            self._detach()
+            self.detach()
 
     @property
     def settled_count(self) -> tuple[int, int]:

@@ -6,25 +6,45 @@ numbers (so that the next sample is the same to the last bit), the timings behin
 
 import math
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
+from fxrank.distributed.team import Team
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.profiling.timing import StackProfile
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.monitor import RankMonitor
-from fxrank.policies.scene import Clock
+from fxrank.policies.scene import Clock, Scene
 from fxrank.switch.sites import sites
 
 STATE_VERSION = 2
+FULL, LOW = "full-rank", "low-rank"
+"""The phases of a training, before and after the switch."""
 
 
-def session_state(session: Any) -> dict[str, Any]:
-    """See `LowRankSession.state_dict`. (The session imports this file, so its class has no name here.)"""
+class StatefulSession(Protocol):
+    """What a `LowRankSession` knows, as far as its state is concerned; the session imports this file."""
+
+    team: Team
+    policy: Policy
+    clock: Clock
+    scene: Scene
+    plan: Plan | None
+    notes: list[str]
+    seconds: dict[str, float]
+    step_ms: dict[str, deque[float]]
+
+    def install(self, plan: Plan, *, split: bool = True) -> None:
+        """Make the switch that a plan describes."""
+
+
+def session_state(session: StatefulSession) -> dict[str, Any]:
+    """See `LowRankSession.state_dict`."""
     clock, monitor = session.clock, session.scene.monitor
     profiles = {id(profile): profile for profile in session.scene.profiles.values()}
     return {
@@ -40,7 +60,7 @@ def session_state(session: Any) -> dict[str, Any]:
     }
 
 
-def restore_session(session: Any, state: dict[str, Any]) -> None:
+def restore_session(session: StatefulSession, state: dict[str, Any]) -> None:
     """See `LowRankSession.load_state_dict`."""
     dense = session.scene.model if session.plan is None else None
     plan, profiles = check_state(state, session.policy, session.clock, session.scene.monitor, dense)
@@ -103,7 +123,7 @@ def check_state(
         "step_ms",
         lambda s: (
             isinstance(s, dict)
-            and set(s) <= {"full-rank", "low-rank"}
+            and set(s) <= {FULL, LOW}
             and all(isinstance(t, list) and all(map(_is_number, t)) for t in s.values())
         ),
     )

@@ -3,7 +3,8 @@ refused with the fix where not.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,30 @@ from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import call_arguments, describe
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.profiling.timing import autocast
+
+log = logging.getLogger("fxrank")
 
 IGNORED = -100
 """The label that torch's cross-entropy leaves out."""
 LossFn = Callable[[Any, Any], Tensor]
+
+
+def first_batch(loader: Iterable[Any]) -> Any:
+    """The first batch of a loader that can be iterated again. Raises `TypeError` or `ValueError` for one that cannot or is
+    empty.
+    """
+    iterator = iter(loader)
+    if iterator is loader:
+        raise TypeError(
+            f"the loader must be iterable again for every epoch; got a one-pass {type(loader).__name__}. Pass a DataLoader or a list of batches."
+        )
+    try:
+        return next(iterator)
+    except StopIteration:
+        raise ValueError(
+            "the loader must yield at least one batch; it is empty. Check the data set, batch_size and drop_last."
+        ) from None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -77,6 +98,28 @@ def run_batch(model: nn.Module, batch: Any, loss_fn: LossFn | None) -> Outcome:
     loss = loss_of(outputs, targets, batch, loss_fn)
     correct, predictions = _correct(outputs, targets)
     return Outcome(loss, _examples(batch), correct, predictions)
+
+
+def check_loss(model: nn.Module, batch: Any, device: torch.device, amp: torch.dtype | None) -> None:
+    """Infer the loss of a batch in evaluation mode, before anything is changed; leaves the model in training mode. What the
+    model itself refuses is left for the tracer to name. Errors as of `run_batch`.
+    """
+    batch = to_device(batch, device)
+    inputs, targets = split_batch(batch)
+    if takes_targets(model, targets):
+        return  # its losses come in training mode, and there they would leave traces
+    args, kwargs = call_arguments(model, inputs)
+    devices = [device] if device.type == "cuda" else []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), autocast(device, amp):
+            outputs = model(*args, **kwargs)
+    except Exception as error:
+        log.debug("the model refused the first batch: %s", error)
+        return
+    finally:
+        model.train()
+    loss_of(outputs, targets, batch, None)
 
 
 def loss_of(outputs: Any, targets: Any, batch: Any, loss_fn: LossFn | None) -> Tensor:

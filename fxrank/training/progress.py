@@ -9,7 +9,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fxrank.distributed.team import Team
-from fxrank.session.session import FULL, LowRankSession
+from fxrank.session.session import LowRankSession
+from fxrank.session.state import FULL
 
 
 class Totals:

@@ -303,7 +303,7 @@ def full_disk(rank, size, folder):
         raise OSError("no space left on device")
 
     if rank == 0:
-        fxrank.training.keeper.write_plain = no_room
+        fxrank.resume.keeper.write_plain = no_room
     return refused(rank, size, folder, "")
 
 
@@ -315,7 +315,7 @@ def sharded(rank, size, folder):
     from torch.distributed import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    from fxrank.training.keeper import check_whole
+    from fxrank.resume.same_run import check_whole
 
     model = fully_shard(mlp(), mesh=init_device_mesh("cpu", (size,)))
     with pytest.raises(TypeError, match=r"holds whole tensors; '0\.weight' is sharded"):

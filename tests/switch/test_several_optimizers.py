@@ -274,7 +274,7 @@ def test_graphed_callables_are_refused_before_and_after_attaching():
     with pytest.raises(TypeError, match=text):
         train(model, optimizer, 8, batch)
     assert session.phase == "full-rank" and before == {name: id(p) for name, p in model.named_parameters()}
-    session._detach()
+    session.detach()
     with pytest.raises(TypeError, match=text):
         watched(model, optimizer, batch[0])
     graphed(model)

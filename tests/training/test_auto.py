@@ -16,7 +16,7 @@ import fxrank
 
 
 def test_two_arguments_are_enough(capsys, monkeypatch):
-    monkeypatch.setattr("fxrank.training.trainer.DEFAULT_EPOCHS", 2)
+    monkeypatch.setattr("fxrank.training.options.DEFAULT_EPOCHS", 2)
     model = Net()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fxrank.NothingFactorizedWarning)

@@ -1,0 +1,127 @@
+"""Everything that is examined before a session hooks anything: options, optimizers, the graph, its layers, their speed.
+
+Nothing of the user's is changed here. What is found is an `Attachment`, with which a session begins.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from fxrank.distributed.team import Team
+from fxrank.loggers import Logger
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.discovery.layer import Layer, stack_of
+from fxrank.passes.discovery.selection import Selector, candidates, require_some
+from fxrank.passes.discovery.stacks import stacks
+from fxrank.passes.model.calls import Example
+from fxrank.passes.profiling.timing import Profiler
+from fxrank.passes.spectra.exact import check_finite
+from fxrank.passes.tracing.trace import TracedModule, trace
+from fxrank.policies.base import Policy
+from fxrank.policies.monitor import RankMonitor
+from fxrank.policies.scene import Clock, Scene
+from fxrank.switch.averages import averaged_in
+from fxrank.switch.freeze import frozen_names
+from fxrank.switch.optimizer import optimizers_of, refused_by
+from fxrank.wrappers import check_not_graphed, own_forward
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """A model with its team and its optimizers, fit to be watched, and what is known of it before the first step; `scene` has
+    the layers and, where the policy wants them, the profiles and a monitor without a sample.
+    """
+
+    team: Team
+    optimizers: tuple[Optimizer, ...]
+    policy: Policy
+    clock: Clock
+    example: Example
+    graph_module: TracedModule
+    scene: Scene
+    averages: tuple[nn.Module, ...]
+    logger: Logger | None
+    """What all processes call; the first one's writes."""
+
+
+def clock_of(total_steps: int, steps_per_epoch: int | None) -> Clock:
+    """The clock of a training that begins; without `steps_per_epoch` it is one epoch. Raises `ValueError`."""
+    steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
+    if total_steps < 1 or steps_per_epoch < 1:
+        raise ValueError(
+            f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
+        )
+    return Clock(0, total_steps, steps_per_epoch)
+
+
+def examine(
+    team: Team,
+    optimizer: Optimizer | Sequence[Optimizer],
+    policy: Policy,
+    clock: Clock,
+    example_inputs: Example,
+    *,
+    include: Iterable[Selector] | Selector = (),
+    exclude: Iterable[Selector] | Selector = (),
+    amp: torch.dtype | None = None,
+    seed: int = 0,
+    logger: Logger | None = None,
+    followers: Iterable[nn.Module] = (),
+    state: dict[str, Any] | None = None,
+) -> Attachment:
+    """Check all that `LowRankSession.attach` is given, trace the model, list its layers and, without a `state` that has the
+    timings already, profile them. Errors as of `LowRankSession.attach`.
+    """
+    team.check_alike(
+        total_steps=clock.total_steps, steps_per_epoch=clock.steps_per_epoch, state="one" if state else "none"
+    )
+    model = team.model
+    check_not_graphed(model)
+    optimizers = optimizers_of(optimizer, model)
+    averages = tuple(averaged_in(follower, model) for follower in followers)
+    frozen_names(model, policy.training.freeze)
+    if policy.known_plan is not None:
+        team.check_plan(policy.known_plan)
+    structure = team.structure
+    with own_forward(structure):
+        graph_module = trace(structure, team.example(example_inputs))
+    layers = candidates(discover(graph_module, structure), structure, include=include, exclude=exclude)
+    scene = Scene(structure, _checked(layers, team, optimizers, policy))
+    logger = team.logger(logger)
+    _profile(scene, team, policy, amp, known=state is not None)
+    detector = policy.detector(clock)
+    if detector is not None:
+        scene.monitor = RankMonitor(
+            scene.layers, structure, detector, policy.interval(clock), seed=seed, agree=team.agree
+        )
+    return Attachment(team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger)
+
+
+def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], policy: Policy) -> list[Layer]:
+    """The layers, with a reason for those that the engine or an optimizer does not let go. Raises for weights that are not
+    finite, and where a switch is wanted and nothing is left for it.
+    """
+    known = policy.known_plan
+    layers = refused_by(optimizers, team.refused(layers), team.model, () if known is None else known.R)
+    for layer in layers:
+        if layer.reason is None:
+            check_finite(stack_of(layer, team.structure), layer.name)
+    if policy.may_switch:
+        require_some(layers)
+    return layers
+
+
+def _profile(scene: Scene, team: Team, policy: Policy, amp: torch.dtype | None, *, known: bool) -> None:
+    """Time the stacks, if the policy asks for it, in the first process for all; the profiles of a state that is `known` come
+    with it.
+    """
+    if policy.speedup_needed is None:
+        return
+    profiler = scene.profiler = Profiler(scene.model, next(team.model.parameters()).device, amp=amp)
+    measured = [] if known else stacks(scene.layers)
+    for profile in team.agree(lambda: [profiler.stack(stack, policy.probe) for stack in measured]):
+        scene.profiles.update(dict.fromkeys(profile.names, profile))
