@@ -28,7 +28,8 @@ class Policy(ABC):
     BatchNorm between the factors of convolutions. `lr_scale` multiplies the scheduled learning rate after the
     switch; `rewarmup` is the share of the run over which it ramps up linearly from there, never above the schedule.
     `form` is `"channel"` (one pair a layer), `"qkv"` (a fused projection of queries, keys and values gets a pair for
-    each third) or `"auto"` (of the two, at the same number of parameters, the one with the smaller truncation error).
+    each third), `"auto"` (of the two, at the same number of parameters, the one with the smaller truncation error),
+    `"spatial"` (two-dimensional kernels get one down and one across), or one of `register_pair`; layers without it keep theirs.
     `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
     papers' BERT recipe.
     """

@@ -122,6 +122,7 @@ def _profile(scene: Scene, team: Team, policy: Policy, amp: torch.dtype | None, 
     if policy.speedup_needed is None:
         return
     profiler = scene.profiler = Profiler(scene.model, next(team.model.parameters()).device, amp=amp)
-    measured = [] if known else stacks(scene.layers)
+    # A stack is worth what its pairs in the form to come are.
+    measured = [] if known else stacks([layer.if_in_form(policy.form) for layer in scene.layers])
     for profile in team.agree(lambda: [profiler.stack(stack, policy.probe) for stack in measured]):
         scene.profiles.update(dict.fromkeys(profile.names, profile))
