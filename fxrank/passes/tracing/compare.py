@@ -3,7 +3,6 @@
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,13 +10,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import Example, call_arguments, describe
-from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.spectra.exact import singular_values, truncation_error
-from fxrank.passes.model.weights import weight_of
-
-
-
-
 
 
 def largest_difference(a: Any, b: Any) -> float:

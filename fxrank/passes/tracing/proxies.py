@@ -1,19 +1,11 @@
 """Proxies that know their value, and how Python's questions about them are answered while a trace is on."""
 
-import builtins
-import functools
-import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, fx, overrides
-from torch.fx import _symbolic_trace
-from torch.nn.modules import transformer
-from torch.utils import _pytree as pytree
-from torch.utils import checkpoint
+from torch import Tensor, fx
 
 
 class ValueProxy(fx.Proxy):
@@ -139,13 +131,3 @@ def values_of(tree: Any) -> Any:
     if isinstance(tree, slice):
         return slice(values_of(tree.start), values_of(tree.stop), values_of(tree.step))
     return tree
-
-
-
-
-
-
-
-
-
-

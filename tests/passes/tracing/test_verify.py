@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.tracing.compare import largest_difference, output_difference
-from fxrank.passes.pairs.error import pair_error
 
 NAN, INF = float("nan"), float("inf")
 
