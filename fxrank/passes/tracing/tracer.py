@@ -15,10 +15,11 @@ from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import dense_type
-from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.passes.pairs.registry import dense_type
 from fxrank.passes.tracing.fake_values import Values
+from fxrank.passes.tracing.patches import graph_by_fx, python_asks_the_values
+from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -74,7 +75,8 @@ class ValueTracer(fx.Tracer):
         for module in marked:
             vars(module)["training"] = Mode(module.training, self._note_mode)
         try:
-            return super().trace(root, concrete_args)
+            with python_asks_the_values(self) as patches:
+                return graph_by_fx(self, root, concrete_args, patches)
         finally:
             for module, training in zip(marked, before, strict=True):
                 vars(module)["training"] = training
@@ -170,7 +172,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = values_of((tuple(args), dict(kwargs)))
         self._evaluating = True
         if self.isinstance:
-            builtins.isinstance = self.isinstance[0]  # no proxies from here on, and torch asks it very often
+            # No proxies from here on, and torch asks it very often. Either one gives other threads the same answers.
+            builtins.isinstance = self.isinstance[0]
         try:
             with torch.no_grad():
                 if kind == "call_module":
