@@ -45,6 +45,7 @@ from fxrank.switch.later_steps import FactorRegime
 from fxrank.switch.optimizer import optimizers_of, refused_by, swap_parameters
 from fxrank.switch.plan_of import has_plan, remember_plan
 from fxrank.switch.step_hooks import is_outermost
+from fxrank.torch_private.steps import call_first
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast, own_forward
 
 FULL, LOW = "full-rank", "low-rank"
@@ -215,8 +216,7 @@ class LowRankSession:
         if regime is None or not is_outermost(optimizer):
             return None
         # The first of all: a user's hook, one that steps a scheduler say, finds the learning rate as scheduled.
-        hooks: Any = optimizer._optimizer_step_post_hooks
-        hooks.move_to_end(self._after[optimizer].id, last=False)
+        call_first(optimizer, self._after[optimizer])
         if len(args) > 1 and callable(args[1]):
             return (args[0], regime.before_step(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):
