@@ -10,11 +10,11 @@ import torch
 from torch import fx, overrides
 from torch.fx import _symbolic_trace
 from torch.nn.modules import transformer
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
 from fxrank.passes.tracing.one_thread import Patches, tracing_here, turn, with_globals
 from fxrank.passes.tracing.proxies import ValueProxy
+from fxrank.torch_private import pytree
 
 _FACTORIES = (
     "arange",

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
@@ -36,6 +35,8 @@ from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
+from fxrank.torch_private import pytree
+from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
 
 TOLERANCE = 1e-4
 """Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""
@@ -63,9 +64,8 @@ class TracedModule(fx.GraphModule):
         super().__init__(dict(constants), fx.Graph(), type(model).__name__)
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
-        self._modules.update(model._modules)
-        self._parameters.update(model._parameters)
-        self._buffers.update(model._buffers)
+        for own in (own_children, own_parameters, own_buffers):
+            own(self).update(own(model))  # type: ignore[arg-type]
         self.training = model.training
         self.graphs = graphs
         self.leaves, self.regions, self.notes = {}, {}, []
