@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer
@@ -18,6 +17,7 @@ from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
+from fxrank.torch_private import pytree
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.torch_private.kernels import inside_backward
+
 _INSIDE = ("optimizer", "base_optimizer", "_base_optimizer", "optim")
 """Where wrappers keep the optimizer inside: Accelerate and Lightning; sharpness-aware ones; timm's Lookahead; torch's
 PostLocalSGDOptimizer.
@@ -91,7 +93,7 @@ def check_not_captured() -> None:
 
 def check_outside_backward() -> None:
     """Raise `RuntimeError` in the middle of a backward pass."""
-    if torch._C._current_graph_task_id() != -1:
+    if inside_backward():
         raise RuntimeError(
             "a switch replaces parameters, which must not happen while gradients are on their way to them; this optimizer steps inside backward(), "
             "from a hook. Step after it."

@@ -1,3 +1,6 @@
-"""Several processes that train one model: what they decide and send (`team`), torch's engines under it (`ddp`, `sharded`), and
-one checkpoint for all (`shares`).
+"""Several processes that train one model: what they decide and send (`team`), how they are started (`launch`), and what becomes
+of torch's engines under it at the switch (`ddp`, `fsdp2`).
+
+May import: loggers, passes, plan, switch, torch_private.
+Start reading: team.py.
 """

@@ -1,19 +1,28 @@
 """A `DistributedDataParallel` whose parameters are replaced.
 
 The wrapper stays the user's object: its reducer, which knows parameters that are gone, is made anew with the wrapper's own
-options, and its communication hooks move over. Torch has no public call for that, so this file uses what its wrapper keeps inside.
+options, and its communication hooks move over.
 """
 
-import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxrank.passes.model.names import own_name
+from fxrank.torch_private.ddp import (
+    averaged,
+    comm_hooks,
+    delays_all_reduce,
+    forget_comm_hooks,
+    inside,
+    is_joined,
+    reduce_anew,
+    reduces_in_python,
+    wrappers,
+)
 
 
 def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
@@ -21,11 +30,11 @@ def wrapper_around(model: nn.Module) -> DistributedDataParallel | None:
     has none (yet). One of a list of its parameters, as `replicate` makes it, counts too.
     """
     ours = {id(p) for p in model.parameters()}
-    for wrapper in _wrappers():
-        inside = wrapper.__dict__.get("_modules", {}).get("module")
-        if isinstance(inside, nn.ParameterList) and ours.intersection(map(id, inside)):
+    for wrapper in wrappers():
+        whole = inside(wrapper)
+        if isinstance(whole, nn.ParameterList) and ours.intersection(map(id, whole)):
             return wrapper
-        if inside is not None and any(module is model for module in inside.modules()):
+        if whole is not None and any(module is model for module in whole.modules()):
             return wrapper
     return None
 
@@ -37,14 +46,10 @@ def rewrap_all(gone: Iterable[nn.Parameter], keep_hooks: bool = True) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 0
     ours = {id(p) for p in gone}
-    wrappers = [w for w in _wrappers() if ours.intersection(map(id, w.__dict__.get("_module_parameters", ())))]
-    for wrapper in wrappers:
+    found = [wrapper for wrapper in wrappers() if ours.intersection(map(id, averaged(wrapper)))]
+    for wrapper in found:
         rewrap(wrapper, keep_hooks)
-    return len(wrappers)
-
-
-def _wrappers() -> Iterator[DistributedDataParallel]:
-    return (thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel))
+    return len(found)
 
 
 def check_wrapper(wrapper: DistributedDataParallel) -> None:
@@ -55,9 +60,9 @@ def check_wrapper(wrapper: DistributedDataParallel) -> None:
             "of the old ones. Wrap the model in DistributedDataParallel, or shard it with fully_shard."
         )
     for option, value, way_out in (
-        ("delay_all_reduce_named_params", wrapper._delay_all_reduce_params, "Leave it out"),
+        ("delay_all_reduce_named_params", delays_all_reduce(wrapper), "Leave it out"),
         ("mixed_precision", wrapper.mixed_precision, "Use torch.autocast"),
-        ("optimize_ddp='python_reducer'", getattr(wrapper, "_use_python_reducer", False), "Use the default reducer"),
+        ("optimize_ddp='python_reducer'", reduces_in_python(wrapper), "Use the default reducer"),
     ):
         if value:
             raise TypeError(
@@ -67,12 +72,7 @@ def check_wrapper(wrapper: DistributedDataParallel) -> None:
 
 def check_not_joined(wrapper: DistributedDataParallel) -> None:
     """Raise `RuntimeError` inside `with wrapper.join()`, where a process that has left no longer answers."""
-    from torch.distributed.algorithms.join import Join
-
-    # the mark stays on the wrapper after the block; what made it does not
-    if wrapper._join_config.enable and any(
-        type(thing) is Join and thing._enable and wrapper in thing._joinables for thing in gc.get_objects()
-    ):
+    if is_joined(wrapper):
         raise RuntimeError(
             "all processes must take part in the rank samples and the switch; inside DistributedDataParallel.join() some may have left. Give all "
             "equally many batches (DistributedSampler, drop_last) until the switch is made, and join() after it."
@@ -101,45 +101,12 @@ def rewrap(wrapper: DistributedDataParallel, keep_hooks: bool = True) -> None:
     hooks: gradients are then averaged as they are. PowerSGD's memory, which has the shapes of the old buckets, is
     emptied, and it starts again after the two plain iterations that a new reducer needs (Vogels et al. 2019).
     """
-    wrapper._module_parameters = [
-        p for name, p in wrapper.module.named_parameters() if name not in wrapper.parameters_to_ignore
-    ]
-    parameters, sparse = wrapper._build_params_for_reducer()
-    names = wrapper._build_debug_param_to_name_mapping(parameters)
-    static, wrapper.static_graph = wrapper.static_graph, False
-    wrapper._ddp_init_helper(parameters, sparse, names, static)
-    wrapper._has_rebuilt_buckets = False
-    if static:  # its first iteration is special, and comes again
-        wrapper._set_static_graph()
-        _synchronise_first(wrapper)
-    hooks, wrapper._comm_hooks = wrapper._comm_hooks, []
+    reduce_anew(wrapper)
+    hooks = comm_hooks(wrapper)
+    forget_comm_hooks(wrapper)
     for hook, state in hooks if keep_hooks else ():
         _restart(state)
         wrapper.register_comm_hook(state, hook)
-
-
-def _synchronise_first(wrapper: DistributedDataParallel) -> None:
-    """Let the first backward average the gradients inside `no_sync` too: torch records a static graph in it, and fails if it
-    does not. What is averaged once more with the rest stays the same.
-    """
-    asked = True
-
-    def before(*_: Any) -> None:
-        nonlocal asked
-        asked = wrapper.require_backward_grad_sync
-        if not wrapper._static_graph_delay_allreduce_enqueued:  # set by that backward
-            wrapper.require_backward_grad_sync = asked or torch.is_grad_enabled()
-            return
-        for handle in handles:
-            handle.remove()
-
-    def after(*_: Any) -> None:
-        wrapper.require_backward_grad_sync = asked
-
-    handles = [
-        wrapper.register_forward_pre_hook(before),
-        wrapper.register_forward_hook(after, prepend=True, always_call=True),
-    ]
 
 
 def _restart(state: Any) -> None:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from fxrank.distributed.ddp import check_not_joined, check_wrapper, ignored_paths, rewrap_all, wrapper_around
-from fxrank.distributed.fsdp2 import Shards, is_sharded
+from fxrank.distributed.fsdp2 import Shards
 from fxrank.loggers import Logger, check_logger
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.calls import Example
@@ -27,6 +27,8 @@ from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.switch.apply_plan import Factors, Replacement, apply_plan
 from fxrank.switch.sites import sites
+from fxrank.torch_private.dtensor import is_sharded
+from fxrank.torch_private.modules import COMPILED, own_children
 
 T = TypeVar("T")
 
@@ -325,7 +327,8 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
     inner = uncompiled(model)
     while model is not inner:
         yield model
-        model = model._modules.get("_orig_mod") or model._modules["module"]  # type: ignore[assignment]
+        outer = own_children(model)
+        model = outer.get(COMPILED) or outer["module"]  # type: ignore[assignment]
 
 
 def check_optimizer(optimizer: Any) -> None:

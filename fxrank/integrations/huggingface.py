@@ -45,6 +45,7 @@ from fxrank.saving.plainfile import read_plain, write_plain
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import LOW
 from fxrank.switch.plan_of import has_plan, plan_of
+from fxrank.torch_private.modules import times_written
 from fxrank.training.batches import to_device
 
 log = logging.getLogger("fxrank")
@@ -324,7 +325,7 @@ def _save_plan(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def _factor_versions(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Names of the factors, each with what changes when weights are loaded into it."""
     pairs = [(path, module) for path, module in model.named_modules() if isinstance(module, FactorPair)]
-    return {f"{path}.{n}": (id(p), p._version) for path, pair in pairs for n, p in pair.named_parameters()}
+    return {f"{path}.{n}": (id(p), times_written(p)) for path, pair in pairs for n, p in pair.named_parameters()}
 
 
 def _declare_ties(model: nn.Module) -> None:

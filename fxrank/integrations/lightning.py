@@ -146,7 +146,8 @@ class LowRankCallback(Callback):  # type: ignore[misc]
                 )
             batch = example_batch(loader)
             with random_untouched():  # as the training loop does it
-                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+                batch = trainer.precision_plugin.convert_input(batch)
+                batch = pl_module._on_before_batch_transfer(batch)  # noqa: SLF001 (Lightning has no public name for it)
                 batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
             example = model_inputs(model, batch)
         self.plan = None

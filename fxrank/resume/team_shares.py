@@ -25,6 +25,7 @@ from fxrank.distributed.team import Team
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.names import own_name
 from fxrank.saving.plainfile import pack, unpack
+from fxrank.torch_private.ddp import buckets, comm_hooks, laying, reduced
 
 OWN: dict[str, type] = {
     "first_random": dict,
@@ -127,45 +128,35 @@ def buckets_of(team: Team) -> Buckets | None:
     sparse gradients, of which torch does not tell.
     """
     wrapper = team.wrapper
-    if wrapper is None or any(wrapper._build_params_for_reducer()[1]):
+    found = None if wrapper is None else buckets(wrapper)
+    if found is None:
         return None
-    # The next forward would lay them anew, in the order in which the gradients came. All processes do it here, and there
-    # nothing is left to do.
-    if wrapper.reducer._rebuild_buckets():
-        wrapper._has_rebuilt_buckets = True
     names = {id(parameter): own_name(name) for name, parameter in team.model.named_parameters()}
-    buckets = wrapper.reducer._get_zeros_like_grad_buckets()
-    return [[names[id(parameter)] for parameter in bucket.parameters()] for bucket in buckets]
+    return [[names[id(parameter)] for parameter in bucket] for bucket in found]
 
 
-def lay_buckets(team: Team, buckets: Buckets | None) -> None:
+def lay_buckets(team: Team, wanted: Buckets | None) -> None:
     """Let the wrapper of a fresh process send its gradients in these buckets from the first iteration on."""
     wrapper = team.wrapper
-    if buckets is None or wrapper is None or buckets == buckets_of(team):
+    if wanted is None or wrapper is None or wanted == buckets_of(team):
         return
     number = {name: index for index, name in enumerate(_reduced(wrapper, team.model))}
-    if sorted(name for bucket in buckets for name in bucket) != sorted(number):
+    if sorted(name for bucket in wanted for name in bucket) != sorted(number):
         return  # other parameters are ignored now; the wrapper's own lay-out serves them
-    indices = [[number[name] for name in bucket] for bucket in reversed(buckets)]
-
-    engine: Any = dist
-    divide = engine._compute_bucket_assignment_by_size
-    engine._compute_bucket_assignment_by_size = lambda *_: (indices, [wrapper.bucket_bytes_cap] * len(indices))
-    try:
+    indices = [[number[name] for name in bucket] for bucket in reversed(wanted)]
+    with laying(wrapper, indices):
         rewrap(wrapper)
-    finally:
-        engine._compute_bucket_assignment_by_size = divide
 
 
 def hooks_with_memory(team: Team) -> list[str]:
     """Names of the wrapper's communication hooks that carry something from step to step."""
-    hooks = [] if team.wrapper is None else team.wrapper._comm_hooks
+    hooks = [] if team.wrapper is None else comm_hooks(team.wrapper)
     return [hook.__name__ for hook, state in hooks if state is not None and not isinstance(state, dist.ProcessGroup)]
 
 
 def _reduced(wrapper: DistributedDataParallel, model: nn.Module) -> list[str]:
     names = {id(parameter): own_name(name) for name, parameter in model.named_parameters()}
-    return [names[id(parameter)] for parameter in wrapper._build_params_for_reducer()[0]]
+    return [names[id(parameter)] for parameter in reduced(wrapper)]
 
 
 def _marks(model: dict[str, Any], optimizer: dict[str, Any]) -> dict[tuple[str, Any, str], str]:

@@ -22,7 +22,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxrank.distributed.ddp import rewrap_all
-from fxrank.distributed.fsdp2 import is_sharded, whole
 from fxrank.passes.errors import CheckpointError, PlanMismatchError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
@@ -31,6 +30,7 @@ from fxrank.saving.plainfile import pack, unpack, unstorable
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import plan_of
 from fxrank.switch.sites import sites
+from fxrank.torch_private.dtensor import is_sharded, whole
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxrank.switch.later_steps import FactorRegime
 from fxrank.switch.step_hooks import is_outermost
+from fxrank.torch_private.steps import call_first
 
 
 class StepHooks:
@@ -57,8 +58,7 @@ class StepHooks:
         if regime is None or not is_outermost(optimizer):
             return None
         # The first of all: a user's hook, one that steps a scheduler say, finds the learning rate as scheduled.
-        hooks: Any = optimizer._optimizer_step_post_hooks
-        hooks.move_to_end(self._after[optimizer].id, last=False)
+        call_first(optimizer, self._after[optimizer])
         if len(args) > 1 and callable(args[1]):
             return (args[0], regime.before_step(args[1]), *args[2:]), kwargs
         if callable(kwargs.get("closure")):

@@ -17,6 +17,7 @@ from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.plan import Plan
 from fxrank.switch.plan_of import _NESTED, remember_plan
 from fxrank.switch.sites import Site, sites
+from fxrank.torch_private.modules import own_children, own_parameters
 
 _WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
@@ -128,10 +129,10 @@ def take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
 
 def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:
     """Bring a model's graphs, and those of its regions, up to date with pairs installed at these paths."""
-    if WHOLE not in gm._modules:
-        gm._modules.update(model._modules)
-        for name in gm._parameters.keys() & model._modules.keys():
-            del gm._parameters[name]
+    if WHOLE not in own_children(gm):
+        own_children(gm).update(own_children(model))
+        for name in own_parameters(gm).keys() & own_children(model).keys():
+            del own_parameters(gm)[name]
     pairs = {path: pair for path in paths if isinstance(pair := model.get_submodule(path), FactorPair)}
     Factorize(pairs=pairs)(gm)
     for region, inner in gm.regions.items():

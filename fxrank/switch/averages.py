@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.distributed.fsdp2 import is_sharded
 from fxrank.passes.model.names import module_at, own_name
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
@@ -33,6 +32,8 @@ from fxrank.passes.spectra.exact import check_finite
 from fxrank.plan import Plan
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.sites import sites
+from fxrank.torch_private.dtensor import is_sharded
+from fxrank.torch_private.modules import COMPILED, own_children
 
 
 def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:
@@ -70,7 +71,8 @@ def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:
 def _unwrapping(module: nn.Module | None) -> Iterator[nn.Module]:
     while module is not None:
         yield module
-        module = module._modules.get("_orig_mod") or module._modules.get("module")
+        inside = own_children(module)
+        module = inside.get(COMPILED) or inside.get("module")
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxrank.distributed.fsdp2 import placed_like, whole
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.decays import Way, way_of_decay
 from fxrank.switch.step_hooks import restore_after_failure, restore_lr, scale_lr, unscale_lr
+from fxrank.torch_private.dtensor import placed_like, whole
 from fxrank.wrappers import outside_autocast
 
 

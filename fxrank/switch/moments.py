@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxrank.distributed.fsdp2 import placed_like, whole
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.switch.averages import fitted
+from fxrank.torch_private.dtensor import placed_like, whole
 
 State = dict[str, Any]
 _LINEAR = {"momentum_buffer", "exp_avg", "grad_avg", "prev"}

@@ -2,7 +2,6 @@
 scaled while it lasts.
 """
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -11,10 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
-"""What torch puts around the `step` of every class that was ever built; it calls the hooks."""
-_MAKES_STATE = "_init_optim_state"
-"""The function of `torch.distributed.checkpoint.state_dict` that steps."""
+from fxrank.torch_private.steps import steps_running
 
 
 def is_outermost(optimizer: Optimizer) -> bool:
@@ -23,15 +19,10 @@ def is_outermost(optimizer: Optimizer) -> bool:
 
     A class whose `step` calls `super().step()` has its hooks called for both, if an optimizer of the parent class was built
     somewhere. `torch.distributed.checkpoint` steps an optimizer without state, with zeros for gradients and learning rates,
-    when its state is asked for or loaded. The frames tell it without a count, which a step that raises would leave wrong.
+    when its state is asked for or loaded.
     """
-    found, frame = 0, sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == _MAKES_STATE:
-            return False
-        found += frame.f_code is _HOOKED and frame.f_locals.get("self") is optimizer
-    return found <= 1  # none where torch.compile has made other frames of them
+    running = steps_running(optimizer)
+    return running is not None and running <= 1
 
 
 class _Scaled(NamedTuple):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import call_arguments, describe
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.profiling.timing import autocast
+from fxrank.torch_private import pytree
 
 log = logging.getLogger("fxrank")
 

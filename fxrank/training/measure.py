@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxrank.distributed.fsdp2 import local
 from fxrank.plan import Plan
+from fxrank.torch_private.dtensor import local
 
 
 class StepMemory:

@@ -14,6 +14,7 @@ from fxrank.passes.model.weights import computed_part
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight, form_when_read
 from fxrank.passes.pairs.registry import dense_type, forms_of, why_none
+from fxrank.torch_private.modules import weight_names
 
 Found = Iterable[tuple[Tensor, Layer]]
 COMPUTED = "its layer's weight or bias is computed, as after pruning; make it a parameter first, after pruning with prune.remove"
@@ -58,7 +59,7 @@ def _of_attention(module: nn.MultiheadAttention, path: str, node: fx.Node, names
 def _of_recurrent(module: nn.RNNBase, path: str, node: fx.Node) -> Found:
     steps = math.prod(first_shape(node)[:-1])
     for name, parameter in module.named_parameters(recurse=False):
-        if name not in module._flat_weights_names and parameter.ndim >= 2:
+        if name not in weight_names(module) and parameter.ndim >= 2:
             yield parameter, unsupported(joined(path, name), "parameter", parameter, COMPUTED, node.name)
         elif parameter.ndim >= 2:
             yield _raw(module, name, path, Use(node.name, (steps, parameter.shape[1]), positions=steps))

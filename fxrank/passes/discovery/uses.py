@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+
+from fxrank.torch_private import pytree
+from fxrank.torch_private.kernels import GROUPED
 
 
 @dataclass(frozen=True)
@@ -185,8 +187,5 @@ _FUNCTIONS: dict[Any, Callable[[fx.Node, fx.Node], Any]] = {
     torch.einsum: _einsum,
     **dict.fromkeys(_CONVOLUTIONS, _convolution),
 }
-if hasattr(torch, "_grouped_mm"):
-    _FUNCTIONS[torch._grouped_mm] = _grouped
-if hasattr(F, "grouped_mm"):
-    _FUNCTIONS[F.grouped_mm] = _grouped
+_FUNCTIONS |= dict.fromkeys(GROUPED, _grouped)
 _METHODS = dict.fromkeys(("matmul", "mm", "bmm", "mv"), _either(0))

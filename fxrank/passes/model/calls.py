@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.torch_private import pytree
 
 Example = Any
 """One call's inputs: a tensor (the only argument), a tuple or list (positional), or a mapping (keywords); values

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import nn
 
-_INSIDE = ("_orig_mod", "_checkpoint_wrapped_module")
+from fxrank.torch_private.modules import CHECKPOINTED, COMPILED, own_children
+
+_INSIDE = (COMPILED, CHECKPOINTED)
 
 
 def own_name(name: str) -> str:
@@ -27,7 +29,7 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    while (inner := next((m for n in _INSIDE if (m := module._modules.get(n)) is not None), None)) is not None:
+    while (inner := next((m for n in _INSIDE if (m := own_children(module).get(n)) is not None), None)) is not None:
         module = inner
     return module
 

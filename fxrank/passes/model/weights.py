@@ -15,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from fxrank.passes.errors import PlanMismatchError
+from fxrank.torch_private.modules import own_buffers, own_parameters, pre_hooks
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -61,7 +62,7 @@ def computed_part(layer: nn.Module) -> str | None:
     `is_derived` is none of them. Nothing is read: that would leave a node in a graph being traced.
     """
     for name in ("weight", "bias"):
-        computed = vars(layer).get(name) is not None or layer._buffers.get(name) is not None
+        computed = vars(layer).get(name) is not None or own_buffers(layer).get(name) is not None
         if (computed or parametrize.is_parametrized(layer, name)) and (name == "bias" or not is_derived(layer)):
             return name
     return None
@@ -78,14 +79,14 @@ def check_not_computed(layer: nn.Module, name: str) -> None:
 
 def drop_norm_hooks(layer: nn.Module) -> None:
     """Take off the forward pre-hooks that derive a weight."""
-    hooks = layer._forward_pre_hooks
+    hooks = pre_hooks(layer)
     for key in [k for k, h in hooks.items() if isinstance(h, (WeightNorm, SpectralNorm))]:
         del hooks[key]
 
 
 def _old_norm(layer: nn.Module) -> Any:
     norms = (WeightNorm, SpectralNorm)
-    hooks = layer._forward_pre_hooks.values()
+    hooks = pre_hooks(layer).values()
     return next((h for h in hooks if isinstance(h, norms) and h.name == "weight"), None)
 
 
@@ -131,7 +132,7 @@ def standardizes(layer: nn.Module) -> bool:
     al. 2019, weight standardization; `StdConv2d` and `ScaledStdConv2d` in timm). Found out by calling it once.
     """
     kind = type(layer)
-    own = layer._parameters.get("weight")  # reading `.weight` would leave a node in a graph being traced
+    own = own_parameters(layer).get("weight")  # reading `.weight` would leave a node in a graph being traced
     if not isinstance(layer, nn.Conv2d) or kind.forward is nn.Conv2d.forward or own is None:
         return False
     if kind not in _STANDARDIZING:

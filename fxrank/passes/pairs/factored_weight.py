@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from fxrank.torch_private import pytree
+from fxrank.torch_private.compile import leave_to_python
+from fxrank.torch_private.kernels import NN_FUNCTIONS, tensor_without_numbers, without_torch_function
 
 PRODUCTS: dict[Any, Callable[..., Any]] = {}
 """What is done through the factors, by torch's own function; filled by `product`. A function here may answer
@@ -36,7 +39,7 @@ _ASSIGNING = {"__setitem__", "__delitem__"} | {
 }
 _WRITERS = {
     getattr(place, name): name
-    for place in (Tensor, torch, torch.nn.functional, torch.nn.init, torch._C._nn)
+    for place in (Tensor, torch, torch.nn.functional, torch.nn.init, NN_FUNCTIONS)
     for name in dir(place)
     if name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
 }
@@ -111,7 +114,7 @@ class Factored:
     ) -> Any:
         kwargs = dict(kwargs or {})
         if issubclass(cls, Tensor) and func in _LOOKS:  # in this order: dynamo of torch 2.8 cannot look into sets
-            with torch._C.DisableTorchFunctionSubclass():
+            with without_torch_function():
                 return func(*args, **kwargs)
         product = PRODUCTS.get(func)
         if product is not None:
@@ -136,7 +139,7 @@ class FactoredWeight(Factored, Tensor):  # type: ignore[misc]
 
     @staticmethod
     def __new__(cls, u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False) -> "FactoredWeight":
-        self: FactoredWeight = Tensor._make_wrapper_subclass(
+        self: FactoredWeight = tensor_without_numbers(
             cls, shape, dtype=u.dtype, device=u.device, requires_grad=u.requires_grad or v.requires_grad
         )
         self.u, self.v, self.flipped = u, v, flipped
@@ -215,7 +218,7 @@ def _in_order(left: Any, right: Any) -> tuple[Any, Any]:
     as_given = left.shape[-1] == right.shape[-2]
     swapped = right.shape[-1] == left.shape[-2 if left.ndim > 1 else -1]
     if as_given and swapped:
-        torch._dynamo.graph_break("x @ w or w @ x? Both are square; write torch.matmul(x, w), which says so")
+        leave_to_python("x @ w or w @ x? Both are square; write torch.matmul(x, w), which says so")
     return (left, right) if as_given else (right, left)
 
 

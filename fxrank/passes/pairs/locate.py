@@ -8,6 +8,7 @@ from torch import nn
 from fxrank.passes.model.names import module_at
 from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.pairs.registry import dense_type
+from fxrank.torch_private.modules import own_parameters
 
 
 def dense_at(model: nn.Module, name: str) -> nn.Module:
@@ -16,7 +17,7 @@ def dense_at(model: nn.Module, name: str) -> nn.Module:
     """
     owner_path, _, attribute = name.rpartition(".")
     owner = module_at(model, owner_path)
-    if owner._parameters.get(attribute) is not None:
+    if own_parameters(owner).get(attribute) is not None:
         return RawWeight(owner, attribute)
     return module_at(model, name)
 
@@ -26,7 +27,7 @@ def holders(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module,
     owner itself.
     """
     for module in model.modules():
-        for attribute, parameter in module._parameters.items():
+        for attribute, parameter in own_parameters(module).items():
             if parameter is weight:
                 whole = attribute == "weight" and dense_type(module) is not None
                 layer = module if whole else RawWeight(module, attribute)

@@ -12,12 +12,14 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
 from fxrank.passes.pairs.recurrent import steps
 from fxrank.passes.pairs.registry import register_pair
+from fxrank.torch_private import pytree
+from fxrank.torch_private.compile import compiles_recurrent
+from fxrank.torch_private.modules import own_parameters
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 KERNELS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -43,7 +45,7 @@ class RawWeight(nn.Module):
     def __init__(self, owner: nn.Module, attribute: str) -> None:
         """The parameter `attribute` of `owner`; neither is changed."""
         super().__init__()
-        self.weight = owner._parameters[attribute]
+        self.weight = own_parameters(owner)[attribute]
         self.gates = gates(owner, attribute)
         self.stacked = False
         self.recurrent = isinstance(owner, nn.RNNBase)
@@ -152,7 +154,7 @@ class LowRankWeight(FactorPair):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in KERNELS and torch.compiler.is_dynamo_compiling() and not torch._dynamo.config.allow_rnn:
+        if func in KERNELS and torch.compiler.is_dynamo_compiling() and not compiles_recurrent():
             return torch.compiler.disable(_with_weights)(func, args, kwargs or {})
         return _with_weights(func, args, kwargs or {})
 

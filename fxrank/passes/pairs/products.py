@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxrank.passes.pairs.factored_weight import PRODUCTS, CompiledWeight, Factored, FactoredWeight, in_torchscript_trace
+from fxrank.torch_private.kernels import GROUPED
 
 
 def _getter(name: str) -> Any:
@@ -94,8 +95,8 @@ def _grouped_mm(x: Any, weight: Any, *, offs: Any = None, bias: Any = None, out_
     missing = -rank % (16 // weight.u.element_size())
     if missing:
         first, second = F.pad(first, (0, missing)), F.pad(second, (0, 0, 0, missing))
-    middle = torch._grouped_mm(x, first, offs=offs)
-    return torch._grouped_mm(middle, second, offs=offs, out_dtype=out_dtype)
+    middle = GROUPED[0](x, first, offs=offs)
+    return GROUPED[0](middle, second, offs=offs, out_dtype=out_dtype)
 
 
 def _embedding(
@@ -317,7 +318,7 @@ PRODUCTS.update(
         **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
     }
 )
-if hasattr(torch, "_grouped_mm"):
-    PRODUCTS[torch._grouped_mm] = _grouped_mm
-if hasattr(F, "grouped_mm"):
-    PRODUCTS[F.grouped_mm] = lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs)
+PRODUCTS.update(
+    dict.fromkeys(GROUPED[:1], _grouped_mm)
+    | dict.fromkeys(GROUPED[1:], lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs))
+)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.pairs.base import Norm
+from fxrank.torch_private import pytree
 
 
 def calibrate_on(

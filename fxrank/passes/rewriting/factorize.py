@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.rewriting.driver import Pass, Refused
+from fxrank.torch_private.modules import own_children
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Factorize(Pass):
         if gm.get_submodule(target) is not pair:
             gm.set_submodule(target, pair)
         value: fx.Node | None = None
-        children = [name for name in pair.children_in_order if pair._modules.get(name) is not None]
+        children = [name for name in pair.children_in_order if own_children(pair).get(name) is not None]
         with gm.graph.inserting_before(node):
             for name in children:
                 args, kwargs = ((value,), {}) if value is not None else (node.args, node.kwargs)

@@ -1,6 +1,5 @@
 """Pairs in the place of layers in a user's module tree, and the way back."""
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from fxrank.passes.model.names import own_name
 from fxrank.passes.model.weights import drop_norm_hooks
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
+from fxrank.torch_private.modules import own_children, own_parameters, read_weights_again
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
@@ -45,7 +45,7 @@ def uncompile_parts(model: nn.Module) -> nn.Module:
     """
     if inside := compiled_parts(model):
         for module in list(model.modules()):
-            module._modules.update({n: inside[id(c)] for n, c in module._modules.items() if id(c) in inside})
+            own_children(module).update({n: inside[id(c)] for n, c in own_children(module).items() if id(c) in inside})
         _swap_held(model, inside)
     return model
 
@@ -59,10 +59,10 @@ def _swap_held(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: FactorPair) -> list[str]:
     """Put a pair in the place, and under the name, of a raw parameter. Returns the paths, one for each of the owner's."""
     if isinstance(pair, LowRankWeight):
-        siblings = [m.place for m in owner._modules.values() if isinstance(m, LowRankWeight)]
-        pair.place = siblings[0] if siblings else tuple(owner._parameters)
-    del owner._parameters[attribute]
-    owner._modules[attribute] = pair
+        siblings = [m.place for m in own_children(owner).values() if isinstance(m, LowRankWeight)]
+        pair.place = siblings[0] if siblings else tuple(own_parameters(owner))
+    del own_parameters(owner)[attribute]
+    own_children(owner)[attribute] = pair
     _refresh(owner)
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
     return [f"{path}.{attribute}".lstrip(".") for path in paths]
@@ -79,20 +79,18 @@ def put_back(model: nn.Module, pair: FactorPair, dense: nn.Module) -> None:
 def _put_back_weight(model: nn.Module, pair: LowRankWeight, weight: nn.Parameter) -> None:
     """In its old position among the owner's parameters."""
     for owner in model.modules():
-        for attribute in [name for name, child in owner._modules.items() if child is pair]:
-            del owner._modules[attribute]
+        for attribute in [name for name, child in own_children(owner).items() if child is pair]:
+            del own_children(owner)[attribute]
             owner.register_parameter(attribute, weight)
-            known = [n for n in pair.place if n in owner._parameters]
-            for name in [*known, *(n for n in list(owner._parameters) if n not in pair.place)]:
-                owner._parameters[name] = owner._parameters.pop(name)
+            known = [n for n in pair.place if n in own_parameters(owner)]
+            for name in [*known, *(n for n in list(own_parameters(owner)) if n not in pair.place)]:
+                own_parameters(owner)[name] = own_parameters(owner).pop(name)
             _refresh(owner)
 
 
 def _refresh(owner: nn.Module) -> None:
     if isinstance(owner, nn.RNNBase):
-        # A recurrent layer keeps its weights in a list, too.
-        owner._flat_weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
-        owner._flat_weight_refs = [None if w is None else weakref.ref(w) for w in owner._flat_weights]
+        read_weights_again(owner)
 
 
 _OWN = set(vars(nn.Module()))

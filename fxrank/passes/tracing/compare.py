@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.model.calls import Example, call_arguments, describe
+from fxrank.torch_private import pytree
 
 
 def largest_difference(a: Any, b: Any) -> float:

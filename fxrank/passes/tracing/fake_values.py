@@ -12,12 +12,11 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils import _pytree as pytree
 
-_GROUPED = [getattr(place, name) for place, name in ((torch, "_grouped_mm"), (F, "grouped_mm")) if hasattr(place, name)]
+from fxrank.torch_private import pytree
+from fxrank.torch_private.kernels import GROUPED
 
 
 def _grouped_product(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **_: Any) -> Any:
@@ -53,7 +52,7 @@ class Values:
 
         def compute() -> Any:
             with self.mode:
-                result = _grouped_product(*args, **kwargs) if function in _GROUPED else NotImplemented
+                result = _grouped_product(*args, **kwargs) if function in GROUPED else NotImplemented
                 return function(*args, **kwargs) if result is NotImplemented else result
 
         return self._remembered((function, args, kwargs), compute) if _worth_it(function, args) else compute()

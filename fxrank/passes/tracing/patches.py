@@ -1,20 +1,20 @@
 """What of Python and torch is replaced while a trace is on."""
 
 import builtins
-import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import fx, overrides
 from torch.fx import _symbolic_trace
 from torch.nn.modules import transformer
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint
 
+from fxrank.passes.tracing.one_thread import Patches, tracing_here, turn, with_globals
 from fxrank.passes.tracing.proxies import ValueProxy
+from fxrank.torch_private import pytree
 
 _FACTORIES = (
     "arange",
@@ -39,56 +39,88 @@ _FACTORIES = (
 
 
 @contextmanager
-def python_asks_the_values(tracer: Any) -> Iterator[None]:
+def python_asks_the_values(tracer: Any) -> Iterator[Patches]:
     """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
-    sizes becomes a node, torch's Transformer does not look into its mask, checkpointed functions are just called, and
-    functions that a library has made opaque with `fx.wrap` are gone through: weights may be used in them.
+    sizes becomes a node, torch's Transformer does not look into its mask, checkpointed functions are just called, and torch
+    keeps silent about errors that the tracer handles. Other threads see nothing of it.
 
     A proxy that lies about its `__class__` instead would crash: torch's C++ code believes it.
     """
-    is_instance = builtins.isinstance
 
+    def heard(record: object) -> bool:
+        return not tracing_here()
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    with turn(), Patches() as patches:
+        for fill in _CACHED_FOR_GOOD:
+            fill()
+        tracer.isinstance = (builtins.isinstance, _of_value(builtins.isinstance))
+        # No other thread has a proxy, and it is called far too often to ask for the thread.
+        patches.replace(vars(builtins), "isinstance", tracer.isinstance[1])
+        for name in _FACTORIES:
+            patches.patch(vars(torch), name, _node_of(getattr(torch, name), tracer))
+        patches.patch(vars(transformer), "_detect_is_causal_mask", _hint(transformer._detect_is_causal_mask))
+        patches.replace(vars(checkpoint), "CheckpointFunction", _PlainCall)
+        for name in _CHECKPOINT_GENERATORS:
+            if hasattr(checkpoint, name):
+                patches.patch(vars(checkpoint), name, _plain_generator)
+        if hasattr(_symbolic_trace, "_is_fx_tracing_flag"):
+            patches.replace(vars(_symbolic_trace), "_is_fx_tracing_flag", _Flag())
+        log.addFilter(heard)
+        try:
+            yield patches
+        finally:
+            log.removeFilter(heard)
+
+
+def graph_by_fx(tracer: fx.Tracer, root: Any, concrete_args: Any, patches: Patches) -> fx.Graph:
+    """What `fx.Tracer.trace` does, but its patches are of this thread only, and functions that a library has made opaque with
+    `fx.wrap` are gone through: weights may be used in them.
+    """
+
+    wrapped = with_globals(_symbolic_trace._patch_wrapped_functions, _wrapped_fns_to_patch={})
+    trace = with_globals(
+        fx.Tracer.trace,
+        _new_patcher=lambda: nullcontext(patches),
+        _patch_wrapped_functions=wrapped,
+        _autowrap_check=_autowrap_check,
+    )
+    graph: fx.Graph = trace(tracer, root, concrete_args)
+    return graph
+
+
+def _autowrap_check(patches: Patches, namespace: dict[str, Any], functions: set[int]) -> None:
+    """What fx does in the function of this name, on a copy of the names: another thread may import while they are walked."""
+    if patches.visit_once(namespace):
+        for name, value in list(namespace.items()):
+            if id(value) in functions and not name.startswith("_"):
+                patches.patch(namespace, name, _symbolic_trace._create_wrapped_func(value))
+
+
+def _of_value(is_instance: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
     def of_value(thing: Any, kinds: Any) -> bool:
         if is_instance(thing, kinds):
             return True
         return type(thing) is ValueProxy and "val" in thing.node.meta and is_instance(thing._value, kinds)
 
-    def node_of(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", factory, args, kwargs)
-            return factory(*args, **kwargs)
+    return of_value
 
-        return wrapper
 
-    detect = transformer._detect_is_causal_mask
+def _node_of(factory: Callable[..., Any], tracer: Any) -> Callable[..., Any]:
+    def node_of(*args: Any, **kwargs: Any) -> Any:
+        if any(issubclass(type(leaf), fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", factory, args, kwargs)
+        return factory(*args, **kwargs)
 
+    return node_of
+
+
+def _hint(detect: Callable[..., bool]) -> Callable[..., bool]:
     def hint(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:
         # The answer lets attention skip the mask for a faster kernel; without it the mask does the same.
         return bool(is_causal) if issubclass(type(mask), fx.Proxy) else detect(mask, is_causal, size)
 
-    for fill in _CACHED_FOR_GOOD:
-        fill()
-    replaced: list[tuple[Any, str, Any]] = [(torch, name, node_of(getattr(torch, name))) for name in _FACTORIES]
-    tracer.isinstance = (is_instance, of_value)
-    replaced += [(builtins, "isinstance", of_value), (transformer, "_detect_is_causal_mask", hint)]
-    replaced += [(checkpoint, "CheckpointFunction", _PlainCall)]
-    replaced += [(checkpoint, name, _plain_generator) for name in _CHECKPOINT_GENERATORS if hasattr(checkpoint, name)]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    log, was_disabled = logging.getLogger("torch._subclasses.fake_tensor"), False
-    opaque = dict(_symbolic_trace._wrapped_fns_to_patch)
-    try:
-        was_disabled, log.disabled = log.disabled, True  # it logs errors that the tracer handles
-        _symbolic_trace._wrapped_fns_to_patch.clear()
-        for owner, name, function in replaced:
-            setattr(owner, name, function)
-        yield
-    finally:
-        for owner, name, function in originals:
-            setattr(owner, name, function)
-        _symbolic_trace._wrapped_fns_to_patch.update(opaque)
-        log.disabled = was_disabled
+    return hint
 
 
 _CACHED_FOR_GOOD = (
@@ -107,13 +139,25 @@ _CHECKPOINT_GENERATORS = (
 )
 
 
-class _PlainCall:
+_CheckpointFunction: Any = checkpoint.CheckpointFunction  # the name is patched
+
+
+class _PlainCall(checkpoint.CheckpointFunction):
     """Activation checkpointing while tracing: the function is just called, so that its layers are in the graph."""
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        return function(*args)
+        if tracing_here():
+            return function(*args)
+        return _CheckpointFunction.apply(function, preserve_rng_state, *args)
 
 
 def _plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:
     yield
+
+
+class _Flag:
+    """In torch 2.8, whether the process traces: this thread does, others do not."""
+
+    def __bool__(self) -> bool:
+        return tracing_here()

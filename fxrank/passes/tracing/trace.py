@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
@@ -34,8 +33,10 @@ from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.model.restored import restored
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
-from fxrank.passes.tracing.patches import python_asks_the_values
+from fxrank.passes.tracing.one_thread import turn
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
+from fxrank.torch_private import pytree
+from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
 
 TOLERANCE = 1e-4
 """Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""
@@ -63,9 +64,8 @@ class TracedModule(fx.GraphModule):
         super().__init__(dict(constants), fx.Graph(), type(model).__name__)
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
-        self._modules.update(model._modules)
-        self._parameters.update(model._parameters)
-        self._buffers.update(model._buffers)
+        for own in (own_children, own_parameters, own_buffers):
+            own(self).update(own(model))  # type: ignore[arg-type]
         self.training = model.training
         self.graphs = graphs
         self.leaves, self.regions, self.notes = {}, {}, []
@@ -108,6 +108,9 @@ def trace(
     `node.meta["nn_module_stack"]` names the owner. `leaf_modules` are classes to keep as one node. Nothing of the
     model is changed and no random number is drawn.
 
+    Threads that trace take turns, and others may run other models meanwhile; what they draw from torch's process-wide
+    generator (dropout) may then come again, because it is put back.
+
     With `verify`, the graph of the present mode is run beside the model on another batch size (2 or 3 rows, which is
     cheap), and given up, as if the model could not be traced, if the outputs differ by more than 1e-4 relative.
 
@@ -125,7 +128,7 @@ def trace(
         )
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with restored(model), eagerly(model), torch.random.fork_rng(devices=list(devices)):
+    with turn(), restored(model), eagerly(model), torch.random.fork_rng(devices=list(devices)):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
@@ -195,7 +198,7 @@ def _graph(
     while True:
         tracer = ValueTracer(args, kwargs, types, leaves, values)
         try:
-            with restored(model), python_asks_the_values(tracer):
+            with restored(model):
                 graph = tracer.trace(model)
                 reads = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
                 # Tensors that the forward made are attributes of the model until it is put back.

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules import transformer
-from torch.utils import _pytree as pytree
 
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import dense_type
 from fxrank.passes.tracing.fake_values import Values
+from fxrank.passes.tracing.patches import graph_by_fx, python_asks_the_values
 from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
+from fxrank.torch_private import pytree
+from fxrank.torch_private.modules import own_buffers
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -74,7 +76,8 @@ class ValueTracer(fx.Tracer):
         for module in marked:
             vars(module)["training"] = Mode(module.training, self._note_mode)
         try:
-            return super().trace(root, concrete_args)
+            with python_asks_the_values(self) as patches:
+                return graph_by_fx(self, root, concrete_args, patches)
         finally:
             for module, training in zip(marked, before, strict=True):
                 vars(module)["training"] = training
@@ -98,7 +101,7 @@ class ValueTracer(fx.Tracer):
         args, kwargs = self._call
         leaves, spec = pytree.tree_flatten((args, kwargs))
         names = self._input_names(args, kwargs, leaves)
-        self._buffers = {(m, name): b for m in self.root.modules() for name, b in m._buffers.items()}
+        self._buffers = {(m, name): b for m in self.root.modules() for name, b in own_buffers(m).items()}
         inputs = [self._placeholder(n, v) if isinstance(v, Tensor) else v for n, v in zip(names, leaves, strict=True)]
 
         def entry(root: nn.Module, *flat: Any) -> Any:
@@ -122,10 +125,11 @@ class ValueTracer(fx.Tracer):
     def _update_buffers(self) -> None:
         """What the forward has assigned to buffers, written into them at the end of the graph."""
         for path, module in self.root.named_modules():
-            for name, value in module._buffers.items():
+            buffers: dict[str, Any] = own_buffers(module)  # or proxies
+            for name, value in buffers.items():
                 buffer = self._buffers.get((module, name))
                 if buffer is not None and issubclass(type(value), fx.Proxy):
-                    module._buffers[name] = buffer
+                    buffers[name] = buffer
                     if value.node.meta["val"].shape != buffer.shape:
                         continue  # a cache of another size: computed anew in each call of the graph
                     own = self.create_proxy("get_attr", f"{path}.{name}".lstrip("."), (), {})
@@ -170,7 +174,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = values_of((tuple(args), dict(kwargs)))
         self._evaluating = True
         if self.isinstance:
-            builtins.isinstance = self.isinstance[0]  # no proxies from here on, and torch asks it very often
+            # No proxies from here on, and torch asks it very often. Either one gives other threads the same answers.
+            builtins.isinstance = self.isinstance[0]
         try:
             with torch.no_grad():
                 if kind == "call_module":

@@ -1,0 +1,58 @@
+"""What an `nn.Module` holds: the dicts themselves, since its public ways read, register and rename but do not replace.
+
+Reading a parameter by its attribute would run properties and parametrizations, and leave a node in a graph being traced.
+Tried on torch 2.8.0 and 2.14.1.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+COMPILED = "_orig_mod"
+"""The child in which `torch.compile(module)` holds the module; it is in the names of parameters."""
+CHECKPOINTED = "_checkpoint_wrapped_module"
+"""The same of torch's `checkpoint_wrapper`."""
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own parameters by attribute, to read and to change."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers by attribute, to read and to change."""
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The module's own children by attribute, to read and to change: `named_children` leaves out one that comes twice."""
+    return module._modules
+
+
+def pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that are called before the forward, by key: who has no handle can take one off here only."""
+    return module._forward_pre_hooks
+
+
+def post_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
+    """The hooks that are called after the forward, by key."""
+    return module._forward_hooks
+
+
+def times_written(tensor: Tensor) -> int:
+    """How many times something was written into a tensor: it tells a weight that was loaded from one that was not."""
+    return tensor._version
+
+
+def read_weights_again(rnn: nn.RNNBase) -> None:
+    """Let a recurrent layer compute with the parameters that it has now: it keeps a list of its own of them."""
+    weights = [getattr(rnn, name, None) for name in weight_names(rnn)]
+    rnn._flat_weights = weights
+    rnn._flat_weight_refs = [None if w is None else weakref.ref(w) for w in weights]
+
+
+def weight_names(rnn: nn.RNNBase) -> list[str]:
+    """The names of a recurrent layer's parameters that its kernel is called with, in order."""
+    return rnn._flat_weights_names
