@@ -331,21 +331,6 @@ def _layers_of_wrapping(model: nn.Module) -> Iterator[nn.Module]:
         model = outer.get(COMPILED) or outer["module"]  # type: ignore[assignment]
 
 
-def check_optimizer(optimizer: Any) -> None:
-    """Raise `TypeError` for an optimizer whose parameters are spread over processes, or lie flat, whatever is around it."""
-    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
-        raise TypeError(
-            "ZeroRedundancyOptimizer fixes which process owns which parameter when it is built, so they cannot be swapped; use the "
-            "optimizer it wraps: after the switch its state is smaller by itself."
-        )
-    for part in (optimizer, getattr(optimizer, "optimizer", None)):  # Accelerate puts its own around it
-        if type(part).__module__.startswith("deepspeed"):
-            raise TypeError(
-                f"DeepSpeed keeps flat copies of the parameters, so they cannot be swapped; got its {type(part).__name__}. Use a torch optimizer with "
-                "DistributedDataParallel or fully_shard, or start DeepSpeed on a model from fxrank.factorize."
-            )
-
-
 def gradient_bytes(model: nn.Module) -> int:
     """Bytes of one set of gradients: what a step sends to be averaged, before compression."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from fxrank.distributed.team import check_optimizer
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.parameter import LowRankWeight
@@ -27,7 +26,7 @@ def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> t
     """
     listed: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
     for optimizer in listed:
-        check_optimizer(optimizer)
+        _check_engine(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch optimizer, or a list of some in the order in which they step; got {type(optimizer).__name__}."
@@ -41,6 +40,21 @@ def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> t
     for optimizer in optimizers:
         _check_holds(optimizer, model)
     return optimizers
+
+
+def _check_engine(optimizer: Any) -> None:
+    """Raise `TypeError` for an optimizer whose parameters are spread over processes, or lie flat, whatever is around it."""
+    if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
+        raise TypeError(
+            "ZeroRedundancyOptimizer fixes which process owns which parameter when it is built, so they cannot be swapped; use the "
+            "optimizer it wraps: after the switch its state is smaller by itself."
+        )
+    for part in (optimizer, getattr(optimizer, "optimizer", None)):  # Accelerate puts its own around it
+        if type(part).__module__.startswith("deepspeed"):
+            raise TypeError(
+                f"DeepSpeed keeps flat copies of the parameters, so they cannot be swapped; got its {type(part).__name__}. Use a torch optimizer with "
+                "DistributedDataParallel or fully_shard, or start DeepSpeed on a model from fxrank.factorize."
+            )
 
 
 def _check_holds(optimizer: Optimizer, model: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """From a graph to the layers in it: one `Layer` for each unique weight, with what can be done to it or the reason why nothing can.
 
 `uses` follows weights that are read as tensors, `selection` knows the rules and the user's selectors, `stacks` groups layers alike.
-May import: errors, model, pairs, tracing.
+May import: errors, model, pairs, torch_private, tracing.
 Start reading: layer.py, then discover.py.
 """

@@ -1,7 +1,7 @@
 """Factor pairs: the modules that take a dense layer's place, one class for each kind and form, and the registry of them.
 
 A pair that is read as a weight multiplies through its factors (`factored_weight`, `products`).
-May import: errors, model, spectra.
+May import: errors, model, spectra, torch_private.
 Start reading: base.py; linear.py is the simplest pair.
 """
 
