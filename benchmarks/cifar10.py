@@ -18,8 +18,8 @@ from tabulate import tabulate
 
 import fxrank
 from benchmarks import record
-from benchmarks.data import Cifar, DeviceLoader, cifar10
-from benchmarks.models import build
+from benchmarks.subjects.data import Cifar, DeviceLoader, cifar10
+from benchmarks.subjects.models import build
 
 
 def policies(epochs: int, leading: int, ratio: float) -> dict[str, fxrank.Policy]:

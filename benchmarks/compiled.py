@@ -30,7 +30,7 @@ from torch._dynamo.utils import counters
 
 import fxrank
 from benchmarks import record
-from benchmarks.models import resnet18
+from benchmarks.subjects.models import resnet18
 from benchmarks.switch_cost import NAMES, training_step
 from fxrank.oneshot import copied
 from fxrank.passes.profiling.timing import Stopwatch

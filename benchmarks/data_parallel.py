@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
 from benchmarks import record
-from benchmarks.models import resnet18
+from benchmarks.subjects.models import resnet18
 from benchmarks.switch_cost import NAMES
 from fxrank.oneshot import copied
 

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import fxrank
-from benchmarks import record, zoo
+from benchmarks import record
+from benchmarks.subjects import zoo
 from fxrank.cli.models import on_meta_where_possible
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import record
-from benchmarks.data import DeviceLoader, cifar10
-from benchmarks.models import resnet18
+from benchmarks.subjects.data import DeviceLoader, cifar10
+from benchmarks.subjects.models import resnet18
 from fxrank.passes.spectra.exact import as_stack, singular_values, stable
 from fxrank.passes.spectra.tracked import StableRankTracker
 

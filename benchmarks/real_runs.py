@@ -3,7 +3,7 @@
     python -m benchmarks.real_runs --data FOLDER
     python -m benchmarks.real_runs --data FOLDER --task char-transformer lstm-wikitext2 --scale 0.5
 
-FOLDER holds the data sets that `benchmarks.tasks` names. One JSON per task: its metric of both runs on the same
+FOLDER holds the data sets that `benchmarks.subjects.tasks` names. One JSON per task: its metric of both runs on the same
 validation data, parameters, MACs, E, K, R, seconds, seconds per step, and what became of every layer.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 
 import fxrank
 from benchmarks import record
-from benchmarks.tasks import METRICS, TASKS, Task
+from benchmarks.subjects.tasks import METRICS, TASKS, Task
 from fxrank.passes.model.calls import call_arguments
 from fxrank.training.batches import IGNORED, split_batch, to_device
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fxrank
 from benchmarks import record
-from benchmarks.models import handwritten_lowrank_resnet18, resnet18
+from benchmarks.subjects.models import handwritten_lowrank_resnet18, resnet18
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.profiling.timing import Stopwatch, autocast
 from fxrank.passes.rewriting.install import pairs_in

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fxrank
 from benchmarks import record
-from benchmarks.models import resnet18
+from benchmarks.subjects.models import resnet18
 from fxrank.passes.rewriting.install import pairs_in
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.data import MEAN, STD, Cifar, DeviceLoader, cifar10
+from benchmarks.subjects.data import MEAN, STD, Cifar, DeviceLoader, cifar10
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 

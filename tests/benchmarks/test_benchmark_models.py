@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.models import build, handwritten_lowrank_resnet18, resnet18, resnet20, vgg19_bn
+from benchmarks.subjects.models import build, handwritten_lowrank_resnet18, resnet18, resnet20, vgg19_bn
 from fxrank.training.measure import parameter_count
 
 # Parameters of the models of the papers' reference implementations, built and counted from their own code.

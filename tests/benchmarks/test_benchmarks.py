@@ -11,9 +11,9 @@ from PIL import Image
 
 import fxrank
 from benchmarks import cifar10, compiled, convergence, faults, rank_tracking, switch_cost
-from benchmarks.data import MEAN, STD, Cifar, DeviceLoader
-from benchmarks.data import cifar10 as load_cifar10
-from benchmarks.models import build, handwritten_lowrank_resnet18
+from benchmarks.subjects.data import MEAN, STD, Cifar, DeviceLoader
+from benchmarks.subjects.data import cifar10 as load_cifar10
+from benchmarks.subjects.models import build, handwritten_lowrank_resnet18
 
 
 def images(count=20):

@@ -13,8 +13,8 @@ from torch import nn
 
 import fxrank
 from benchmarks import real_runs
-from benchmarks.tasks import METRICS, TASKS, clipped, cosine, linear, noam
-from benchmarks.texts import END, UNKNOWN, Batches, numbers, padded, vocabulary, windows
+from benchmarks.subjects.tasks import METRICS, TASKS, clipped, cosine, linear, noam
+from benchmarks.subjects.texts import END, UNKNOWN, Batches, numbers, padded, vocabulary, windows
 from fxrank.training.batches import run_batch, split_batch
 
 WORDS = ["the", "a", "cat", "dog", "sees", "likes", "big", "small", "house", ".", ",", "and"]

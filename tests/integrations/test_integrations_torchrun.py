@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from places import ROOT, SUPPORT
+from places import PYTHONPATH
 
 END = """
 digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
@@ -40,11 +40,10 @@ def test_both_processes_end_with_the_same_model(framework, module, pairs, steps,
     pytest.importorskip(framework)
     text = "import hashlib, sys\n" + SCRIPTS[framework].replace("{module}", module) + END
     (tmp_path / "script.py").write_text(text)
-    places = os.pathsep.join([str(SUPPORT), str(ROOT)])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node", "2", "script.py"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": places, "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

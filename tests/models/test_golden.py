@@ -10,7 +10,7 @@ import torch
 from places import DATA
 
 import fxrank
-from benchmarks.models import handwritten_lowrank_resnet18, resnet18, vgg19_bn
+from benchmarks.subjects.models import handwritten_lowrank_resnet18, resnet18, vgg19_bn
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.spectra.exact import accumulative, energy, singular_values, stable
 from fxrank.policies.monitor import ReferenceDetector, moving_average

@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import fxrank
-from benchmarks import zoo
 from benchmarks.model_zoo import study, summary, tensors_in
+from benchmarks.subjects import zoo
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.embedding import LowRankEmbedding

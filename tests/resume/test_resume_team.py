@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from killing import Runs, moment, results, spans
-from places import ROOT, SUPPORT
+from places import PYTHONPATH
 from safetensors.torch import load_file
 
 from fxrank.saving.plainfile import read_plain
@@ -104,7 +104,6 @@ def test_only_the_first_process_writes(runs, whole, tmp_path):
 def test_the_command_comes_back_by_itself_under_torchrun(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--max_restarts", "1"]
     command = [*torchrun, "-m", "fxrank", "train", "--model", "mortal:network", "--policy", "spectral-init", "--quiet"]
-    paths = os.pathsep.join([str(SUPPORT), str(ROOT)])
     found = []
     for data in ("digits", "mortal:loaders"):
         folder = tmp_path / data.partition(":")[0]
@@ -115,7 +114,7 @@ def test_the_command_comes_back_by_itself_under_torchrun(tmp_path):
             text=True,
             timeout=300,
             check=False,
-            env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert ("exitcode: -9" in done.stderr) == (data != "digits")

@@ -2,7 +2,7 @@
 model and a translator.
 
 Each function in `TASKS` takes a folder of data sets and returns a `Task`. The folder holds `cifar10-jpeg.tar.xz` (see
-`benchmarks.data`), `glue/SST-2/{train,dev}.tsv`, `text/tinyshakespeare.txt`, `text/wikitext2-{valid,test}.txt` and
+`benchmarks.subjects.data`), `glue/SST-2/{train,dev}.tsv`, `text/tinyshakespeare.txt`, `text/wikitext2-{valid,test}.txt` and
 `multi30k/{train,val}.{de,en}.gz`; a task reads its own part. `scale` multiplies the number of training examples.
 """
 
@@ -22,9 +22,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import fxrank
-from benchmarks.data import DeviceLoader, cifar10
-from benchmarks.text_models import PAD, CharTransformer, LstmLanguageModel, Translator
-from benchmarks.texts import END, START, Batches, numbers, padded, vocabulary, windows
+from benchmarks.subjects.data import DeviceLoader, cifar10
+from benchmarks.subjects.text_models import PAD, CharTransformer, LstmLanguageModel, Translator
+from benchmarks.subjects.texts import END, START, Batches, numbers, padded, vocabulary, windows
 from fxrank.training.batches import IGNORED, LossFn
 
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from places import ROOT, SUPPORT
+from places import PYTHONPATH, RUNS
 from safetensors.torch import load_file
 
 
@@ -13,14 +13,13 @@ class Runs:
     """Forks the runs from a process that has everything imported."""
 
     def __init__(self):
-        paths = os.pathsep.join([str(SUPPORT), str(ROOT)])
         self.server = subprocess.Popen(
-            [sys.executable, str(SUPPORT / "killed.py")],
+            [sys.executable, str(RUNS / "killed.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ
-            | {"PYTHONPATH": paths, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+            | {"PYTHONPATH": PYTHONPATH, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         )
 
     def __call__(self, folder, **request):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import zoo_misc
+from benchmarks.subjects import zoo_misc
 
 BATCH = 2
 
