@@ -14,6 +14,12 @@ test: .venv/installed
 test-all: .venv/installed
 	$(PYTEST) -m "not zoo"
 
+# What uses torch's private names, on the oldest torch of pyproject.toml, without the extras.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest -q -n 2 --dist loadfile -p no:cacheprovider $(OLDEST)
+
+OLDEST := tests/torch_private tests/passes/tracing tests/distributed/test_sharded.py tests/switch/test_optimizer_steps.py
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,4 +31,10 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-.PHONY: demo test test-all lint
+.venv-oldest/installed: pyproject.toml
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --editable . 'torch==2.8.*' hypothesis pytest pytest-xdist
+	touch $@
+
+.PHONY: demo test test-all test-oldest lint

@@ -1,6 +1,7 @@
 """What of Python and torch is replaced while a trace is on."""
 
 import builtins
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -77,14 +78,16 @@ def graph_by_fx(tracer: fx.Tracer, root: Any, concrete_args: Any, patches: Patch
     """What `fx.Tracer.trace` does, but its patches are of this thread only, and functions that a library has made opaque with
     `fx.wrap` are gone through: weights may be used in them.
     """
-
     wrapped = with_globals(_symbolic_trace._patch_wrapped_functions, _wrapped_fns_to_patch={})
+    plain = inspect.unwrap(fx.Tracer.trace)  # where the compiler is in use, it keeps itself out of that function
     trace = with_globals(
-        fx.Tracer.trace,
+        plain,
         _new_patcher=lambda: nullcontext(patches),
         _patch_wrapped_functions=wrapped,
         _autowrap_check=_autowrap_check,
     )
+    if plain is not fx.Tracer.trace:
+        trace = torch.compiler.disable(trace)
     graph: fx.Graph = trace(tracer, root, concrete_args)
     return graph
 

@@ -87,7 +87,10 @@ def _leaves_no_patch():
     assert everything_patched() == before
 
 
-def test_a_bystander_trains_as_if_alone_and_so_does_the_trace():
+@pytest.mark.parametrize("compiler", [False, True], ids=["alone", "beside the compiler"])
+def test_a_bystander_trains_as_if_alone_and_so_does_the_trace(compiler):
+    if compiler:  # it wraps what traces, from its first use on
+        torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
     steps, x = 60, torch.randn(2, 5, 8)
     traced = made(seed=3)
     alone, expected = list(losses_of_training(steps)), listing(trace(traced, x))
