@@ -217,7 +217,7 @@ class Cuttlefish(Policy):
                 ),
                 **known,
             )
-        layer, rank, spectrum = in_best_form(layer, rank, self, scene.model)
+        layer, rank, spectrum = in_best_form(layer, rank, self, scene.model, spectrum)
         sigma = spectrum.sigma
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:

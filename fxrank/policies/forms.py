@@ -7,11 +7,13 @@ from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, 
 from fxrank.policies.base import AUTO, Policy
 
 
-def in_best_form(layer: Layer, rank: int, policy: Policy, model: nn.Module) -> tuple[Layer, int, Decomposition]:
+def in_best_form(
+    layer: Layer, rank: int, policy: Policy, model: nn.Module, known: Decomposition | None = None
+) -> tuple[Layer, int, Decomposition]:
     """The layer in the form that the policy wants or that suits it best, the rank in that form with no more parameters
-    than `rank` has in the layer's own, and the spectrum.
+    than `rank` has in the layer's own, and the spectrum. `known` is that of the layer as it is, if it has been computed.
     """
-    best = layer, rank, decomposition_of(layer, model)
+    best = layer, rank, known or decomposition_of(layer, model)
     lost = truncation_error(best[2].sigma, rank)
     for form in _choices(layer, policy.form):
         other = layer.in_form(form)

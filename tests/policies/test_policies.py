@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
-from nets import ConvNet, SixLayers, attach, images, mlp, sgd, train, vectors
+from nets import SOON, ConvNet, SixLayers, attach, images, mlp, sgd, train, vectors
 from torch import nn
 
 import fxrank
+from fxrank.passes.spectra import exact
+from fxrank.policies import forms as policy_forms
 from fxrank.policies.fixed import POLICIES, as_policy
 
 X = vectors()[0]
@@ -221,3 +223,27 @@ def test_a_policy_of_ones_own():
     assert session.finish().R == {"l2": 1, "l4": 1}
     assert session.plan.policy == "Alternating"
     assert session.plan.switch_step == 3
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [SOON, fxrank.Pufferfish(E=1, K=0, ratio=0.25), fxrank.Pufferfish(E=1, K=0, ratio=0.25, form="spatial")],
+    ids=["Cuttlefish", "Pufferfish", "spatial"],
+)
+def test_each_weight_is_decomposed_once(policy, monkeypatch):
+    """When its rank is decided; the factors wait for the switch."""
+    shapes = []
+    real = exact.decompose
+
+    def counted(stack):
+        shapes.append(tuple(stack.shape))
+        return real(stack)
+
+    for module in (exact, policy_forms):
+        monkeypatch.setattr(module, "decompose", counted)
+    model = ConvNet()
+    optimizer = sgd(model)
+    with attach(model, optimizer, policy, images()[0], total_steps=4, steps_per_epoch=1) as session:
+        train(model, optimizer, 4, images())
+    assert set(session.plan.R) == {"conv2", "conv3"} and len(shapes) == 2
+    assert not session.scene.factors  # they have been taken
