@@ -63,6 +63,7 @@ def failure(act):
 
 
 def attached_before_the_group(rank, size, store):
+    dist.barrier()  # a process that leaves while another still connects breaks the connection
     dist.destroy_process_group()
     model = mlp()
     optimizer = sgd(model)
