@@ -166,13 +166,14 @@ def merge(model: nn.Module) -> nn.Module:
     """
     dense = copied(uncompiled(model))
     merged: dict[int, nn.Parameter] = {}
+    layers: list[tuple[FactorPair, nn.Module]] = []
     with torch.no_grad():
-        for path, pair in list(dense.named_modules(remove_duplicate=False)):
-            if isinstance(pair, FactorPair) and dense.get_submodule(path) is pair:
-                layer = pair.to_dense()
-                # Pairs that share their factors share the product again.
-                layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
-                put_back(dense, pair, layer)
+        for pair in pairs_in(dense).values():
+            layer = pair.to_dense()
+            # Pairs that share their factors share the product again.
+            layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
+            layers.append((pair, layer))
+        put_back(dense, layers)
     forget_plan(dense)
     return dense
 

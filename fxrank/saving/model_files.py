@@ -199,12 +199,17 @@ def check_names(
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         paths.setdefault(id(module), []).append(own_name(path))
+    inside: dict[str, list[str]] = {}
+    for name in dense:
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            inside.setdefault(".".join(parts[:end]), []).append(name)
     for site in sites(model, plan):
         for place in site.places:
             pair = site.pair_at(place)
             for path in [f"{p}.{place.attribute}".strip(".") for p in paths[id(place.owner)]]:
-                for name in [n for n in expected if n == path or n.startswith(path + ".")]:
-                    del expected[name]
+                for name in inside.get(path, ()):
+                    expected.pop(name, None)
                 for name, value in pair.state_dict().items():
                     if name != "v.bias":
                         expected[f"{path}.{name}"] = tuple(value.shape)

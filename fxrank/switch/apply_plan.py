@@ -11,7 +11,7 @@ from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.rewriting.factorize import Factorize
-from fxrank.passes.rewriting.install import install, install_weight, pairs_in
+from fxrank.passes.rewriting.install import install_all, pairs_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.plan import Plan
@@ -80,11 +80,19 @@ def apply_plan(
         for site in found:
             check_finite(weight_of(site.dense).detach(), site.name)
     replacements: list[Replacement] = []
+    layers: dict[int, nn.Module] = {}
+    weights: list[tuple[nn.Module, str, FactorPair]] = []
     for site in found:
-        made, paths = _replace(model, site, split, {} if factors is None else factors)
-        replacements.append(made)
-        if gm is not None:
-            show(gm, model, paths)
+        pairs = _pairs(site, split, {} if factors is None else factors)
+        replacements.append(Replacement(site.name, site.parameters, pairs[0], site.derived))
+        for place, pair in zip(site.places, pairs, strict=True):
+            if place.attribute:
+                weights.append((place.owner, place.attribute, pair))
+            else:
+                layers[id(place.owner)] = pair
+    paths = install_all(model, layers, weights)
+    if gm is not None:
+        show(gm, model, paths)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and pairs_in(module):
             # It asks its first layer only whether the fused path is open, and would hand nested tensors to the others.
@@ -97,10 +105,9 @@ def apply_plan(
     return replacements
 
 
-def _replace(model: nn.Module, site: Site, split: bool, factors: Factors) -> tuple[Replacement, list[str]]:
-    """Put pairs in all places of one weight. Returns what was replaced, and the paths of the pairs."""
+def _pairs(site: Site, split: bool, factors: Factors) -> list[FactorPair]:
+    """The pairs for all places of one weight."""
     pairs: list[FactorPair] = []
-    paths: list[str] = []
     for place in site.places:
         pair = site.pair_at(place)
         if pairs:  # another place that holds the same weight: the same factors, its own bias and geometry
@@ -113,11 +120,7 @@ def _replace(model: nn.Module, site: Site, split: bool, factors: Factors) -> tup
             for factor in (pair.u.weight, pair.v.weight):
                 take_hooks(factor, site.parameters[0])
         pairs.append(pair)
-        if place.attribute:
-            paths += install_weight(model, place.owner, place.attribute, pair)
-        else:
-            paths += install(model, {id(place.owner): pair})
-    return Replacement(site.name, site.parameters, pairs[0], site.derived), paths
+    return pairs
 
 
 def take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
@@ -135,7 +138,11 @@ def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:
             del own_parameters(gm)[name]
     pairs = {path: pair for path in paths if isinstance(pair := model.get_submodule(path), FactorPair)}
     Factorize(pairs=pairs)(gm)
-    for region, inner in gm.regions.items():
-        below = [p.removeprefix(f"{region}.") for p in pairs if p.startswith(f"{region}.")]
-        if below:
-            show(inner, model.get_submodule(region), below)
+    below: dict[str, list[str]] = {}
+    for path in pairs if gm.regions else ():
+        parts = path.split(".")
+        for region in (".".join(parts[:n]) for n in range(1, len(parts))):
+            if region in gm.regions:
+                below.setdefault(region, []).append(path.removeprefix(f"{region}."))
+    for region, inside in below.items():
+        show(gm.regions[region], model.get_submodule(region), inside)

@@ -8,7 +8,7 @@ from fxrank.passes.discovery.found import untied
 from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.locate import dense_at, holders
+from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in
 from fxrank.passes.pairs.registry import forms, kinds, pair_class
 from fxrank.plan import LayerDecision, Plan
 
@@ -55,8 +55,9 @@ def sites(model: nn.Module, plan: Plan) -> list[Site]:
     """
     found: list[Site] = []
     first: dict[object, str] = {}
+    owners = owners_in(model)
     for number, decision in enumerate(plan.layers):
-        site = _site(model, decision) if decision.factorized else None
+        site = _site(model, owners, decision) if decision.factorized else None
         for thing in (
             decision.name,
             number if site is None else id(site.dense if site.derived else site.parameters[0]),
@@ -71,13 +72,13 @@ def sites(model: nn.Module, plan: Plan) -> list[Site]:
     return found
 
 
-def _site(model: nn.Module, decision: LayerDecision) -> Site:
+def _site(model: nn.Module, owners: Owners, decision: LayerDecision) -> Site:
     dense = _dense_layer(model, decision)
     if is_derived(dense):
         parameters = tuple(p for p in dense.parameters() if p is not getattr(dense, "bias", None))
         return Site(decision, dense, parameters, (Place(dense, "", dense),), True)
     weight = dense.get_parameter("weight")
-    places = tuple(Place(*held) for held in holders(model, weight))
+    places = tuple(Place(*held) for held in holders(owners, weight))
     return Site(decision, dense, (weight,), places, False)
 
 

@@ -1,6 +1,6 @@
 """Layers found again in a model: by name, and by the parameter that they hold."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -22,13 +22,24 @@ def dense_at(model: nn.Module, name: str) -> nn.Module:
     return module_at(model, name)
 
 
-def holders(model: nn.Module, weight: torch.Tensor) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+Owners = Mapping[int, Sequence[tuple[nn.Module, str]]]
+"""The modules that hold each parameter, and under which attribute, by the parameter's `id`."""
+
+
+def owners_in(model: nn.Module) -> Owners:
+    """Of all parameters in one walk: who asks for each layer by itself would walk the model as often as it has layers."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, parameter in own_parameters(module).items():
+            found.setdefault(id(parameter), []).append((module, attribute))
+    return found
+
+
+def holders(owners: Owners, weight: torch.Tensor) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Everything that holds this parameter: `(owner, attribute, layer)`; the attribute is empty where the layer is the
     owner itself.
     """
-    for module in model.modules():
-        for attribute, parameter in own_parameters(module).items():
-            if parameter is weight:
-                whole = attribute == "weight" and dense_type(module) is not None
-                layer = module if whole else RawWeight(module, attribute)
-                yield module, "" if whole else attribute, layer
+    for module, attribute in owners.get(id(weight), ()):
+        whole = attribute == "weight" and dense_type(module) is not None
+        layer = module if whole else RawWeight(module, attribute)
+        yield module, "" if whole else attribute, layer

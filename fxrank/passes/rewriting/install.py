@@ -1,6 +1,6 @@
 """Pairs in the place of layers in a user's module tree, and the way back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -39,6 +39,23 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
     return done
 
 
+def install_all(
+    model: nn.Module, layers: Mapping[int, nn.Module], weights: Iterable[tuple[nn.Module, str, FactorPair]]
+) -> list[str]:
+    """`install` of the `layers`, and pairs in the places, and under the names, of raw parameters: `(owner, attribute, pair)`.
+
+    Returns the paths of all. The model is walked once, however many there are.
+    """
+    done = install(model, layers) if layers else []
+    attributes: dict[int, list[str]] = {}
+    for owner, attribute, pair in weights:
+        _install_weight(owner, attribute, pair)
+        attributes.setdefault(id(owner), []).append(attribute)
+    for path, module in model.named_modules(remove_duplicate=False) if attributes else ():
+        done += [f"{path}.{attribute}".lstrip(".") for attribute in attributes.get(id(module), ())]
+    return done
+
+
 def uncompile_parts(model: nn.Module) -> nn.Module:
     """Put what is inside in the place of every compiled part, so that names and classes are the user's own. Returns the
     model.
@@ -51,41 +68,46 @@ def uncompile_parts(model: nn.Module) -> nn.Module:
 
 
 def _swap_held(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    seen: _Seen = {}
     for module in model.modules():
         held = vars(module)
-        held.update({name: _swapped(value, replacements, set()) for name, value in held.items() if name not in _OWN})
+        held.update({name: _swapped(value, replacements, seen) for name, value in held.items() if name not in _OWN})
 
 
-def install_weight(model: nn.Module, owner: nn.Module, attribute: str, pair: FactorPair) -> list[str]:
-    """Put a pair in the place, and under the name, of a raw parameter. Returns the paths, one for each of the owner's."""
+def _install_weight(owner: nn.Module, attribute: str, pair: FactorPair) -> None:
     if isinstance(pair, LowRankWeight):
         siblings = [m.place for m in own_children(owner).values() if isinstance(m, LowRankWeight)]
         pair.place = siblings[0] if siblings else tuple(own_parameters(owner))
     del own_parameters(owner)[attribute]
     own_children(owner)[attribute] = pair
     _refresh(owner)
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is owner]
-    return [f"{path}.{attribute}".lstrip(".") for path in paths]
 
 
-def put_back(model: nn.Module, pair: FactorPair, dense: nn.Module) -> None:
-    """The way back: the dense layer, or its parameter, in the place of the pair, wherever that is."""
-    if isinstance(pair, LowRankWeight):
-        _put_back_weight(model, pair, dense.get_parameter("weight"))
-    else:
-        install(model, {id(pair): dense})
+def put_back(model: nn.Module, dense: Iterable[tuple[FactorPair, nn.Module]]) -> None:
+    """The way back: the dense layers, or their parameters, in the places of the pairs, wherever those are."""
+    layers: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for pair, layer in dense:
+        if isinstance(pair, LowRankWeight):
+            weights[id(pair)] = layer.get_parameter("weight")
+        else:
+            layers[id(pair)] = layer
+    if layers:
+        install(model, layers)
+    for owner in list(model.modules()) if weights else ():
+        for attribute, child in list(own_children(owner).items()):
+            if id(child) in weights and isinstance(child, LowRankWeight):
+                _put_back_weight(owner, attribute, child, weights[id(child)])
 
 
-def _put_back_weight(model: nn.Module, pair: LowRankWeight, weight: nn.Parameter) -> None:
+def _put_back_weight(owner: nn.Module, attribute: str, pair: LowRankWeight, weight: nn.Parameter) -> None:
     """In its old position among the owner's parameters."""
-    for owner in model.modules():
-        for attribute in [name for name, child in own_children(owner).items() if child is pair]:
-            del own_children(owner)[attribute]
-            owner.register_parameter(attribute, weight)
-            known = [n for n in pair.place if n in own_parameters(owner)]
-            for name in [*known, *(n for n in list(own_parameters(owner)) if n not in pair.place)]:
-                own_parameters(owner)[name] = own_parameters(owner).pop(name)
-            _refresh(owner)
+    del own_children(owner)[attribute]
+    owner.register_parameter(attribute, weight)
+    known = [n for n in pair.place if n in own_parameters(owner)]
+    for name in [*known, *(n for n in list(own_parameters(owner)) if n not in pair.place)]:
+        own_parameters(owner)[name] = own_parameters(owner).pop(name)
+    _refresh(owner)
 
 
 def _refresh(owner: nn.Module) -> None:
@@ -100,18 +122,26 @@ _OWN = set(vars(nn.Module()))
 _HOOKS = {name for name in _OWN if "_hooks" in name and "state_dict" not in name} | {"_is_full_backward_hook"}
 
 
-def _swapped(value: Any, replacements: Mapping[int, nn.Module], seen: set[int]) -> Any:
+_Seen = dict[int, tuple[Any, Any]]
+"""Containers that were gone through, by `id`, and what stands in their places: one that all modules hold is gone through once."""
+
+
+def _swapped(value: Any, replacements: Mapping[int, nn.Module], seen: _Seen) -> Any:
     """`value` with the layers replaced in plain lists, dicts and tuples, which fx and a user's forward go through as
     if they were children.
     """
     if id(value) in replacements:
         return replacements[id(value)]
-    if type(value) not in (list, dict, tuple) or id(value) in seen:
+    if type(value) not in (list, dict, tuple):
         return value
-    seen.add(id(value))
+    if id(value) in seen:
+        return seen[id(value)][1]
+    seen[id(value)] = value, value
     if type(value) is tuple:
         items = tuple(_swapped(item, replacements, seen) for item in value)
-        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+        if any(a is not b for a, b in zip(items, value, strict=True)):
+            seen[id(value)] = value, items
+        return seen[id(value)][1]
     for key, item in list(value.items() if type(value) is dict else enumerate(value)):
         value[key] = _swapped(item, replacements, seen)
     return value
