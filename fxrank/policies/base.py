@@ -10,13 +10,10 @@ from dataclasses import dataclass
 
 from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.pairs.registry import forms
+from fxrank.passes.pairs.registry import AUTO, forms
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector
 from fxrank.policies.scene import Clock, Scene
-
-AUTO = "auto"
-"""The form by which a policy leaves the choice to the spectra."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from torch import nn
 
 from fxrank.passes.discovery.layer import Layer, matrices_of
+from fxrank.passes.pairs.registry import AUTO
 from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
-from fxrank.policies.base import AUTO, Policy
+from fxrank.policies.base import Policy
 
 
 def in_best_form(

@@ -127,6 +127,11 @@ class _Recorder(TorchFunctionMode):
 _STANDARDIZING: dict[type[nn.Module], bool] = {}
 
 
+def declare_plain(kind: type[nn.Module]) -> None:
+    """Take the word of whoever registers a class that its layers multiply with the parameter `weight` itself."""
+    _STANDARDIZING[kind] = False
+
+
 def standardizes(layer: nn.Module) -> bool:
     """Whether a subclass of `Conv2d` convolves with a weight that it computes from its own, per output channel (Qiao et
     al. 2019, weight standardization; `StdConv2d` and `ScaledStdConv2d` in timm). Found out by calling it once.

@@ -87,10 +87,12 @@ class FactorPair(nn.Module):
     """Whether the weight is looked up rather than multiplied with. A table stays dense unless it is asked for."""
     is_parameter: ClassVar[bool] = False
     """Whether the pair takes the place of a parameter, under its name, and not of a module."""
-    multiplies_when_read: ClassVar[bool] = True
-    """Whether its `weight`, read by other code, multiplies through the factors; else it is the dense product."""
-    automatic: ClassVar[bool] = True
-    """Whether `form="auto"` may choose this form by itself."""
+    multiplies_when_read: ClassVar[bool] = False
+    """Whether its `weight`, read by other code, multiplies through the factors; else it is the dense product. True only where the
+    matrices lie in the weight as `FactoredWeight` has them: rows of one below those of another, or one after another.
+    """
+    automatic: ClassVar[bool] = False
+    """Whether `form="auto"` may choose this form by itself, which costs one more decomposition of each weight."""
 
     u: Any
     v: Any
@@ -114,7 +116,8 @@ class FactorPair(nn.Module):
         place = {"device": weight.device, "dtype": weight.dtype}
         self.u, self.norm, self.v = self.make_layers(dense, place, extra_bn and self.takes_norm)
         self.train(dense.training)
-        for parameter in self.parameters():
+        norm = () if self.norm is None else self.norm.parameters()
+        for parameter in (self.u.weight, self.v.weight, *norm):  # what else there is may be shared with the layer
             parameter.requires_grad_(weight.requires_grad)
         if getattr(dense, "bias", None) is not None:
             # The very parameter: its gradient, optimizer state and flags go on.
@@ -131,8 +134,8 @@ class FactorPair(nn.Module):
 
     @classmethod
     def suits(cls, dense: nn.Module) -> bool:
-        """Whether this form is offered for the layer beside its first one."""
-        return False
+        """Whether the layer has this form where it is asked for, beside the one that it has first."""
+        return True
 
     # -- the matrices
 
@@ -293,12 +296,13 @@ class FactorPair(nn.Module):
     @property
     def splits_products(self) -> bool:
         """Whether `x @ weight` is two products with `u.weight` and `v.weight` as they lie there."""
-        return len(self.dense_shape) == 2 and len(self.unfold_u(self.u.weight)) == 1 and not self.is_table
+        as_they_lie = self.multiplies_when_read and len(self.unfold_u(self.u.weight)) == 1
+        return as_they_lie and len(self.dense_shape) == 2 and not self.is_table
 
     @property
     def bias(self) -> Tensor | None:
         """The dense layer's own bias parameter, or None."""
-        bias: Tensor | None = self.v.bias
+        bias: Tensor | None = getattr(self.v, "bias", None)
         return bias
 
     @property

@@ -53,6 +53,7 @@ class _LowRankConv(FactorPair):
 
     geometry = _GEOMETRY
     takes_norm = True
+    multiplies_when_read = True
     conv_type: ClassVar[type[Any]]
     norm_type: ClassVar[type[Any]]
     in_channels: int
@@ -154,7 +155,6 @@ class LowRankSpatialConv2d(_LowRankConv):
     norm_type = nn.BatchNorm2d
     takes_norm = False
     multiplies_when_read = False
-    automatic = False
 
     @classmethod
     def suits(cls, dense: nn.Module) -> bool:

@@ -46,6 +46,7 @@ class LowRankEmbedding(FactorPair):
     )
     children_in_order = ("v", "u")
     is_table = True
+    multiplies_when_read = True
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None

@@ -20,6 +20,7 @@ class LowRankLinear(FactorPair):
 
     kind = "linear"
     geometry = ("in_features", "out_features")
+    multiplies_when_read = True
     in_features: int
     out_features: int
 
@@ -69,6 +70,7 @@ class LowRankFusedLinear(LowRankLinear):
     """
 
     blocks = 3
+    automatic = True
 
     @classmethod
     def refusal(cls, dense: nn.Module) -> str | None:

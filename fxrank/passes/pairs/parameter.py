@@ -94,9 +94,14 @@ class LowRankWeight(FactorPair):
     kind = "parameter"
     geometry = ("gates", "recurrent")
     is_parameter = True
+    multiplies_when_read = True
     stacked: ClassVar[bool] = False
     gates: int
     recurrent: bool
+
+    @classmethod
+    def suits(cls, dense: nn.Module) -> bool:
+        return False  # how the weight is used says which form it has
 
     @classmethod
     def blocks(cls, dense: nn.Module) -> int:
@@ -187,6 +192,8 @@ class LowRankWeight(FactorPair):
 
 class LowRankFusedWeight(LowRankWeight):
     """A raw fused projection of queries, keys and values as three products, each with a subspace of its own."""
+
+    automatic = True
 
     @classmethod
     def blocks(cls, dense: nn.Module) -> int:

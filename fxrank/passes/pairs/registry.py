@@ -5,15 +5,16 @@ import inspect
 from torch import nn
 
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.model.weights import computed_part, standardizes, weight_of
+from fxrank.passes.model.weights import computed_part, declare_plain, is_derived, standardizes, weight_of
 from fxrank.passes.pairs.base import FactorPair
+from fxrank.torch_private.modules import own_parameters
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {}
 """Dense layer class → form → pair class. A subclass counts as its base class if it inherits the forward; a subclass with
 a forward of its own is traced, and its weight is a raw one, except where it standardizes its weight.
 """
-_BY_OTHERS = "auto"
-"""What policies call the choice among forms."""
+AUTO = "auto"
+"""What policies call the choice among forms: the spectra make it."""
 
 
 def register_pair(dense_class: type[nn.Module], pair_class: type[FactorPair], form: str = "channel") -> None:
@@ -41,13 +42,24 @@ def register_pair(dense_class: type[nn.Module], pair_class: type[FactorPair], fo
             f"a pair class must define kind, geometry, make_layers and empty_dense; {pair_class.__name__} lacks {', '.join(missing)}. "
             "See fxrank.FactorPair."
         )
-    if not form.isidentifier() or form == _BY_OTHERS:
-        raise ValueError(f"a form's name must be an identifier other than {_BY_OTHERS!r}; got {form!r}.")
-    forms = PAIRS.setdefault(dense_class, {})
-    if forms.setdefault(form, pair_class) is not pair_class:
-        raise ValueError(
-            f"a form has one pair class; {form!r} of {dense_class.__name__} is {forms[form].__name__}, got {pair_class.__name__}. Give it another name: form=…."
+    if not isinstance(pair_class.kind, str) or not all(isinstance(name, str) for name in pair_class.geometry):
+        raise TypeError(
+            f"kind must be a name and geometry a tuple of names; got {pair_class.kind!r} and {pair_class.geometry!r} in {pair_class.__name__}."
         )
+    if not isinstance(form, str) or not form.isidentifier() or form == AUTO:
+        raise ValueError(f"a form's name must be an identifier other than {AUTO!r}; got {form!r}.")
+    there = PAIRS.get(dense_class, {})
+    if there.get(form, pair_class) is not pair_class:
+        raise ValueError(
+            f"a form has one pair class; {form!r} of {dense_class.__name__} is {there[form].__name__}, got {pair_class.__name__}. Give it another name: form=…."
+        )
+    if strange := next((cls for cls in there.values() if cls.kind != pair_class.kind), None):
+        raise ValueError(
+            f"all forms of a layer have one kind, which plans call it by; {dense_class.__name__} is {strange.kind!r} in {strange.__name__} and "
+            f"{pair_class.kind!r} in {pair_class.__name__}. Give them the same."
+        )
+    PAIRS.setdefault(dense_class, {})[form] = pair_class
+    declare_plain(dense_class)
 
 
 def _abstract(method: object) -> bool:
@@ -91,7 +103,17 @@ def forms_of(dense: nn.Module) -> dict[str, type[FactorPair]]:
     kind = dense_type(dense)
     if kind is None or computed_part(dense) is not None:
         return {}
-    return {form: cls for form, cls in PAIRS[kind].items() if cls.refusal(dense) is None}
+    return {form: cls for form, cls in PAIRS[kind].items() if _refusal(cls, dense) is None}
+
+
+def _refusal(cls: type[FactorPair], dense: nn.Module) -> str | None:
+    """Why this very layer has no pair of this class: it lacks what every pair needs, or the class says so."""
+    if strange := [name for name in cls.geometry if not hasattr(dense, name)]:
+        return f"without the attribute {strange[0]!r}"
+    weight = own_parameters(dense).get("weight")
+    if not is_derived(dense) and (weight is None or weight.ndim < 2):
+        return "without a parameter 'weight' of two dimensions or more"
+    return cls.refusal(dense)
 
 
 def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | None:
@@ -103,7 +125,7 @@ def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | No
 def why_none(dense: nn.Module) -> str:
     """What is said of a layer that has no pair in any form: a clause that follows "has no factor pair"."""
     kind = dense_type(dense)
-    reasons = [] if kind is None else [r for cls in PAIRS[kind].values() if (r := cls.refusal(dense)) is not None]
+    reasons = [] if kind is None else [r for cls in PAIRS[kind].values() if (r := _refusal(cls, dense)) is not None]
     return f" {reasons[0]}" if reasons else ""
 
 
