@@ -60,7 +60,7 @@ def factorize(
         apply_plan(small, rank, example=example_inputs)
         return small
     gm = trace(small, example_inputs)
-    layers = discover(gm, small)
+    layers = [layer.if_in_form(form) for layer in discover(gm, small)]
     if isinstance(rank, Mapping):
         chosen = _named_ranks(layers, rank)
         layers = [
@@ -82,7 +82,7 @@ def factorize(
                 )
             )
         elif layer.name in chosen:
-            decisions.append(_given(layer, chosen[layer.name], form, extra_bn))
+            decisions.append(_given(layer, chosen[layer.name], extra_bn))
         else:
             decisions.append(keep(layer, layer.reason or ""))
     _warn_above_break_even(layers, decisions)
@@ -113,8 +113,7 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
     return rank
 
 
-def _given(layer: Layer, rank: int | float, form: str, extra_bn: bool) -> LayerDecision:
-    layer = layer.if_in_form(form)
+def _given(layer: Layer, rank: int | float, extra_bn: bool) -> LayerDecision:
     whole = whole_given_rank(layer.name, layer.full_rank, rank)
     reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
     return take(layer, whole, reason, extra_bn=extra_bn)
@@ -139,7 +138,6 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
 def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:
     above = []
     for layer, decision in zip(layers, decisions, strict=True):
-        layer = layer.if_in_form(decision.form)
         if (
             decision.pair_parameters is not None
             and decision.rank is not None

@@ -112,9 +112,9 @@ def profile(
     place = next(model.parameters()).device if device is None else torch.device(device)
     here = next(model.parameters()).device
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
-    layers = candidates(discover(trace(model, inputs), model), model, include=include, exclude=exclude)
+    found = [layer.if_in_form(form) for layer in discover(trace(model, inputs), model)]
+    layers = candidates(found, model, include=include, exclude=exclude)
     require_some(layers)
-    layers = [layer.if_in_form(form) for layer in layers]
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))
     return Profile(measured, tuple(layers), speedup_threshold, profiler.seconds, str(place))

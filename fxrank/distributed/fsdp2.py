@@ -79,7 +79,7 @@ class Shards:
         moved: Example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), given)
         return moved
 
-    def refusal(self, name: str, form: str) -> str | None:
+    def refusal(self, name: str) -> str | None:
         """Why a layer cannot be replaced inside its unit; None if it can."""
         if is_derived(dense_at(self.skeleton, name)):
             return "its weight is derived from parameters that are sharded"
@@ -119,7 +119,7 @@ class Shards:
         factors: Factors,
         share: Callable[[Iterable[Tensor]], None] | None,
     ) -> list[Replacement]:
-        """As `surgery.apply_plan`: the plan's pairs in the model, in shards, and in the skeleton and its graph `gm`."""
+        """As `apply_plan`: the plan's pairs in the model, in shards, and in the skeleton and its graph `gm`."""
         reshard(self.model)
         self._check_finite(list(plan.R))
         apply_plan(self.skeleton, plan, gm=gm, split=False)

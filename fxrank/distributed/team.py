@@ -1,4 +1,4 @@
-"""Several processes that train one model, on torch's own engines: `DistributedDataParallel`, and `fully_shard` (`sharded`).
+"""Several processes that train one model, on torch's own engines: `DistributedDataParallel`, and `fully_shard` (`fsdp2`).
 
 What depends on a clock or on one process's rounding is decided once, by the first process, and sent to the others:
 the timings, the rank samples, the plan, the factors.
@@ -105,26 +105,26 @@ class Team:
     def refused(self, layers: list[Layer]) -> list[Layer]:
         """The layers, with a reason for those that this engine does not let go."""
         refusal = self._refusal()
-        return [x if x.reason is not None else replace(x, reason=refusal(x.name, x.form)) for x in layers]
+        return [x if x.reason is not None else replace(x, reason=refusal(x.name)) for x in layers]
 
     def check_plan(self, plan: Plan) -> None:
         """Raise as `sites` does for a plan that does not fit; and raise `TypeError` for a layer that this engine does not let go."""
         sites(self.structure, plan)
         refusal = self._refusal()
         for decision in plan.layers:
-            if decision.factorized and (reason := refusal(decision.name, decision.form)) is not None:
+            if decision.factorized and (reason := refusal(decision.name)) is not None:
                 raise TypeError(
                     f"the layers of a plan must be ones that this engine lets go; of {decision.name!r}, {reason}. "
                     "Change that, or leave it dense in the plan."
                 )
 
-    def _refusal(self) -> Callable[[str, str], str | None]:
-        """Says why a layer, by name and form, must stay; None if it need not."""
+    def _refusal(self) -> Callable[[str], str | None]:
+        """Says why a layer, by name, must stay; None if it need not."""
         if self._shards is not None:
             return self._shards.refusal
         ignored = ignored_paths(self._wrapper, self._model) if self._wrapper is not None else frozenset()
         reason = "DistributedDataParallel was told to ignore its parameters, and would average those of a pair"
-        return lambda name, _: reason if name in ignored else None
+        return lambda name: reason if name in ignored else None
 
     def check(self) -> None:
         """Raise `RuntimeError` if the processes cannot make a switch together; before each step until it is made."""
@@ -185,7 +185,7 @@ class Team:
     def apply(
         self, plan: Plan, gm: TracedModule, example: Example, factors: Factors, *, split: bool
     ) -> list[Replacement]:
-        """`surgery.apply_plan` on the model, with the first process's factors in all of them. `split=False` leaves them
+        """`apply_plan` on the model, with the first process's factors in all of them. `split=False` leaves them
         unfilled.
         """
         self.check_plan(plan)
@@ -299,13 +299,13 @@ class _FirstLogger:
 
     def __init__(self, team: Team, logger: Logger | None) -> None:
         self._team = team
-        self._logger: Any = logger
+        self._logger = logger
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self._team.agree(lambda: self._logger and self._logger.log(step, values))
+        self._team.agree(lambda: None if self._logger is None else self._logger.log(step, values))
 
     def event(self, step: int, text: str) -> None:
-        self._team.agree(lambda: self._logger and self._logger.event(step, text))
+        self._team.agree(lambda: None if self._logger is None else self._logger.event(step, text))
 
 
 def _checksum(tensor: Tensor) -> int:

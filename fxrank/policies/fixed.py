@@ -104,8 +104,7 @@ class FixedPlan(Policy):
 def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], why: str) -> list[LayerDecision]:
     """Decisions for given ranks: a string from `rank_of` is the reason to keep."""
     decisions = []
-    for whole in scene.layers:
-        layer = whole.if_in_form(policy.form)
+    for layer in scene.layers:
         rank = layer.reason or rank_of(layer)
         if isinstance(rank, str):
             decisions.append(keep(layer, rank))

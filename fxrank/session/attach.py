@@ -89,7 +89,8 @@ def examine(
     structure = team.structure
     with own_forward(structure):
         graph_module = trace(structure, team.example(example_inputs))
-    layers = candidates(discover(graph_module, structure), structure, include=include, exclude=exclude)
+    found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
+    layers = candidates(found, structure, include=include, exclude=exclude)
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
     logger = team.logger(logger)
     _profile(scene, team, policy, amp, known=state is not None)
@@ -122,7 +123,6 @@ def _profile(scene: Scene, team: Team, policy: Policy, amp: torch.dtype | None, 
     if policy.speedup_needed is None:
         return
     profiler = scene.profiler = Profiler(scene.model, next(team.model.parameters()).device, amp=amp)
-    # A stack is worth what its pairs in the form to come are.
-    measured = [] if known else stacks([layer.if_in_form(policy.form) for layer in scene.layers])
+    measured = [] if known else stacks(scene.layers)
     for profile in team.agree(lambda: [profiler.stack(stack, policy.probe) for stack in measured]):
         scene.profiles.update(dict.fromkeys(profile.names, profile))

@@ -17,9 +17,7 @@ from fxrank.passes.tracing.trace import WHOLE, TracedModule
 from fxrank.plan import Plan
 from fxrank.switch.plan_of import _NESTED, remember_plan
 from fxrank.switch.sites import Site, sites
-from fxrank.torch_private.modules import own_children, own_parameters
-
-_WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+from fxrank.torch_private.modules import WEIGHT_HOOKS, own_children, own_parameters
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Replacement:
     @property
     def hooked(self) -> bool:
         """Whether the user has hooks on what is gone. Those of one dense weight are on both factors now."""
-        return any(getattr(parameter, name, None) for parameter in self.parameters for name in _WEIGHT_HOOKS)
+        return any(getattr(parameter, name, None) for parameter in self.parameters for name in WEIGHT_HOOKS)
 
     @property
     def hook_note(self) -> str:
@@ -125,7 +123,7 @@ def _pairs(site: Site, split: bool, factors: Factors) -> list[FactorPair]:
 
 def take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:
     """The very dicts: handles that the user holds remove a hook from both."""
-    for name in _WEIGHT_HOOKS:
+    for name in WEIGHT_HOOKS:
         if getattr(weight, name, None):
             setattr(factor, name, getattr(weight, name))
 

@@ -41,6 +41,17 @@ def post_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
+WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Where a parameter has the hooks on its gradient: dicts, which a factor takes over as they are, so that handles stay valid."""
+
+
+def all_hooks(module: nn.Module) -> dict[str, Any]:
+    """Everything of the module's hooks but those of its state dict, by the attribute that holds it; to read and to change."""
+    own = vars(module)
+    names = {name for name in vars(nn.Module()) if "_hooks" in name and "state_dict" not in name}
+    return {name: own[name] for name in names | {"_is_full_backward_hook"}}
+
+
 def times_written(tensor: Tensor) -> int:
     """How many times something was written into a tensor: it tells a weight that was loaded from one that was not."""
     return tensor._version

@@ -227,8 +227,13 @@ def test_a_policy_of_ones_own():
 
 @pytest.mark.parametrize(
     "policy",
-    [SOON, fxrank.Pufferfish(E=1, K=0, ratio=0.25), fxrank.Pufferfish(E=1, K=0, ratio=0.25, form="spatial")],
-    ids=["Cuttlefish", "Pufferfish", "spatial"],
+    [
+        SOON,
+        dataclasses.replace(SOON, form="spatial"),
+        fxrank.Pufferfish(E=1, K=0, ratio=0.25),
+        fxrank.Pufferfish(E=1, K=0, ratio=0.25, form="spatial"),
+    ],
+    ids=["Cuttlefish", "Cuttlefish spatial", "Pufferfish", "Pufferfish spatial"],
 )
 def test_each_weight_is_decomposed_once(policy, monkeypatch):
     """When its rank is decided; the factors wait for the switch."""

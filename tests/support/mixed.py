@@ -1,4 +1,4 @@
-"""A network with one layer of every kind that has a pair, and what its files of an earlier fxrank were written from."""
+"""A network of many kinds of layers that have pairs, and what its files of an earlier fxrank were written from."""
 
 import warnings
 

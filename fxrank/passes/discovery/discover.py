@@ -6,7 +6,6 @@ share one parameter are one layer with several call sites.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import networkx as nx
 from torch import Tensor, fx, nn
@@ -85,7 +84,9 @@ class _Search:
         self.model, self.names = model, names
         self.found: dict[int, tuple[Layer, bool]] = {}
 
-    def run(self, gm: TracedModule, prefix: str = "", first: bool = True, last: bool = True) -> Any:
+    def run(
+        self, gm: TracedModule, prefix: str = "", first: bool = True, last: bool = True
+    ) -> dict[int, tuple[Layer, bool]]:
         """Take in one part. `first`, `last`: whether no weight comes before, or after, this part."""
         graphs = [gm.graph, *(g for g in gm.graphs.values() if g is not gm.graph)]
         for graph in dict.fromkeys(graphs):

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
@@ -73,7 +74,8 @@ def layer_from(
 
 
 def _unrolled(dense: nn.Module, form: str, pair: type[FactorPair], use: Use) -> Unrolled:
-    groups, rows, cols = pair.unroll(dense, weight_of(dense)).shape
+    shape = torch.empty(weight_of(dense).shape, device="meta")  # no kernel is copied for its shape
+    groups, rows, cols = pair.unroll(dense, shape).shape
     return Unrolled(pair, form, groups, rows, cols, use.counts(pair, dense)[1:])
 
 

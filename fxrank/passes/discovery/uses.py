@@ -1,6 +1,6 @@
 """What becomes of a weight that is read as a tensor: the products it ends up in, seen in a traced graph.
 
-The same functions as in `product`: a view is followed, a product counts, anything else needs the numbers themselves.
+The same functions as in `products`: a view is followed, a product counts, anything else needs the numbers themselves.
 """
 
 import operator
@@ -17,7 +17,7 @@ from fxrank.torch_private.kernels import GROUPED
 
 
 @dataclass(frozen=True)
-class Use:
+class Product:
     """One product: the node, the shape of the other operand, the multiply-adds of the dense product, and whether it is a
     convolution.
     """
@@ -28,11 +28,11 @@ class Use:
     convolution: bool = False
 
 
-def uses(read: fx.Node) -> tuple[list[Use], list[str]]:
+def uses(read: fx.Node) -> tuple[list[Product], list[str]]:
     """The products that the weight read by this node is used in, directly or through views, and the names of the nodes
     that need its numbers otherwise. Nodes that only look at its shape or dtype count for nothing.
     """
-    products: list[Use] = []
+    products: list[Product] = []
     others: list[str] = []
     todo = [read]
     seen = {read}
@@ -91,7 +91,7 @@ def _is_view(user: fx.Node, weight: fx.Node) -> bool:
     return user.target in _VIEW_FUNCTIONS
 
 
-def _product(user: fx.Node, weight: fx.Node) -> Use | None:
+def _product(user: fx.Node, weight: fx.Node) -> Product | None:
     """How this node multiplies with the weight, None if it does not."""
     value, out = weight.meta["val"], user.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(out, Tensor) or user.op not in ("call_function", "call_method"):
@@ -102,12 +102,12 @@ def _product(user: fx.Node, weight: fx.Node) -> Use | None:
         return None
     x = other.meta["val"]
     if user.target is F.embedding:
-        return Use(user.name, tuple(x.shape), 0)
+        return Product(user.name, tuple(x.shape), 0)
     if user.target in _CONVOLUTIONS:
-        return Use(user.name, tuple(x.shape), value.numel() * out.numel() // value.shape[0], True)
+        return Product(user.name, tuple(x.shape), value.numel() * out.numel() // value.shape[0], True)
     # Of a product every number of `out` is a sum over one dimension of the weight.
     summed = value.numel() / max(1, _kept(user, value, out))
-    return Use(user.name, tuple(x.shape), round(out.numel() * summed))
+    return Product(user.name, tuple(x.shape), round(out.numel() * summed))
 
 
 def _kept(user: fx.Node, value: Tensor, out: Tensor) -> int:

@@ -110,7 +110,7 @@ def _tensor(value: object) -> Tensor:
 
 
 class _Recorder(TorchFunctionMode):
-    """Remembers the weights that convolutions are called with, and what is padded."""
+    """Remembers the weights that convolutions are called with."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -154,7 +154,8 @@ class FactorPair(nn.Module):
     @classmethod
     def full_rank_of(cls, dense: nn.Module) -> int:
         """`min(rows, cols)` of one group's matrix."""
-        return min(cls.unroll(dense, weight_of(dense)).shape[1:])
+        shape = torch.empty(weight_of(dense).shape, device="meta")
+        return min(cls.unroll(dense, shape).shape[1:])
 
     def fold_dense(self, matrix: Tensor) -> Tensor:
         """Inverse of `unroll`."""
@@ -201,10 +202,6 @@ class FactorPair(nn.Module):
     def break_even_rank(cls, weight: Unrolled) -> float:
         """`rows·cols / (rows + cols)`: a pair of this rank has as many parameters as the layer (Pufferfish Table 1)."""
         return weight.rows * weight.cols / (weight.rows + weight.cols) if weight.rows else 0.0
-
-    def between(self, input: Tensor, output: Tensor) -> Tensor:
-        """An empty tensor of the shape and place of the value between the factors, from the layer's input and output."""
-        return output.new_empty([*output.shape[:-1], self.rank * self.unfold_u(self.u.weight).shape[0]])
 
     # -- how it is timed
 

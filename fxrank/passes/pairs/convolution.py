@@ -84,15 +84,6 @@ class _LowRankConv(FactorPair):
     def unfold_v(self, tensor: Tensor) -> Tensor:
         return tensor.reshape(self.groups, -1, self.rank)
 
-    def between(self, input: Tensor, output: Tensor) -> Tensor:
-        return self._thin(output)
-
-    def _thin(self, image: Tensor) -> Tensor:
-        """Empty, of the shape of an image, with as many channels as there are between the factors."""
-        channel = image.ndim - len(self.kernel_size) - 1
-        width = self.groups * self.rank
-        return image.new_empty([width if i == channel else size for i, size in enumerate(image.shape)])
-
     def _conv(self, place: dict[str, Any], **changes: Any) -> nn.Module:
         options = {name: getattr(self, name) for name in _GEOMETRY[:8]} | {"bias": False} | changes
         kind = SamePadConv2d if self.same_pad and options["kernel_size"] != 1 else type(self).conv_type
@@ -192,10 +183,6 @@ class LowRankSpatialConv2d(_LowRankConv):
         places = math.prod(output_shape) / weight_of(dense).shape[0]
         return places, places * input_shape[-1] / output_shape[-1], places
 
-    def between(self, input: Tensor, output: Tensor) -> Tensor:
-        thin = self._thin(output)
-        return thin.new_empty([*thin.shape[:-1], input.shape[-1]])
-
     def _factors(self, place: dict[str, Any], width: int) -> tuple[nn.Module, nn.Module]:
         return self._along(0, place, out_channels=width), self._along(1, place, in_channels=width)
 
@@ -250,9 +237,6 @@ class _LowRankConvTranspose(_LowRankConv):
     ) -> tuple[float, float, float]:
         places = math.prod(input_shape) / weight_of(dense).shape[0]
         return places, places, places
-
-    def between(self, input: Tensor, output: Tensor) -> Tensor:
-        return self._thin(input)
 
     def _factors(self, place: dict[str, Any], width: int) -> tuple[nn.Module, nn.Module]:
         pointwise = type(self).pointwise_type

@@ -23,7 +23,7 @@ from fxrank.torch_private.compile import leave_to_python
 from fxrank.torch_private.kernels import NN_FUNCTIONS, tensor_without_numbers, without_torch_function
 
 PRODUCTS: dict[Any, Callable[..., Any]] = {}
-"""What is done through the factors, by torch's own function; filled by `product`. A function here may answer
+"""What is done through the factors, by torch's own function; filled by `products`. A function here may answer
 `NotImplemented`, then the dense product is used.
 """
 

@@ -3,7 +3,7 @@ projection of `nn.MultiheadAttention`, the gates of `nn.LSTM` and `nn.GRU`, stac
 of layers with a forward of their own.
 
 There the pair takes the parameter's name in its module. It stands for the tensor: torch's functions accept it, and
-multiply through the factors (see `product`).
+multiply through the factors (see `products`).
 """
 
 from collections.abc import Callable, Mapping

@@ -1,4 +1,4 @@
-"""The products of a factored weight (see `factored`): what is done through the factors instead of with the dense matrix.
+"""The products of a factored weight (see `factored_weight`): what is done through the factors instead of with the dense matrix.
 
 Operations of torch with one factored operand, and views that stay factored. What is not here, or answers
 `NotImplemented`, is done with the dense product.

@@ -21,6 +21,7 @@ from torch import fx, nn
 
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.rewriting.driver import Pass, Refused
+from fxrank.passes.tracing.fake_values import value_after
 from fxrank.torch_private.modules import own_children
 
 
@@ -52,7 +53,8 @@ class Factorize(Pass):
                 value = gm.graph.call_module(f"{target}.{name}", args, kwargs)
                 value.meta = dict(node.meta)
                 if name != children[-1]:
-                    value.meta["val"] = pair.between(_first_input(node), node.meta["val"])
+                    values = fx.node.map_arg((args, kwargs), lambda n: n.meta.get("val"))
+                    value.meta["val"] = value_after(pair.get_submodule(name), *values)
         assert value is not None
         node.replace_all_uses_with(value)
         gm.graph.erase_node(node)
@@ -128,11 +130,3 @@ class Merge(Pass):
         if not any(str(n.target).rpartition(".")[0] == path and n.op == "call_module" for n in gm.graph.nodes):
             gm.set_submodule(path, self.dense[path])
         return True
-
-
-def _first_input(node: fx.Node) -> torch.Tensor:
-    source = node.args[0] if node.args else next(iter(node.kwargs.values()))
-    assert isinstance(source, fx.Node)
-    value = source.meta["val"]
-    assert isinstance(value, torch.Tensor)
-    return value

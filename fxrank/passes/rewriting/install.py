@@ -10,7 +10,7 @@ from fxrank.passes.model.names import own_name
 from fxrank.passes.model.weights import drop_norm_hooks
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.torch_private.modules import own_children, own_parameters, read_weights_again
+from fxrank.torch_private.modules import all_hooks, own_children, own_parameters, read_weights_again
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
@@ -29,8 +29,7 @@ def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if id(module) in replacements:
             replacement = replacements[id(module)]
-            for name in _HOOKS:
-                replacement.__dict__[name] = module.__dict__[name]
+            vars(replacement).update(all_hooks(module))
             drop_norm_hooks(replacement)
             model.set_submodule(path, replacement)
             follow_change(model.get_submodule(path.rpartition(".")[0]))
@@ -117,9 +116,6 @@ def _refresh(owner: nn.Module) -> None:
 
 _OWN = set(vars(nn.Module()))
 """What every module has: children, parameters, hooks and flags."""
-
-
-_HOOKS = {name for name in _OWN if "_hooks" in name and "state_dict" not in name} | {"_is_full_backward_hook"}
 
 
 _Seen = dict[int, tuple[Any, Any]]

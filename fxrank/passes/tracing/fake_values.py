@@ -2,6 +2,8 @@
 
 Computing one takes torch half a millisecond. A model repeats its blocks, and the graphs of both modes ask the same
 again, so results are remembered by what they depend on.
+
+It knows torch's inside; tried on torch 2.8.0 and 2.14.1.
 """
 
 import contextlib
@@ -33,8 +35,9 @@ def _grouped_product(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = No
 class Values:
     """Evaluates functions, methods and modules on fake tensors."""
 
-    def __init__(self) -> None:
-        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+    def __init__(self, mode: FakeTensorMode | None = None) -> None:
+        """In the mode of fake tensors that are there already, if one is given."""
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True) if mode is None else mode
         self._fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the real ones are held, so that no id comes again
         self._known: dict[Hashable, Any] = {}
 
@@ -95,6 +98,15 @@ class Values:
         if type(described) in (tuple, list):
             return type(described)([self._again(d) for d in described])
         return described
+
+
+def value_after(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """What a module makes of the values of a graph; nothing of it is changed. None where none of them is a fake tensor."""
+    fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    if not fakes:
+        return None
+    with torch.no_grad():
+        return Values(fakes[0].fake_mode).of_module(module, args, kwargs)
 
 
 class _UnknownError(Exception):

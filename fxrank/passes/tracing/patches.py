@@ -1,4 +1,7 @@
-"""What of Python and torch is replaced while a trace is on."""
+"""What of Python and torch is replaced while a trace is on.
+
+It knows torch's inside; tried on torch 2.8.0 and 2.14.1.
+"""
 
 import builtins
 import inspect

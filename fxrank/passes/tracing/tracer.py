@@ -1,4 +1,7 @@
-"""The tracer: an `fx.Tracer` whose proxies carry a value (see `trace`)."""
+"""The tracer: an `fx.Tracer` whose proxies carry a value (see `trace`).
+
+It knows torch's inside; tried on torch 2.8.0 and 2.14.1.
+"""
 
 import builtins
 import inspect

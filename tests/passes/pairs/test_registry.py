@@ -1,5 +1,6 @@
 """`fxrank.register_pair`: a pair for a layer class that is nobody's but the user's, all the way."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,12 +11,14 @@ import torch.nn.functional as F
 from exact import full, randn
 from nets import SOON, sgd, train
 from rolled import LowRankRolledLinear, RolledLinear, RolledNet
+from torch import nn
 
 import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.registry import PAIRS, forms, make_pair
 from fxrank.passes.tracing.compare import largest_difference
+from fxrank.switch.apply_plan import apply_plan
 
 ROUNDING = 1e-12  # float64, sums of 16 products
 
@@ -173,3 +176,224 @@ def test_what_is_refused(arguments, error, text):
     with pytest.raises(error, match=f"^{re.escape(text)}"):
         fxrank.register_pair(*arguments)
     assert RolledLinear not in PAIRS
+
+
+# -- classes of other shapes
+
+
+@pytest.fixture
+def register():
+    """`fxrank.register_pair`, undone after the test."""
+    before = {cls: dict(forms_there) for cls, forms_there in PAIRS.items()}
+    yield fxrank.register_pair
+    PAIRS.clear()
+    PAIRS.update(before)
+
+
+class Transposed(nn.Module):
+    """`x @ weight`, the weight `(in, out)`."""
+
+    def __init__(self, width, other):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, other, dtype=torch.float64) / width**0.5)
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+class LowRankTransposed(fxrank.FactorPair):
+    kind, geometry = "transposed", ()
+
+    @classmethod
+    def unroll(cls, dense, tensor):
+        return tensor.mT[None]
+
+    def fold_dense(self, matrix):
+        return matrix[0].mT
+
+    @classmethod
+    def uses(cls, dense, input_shape, output_shape):
+        return (torch.Size(output_shape[:-1]).numel(),) * 3
+
+    def make_layers(self, dense, place, extra_bn):
+        n, m = self.dense_shape
+        return nn.Linear(n, self.rank, bias=False, **place), None, nn.Linear(self.rank, m, bias=False, **place)
+
+    def empty_dense(self, place):
+        return Transposed(*self.dense_shape)
+
+
+class ReadsIt(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = Transposed(6, 6), Transposed(6, 6), Transposed(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.c(x + x @ self.b.weight)
+
+
+def test_a_weight_that_lies_otherwise_is_right_where_it_is_read(register):
+    register(Transposed, LowRankTransposed)
+    model, x = ReadsIt(), randn(3, 6)
+    small = full(model, x)
+    assert type(small.b) is LowRankTransposed
+    assert largest_difference(model.b.weight, small.b.weight) <= ROUNDING
+    assert largest_difference(model(x), small(x)) <= ROUNDING
+    assert largest_difference(model(x), fxrank.merge(small)(x)) <= ROUNDING
+    assert fxrank.plan_of(small).layer("a").macs == 3 * 36
+
+
+class GainConv(nn.Conv2d):
+    """A kernel, and a learned gain of each channel."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.scale = nn.Parameter(1 + torch.rand(self.out_channels, 1, 1, 1, dtype=torch.float64))
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.scale, self.bias)
+
+
+class Gained(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * self.scale, self.bias)
+
+
+class LowRankGainConv(fxrank.LowRankConv2d):
+    def make_layers(self, dense, place, extra_bn):
+        first, norm, second = super().make_layers(dense, place, extra_bn)
+        second.__class__ = Gained
+        second.scale = dense.scale
+        return first, norm, second
+
+    def empty_dense(self, place):
+        dense = super().empty_dense(place)
+        dense.__class__ = GainConv
+        dense.scale = self.v.scale
+        return dense
+
+
+@pytest.mark.parametrize("frozen", ["weight", "scale"])
+def test_a_class_with_a_forward_of_its_own_holds_its_weight_as_it_says(register, frozen):
+    register(GainConv, LowRankGainConv)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), GainConv(8, 8, 3, padding=1), nn.Conv2d(8, 4, 3)).double()
+    model[1].get_parameter(frozen).requires_grad_(False)
+    x = randn(2, 3, 9, 9)
+    small = full(model, x)
+    assert type(small[1]) is LowRankGainConv
+    assert largest_difference(model(x), small(x)) <= 10 * ROUNDING  # sums of 72
+    assert largest_difference(model(x), fxrank.merge(small)(x)) <= 10 * ROUNDING
+    # Each keeps its own flag: what the pair shares with the layer is not the weight.
+    assert small[1].v.scale.requires_grad is (frozen != "scale")
+    assert small[1].u.weight.requires_grad is (frozen != "weight")
+
+
+class WithoutBias(LowRankTransposed):
+    """Its second layer has no such attribute at all."""
+
+    def make_layers(self, dense, place, extra_bn):
+        n, m = self.dense_shape
+        first, second = Transposed(n, self.rank), Transposed(self.rank, m)
+        return first.to(**place), None, second.to(**place)
+
+    def fold_u(self, u):
+        return u[0].mT
+
+    def unfold_u(self, tensor):
+        return tensor.mT[None]
+
+    def fold_v(self, v):
+        return v[0].mT
+
+    def unfold_v(self, tensor):
+        return tensor.mT[None]
+
+
+def test_a_pair_without_any_bias(register, tmp_path):
+    register(Transposed, WithoutBias)
+    model, x = ReadsIt(), randn(3, 6)
+    small = fxrank.factorize(model, x, rank=2)
+    assert largest_difference(small(x), fxrank.merge(small)(x)) <= ROUNDING
+    fxrank.save(small, tmp_path)
+    assert largest_difference(small(x), fxrank.load(ReadsIt(), tmp_path)(x)) == 0
+
+
+def test_another_form_of_a_class_that_has_one_is_given_where_it_is_asked_for(register):
+    class Mine(fxrank.LowRankLinear):
+        pass
+
+    register(nn.Linear, Mine, form="mine")
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)).double(), randn(3, 8)
+    assert type(fxrank.factorize(model, x, rank=2)[1]) is fxrank.LowRankLinear
+    small = fxrank.factorize(model, x, rank=2, form="mine")
+    assert type(small[1]) is Mine and fxrank.plan_of(small).layer("1").form == "mine"
+    again = fxrank.factorize(model, x, rank=fxrank.plan_of(small))
+    assert type(again[1]) is Mine
+    policy = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", latest=0.0, round_to=1)
+    for form, kind in (("auto", fxrank.LowRankLinear), ("mine", Mine)):
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)).double()
+        chosen = dataclasses.replace(policy, form=form)
+        with fxrank.LowRankSession.attach(net, sgd(net), example_inputs=x, total_steps=2, policy=chosen):
+            assert type(net[1]) is kind
+
+
+def test_the_value_between_is_that_of_the_pairs_own_layers(register):
+    """In a layer with channels in the middle, too, whose pair says nothing of it."""
+
+    class Grown(nn.Conv2d):
+        pass
+
+    class LowRankGrown(fxrank.LowRankConv2d):
+        kind = "grown"
+
+    register(Grown, LowRankGrown)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Grown(8, 8, 3, stride=2, padding=2), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.randn(2, 3, 9, 7)
+    gm = fxrank.trace(model, x)
+    plan = fxrank.plan_of(fxrank.factorize(model, x, rank=2))
+    apply_plan(model, plan, gm=gm)
+    (middle,) = (n for n in gm.graph.nodes if n.target == "1.u")
+    sizes = []
+    model[1].u.register_forward_hook(lambda m, inputs, out: sizes.append(tuple(out.shape)))
+    model(x)
+    assert [tuple(middle.meta["val"].shape)] == sizes
+
+
+def test_layers_that_lack_what_the_pair_needs_have_none_and_say_so(register):
+    class Bare(nn.Module):
+        def __init__(self, **held):
+            super().__init__()
+            for name, value in held.items():
+                setattr(self, name, value)
+
+        def forward(self, x):
+            return x * self.weight
+
+    class LowRankBare(LowRankTransposed):
+        kind, geometry = "bare", ("width",)
+
+    register(Bare, LowRankBare)
+    for layer, text in (
+        (Bare(weight=nn.Parameter(torch.randn(4, 4))), "Bare has no factor pair without the attribute 'width'"),
+        (Bare(width=4, weight=nn.Parameter(torch.randn(4)), more=nn.Parameter(torch.randn(2, 2))), "'weight' of two"),
+    ):
+        model = nn.Sequential(nn.Linear(4, 4), layer, nn.Linear(4, 4))
+        layers = discover(fxrank.trace(model, torch.randn(4, 4)), model)
+        assert any(text in (a.reason or "") for a in layers), [a.reason for a in layers]
+
+
+def test_all_forms_of_a_layer_have_one_kind(register):
+    class Other(fxrank.LowRankLinear):
+        kind = "other"
+
+    text = "all forms of a layer have one kind, which plans call it by; Linear is 'linear' in LowRankLinear and 'other' in Other. Give them the same."
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        register(nn.Linear, Other, form="other")
+    assert "other" not in forms()
+    for bad in (3, None):
+        with pytest.raises(ValueError, match=f"a form's name must be an identifier other than 'auto'; got {bad}"):
+            register(nn.Linear, fxrank.LowRankLinear, form=bad)
+    numbered = type("Numbered", (LowRankRolledLinear,), {"kind": 3})
+    with pytest.raises(TypeError, match="kind must be a name and geometry a tuple of names; got 3 and"):
+        register(RolledLinear, numbered)

@@ -193,6 +193,18 @@ def test_a_kernel_that_is_read_elsewhere_is_the_product():
     assert largest_difference(expected, model(x)) <= ROUNDING
 
 
+def test_break_even_is_judged_in_the_form_that_is_asked_for():
+    """A depthwise kernel saves nothing in channels, and a third in space."""
+    model = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 8, 9, 9)
+    with pytest.raises(fxrank.NothingToFactorizeError, match=r"break-even is 0.9"):
+        fxrank.factorize(model, x, rank=1)
+    decision = fxrank.plan_of(fxrank.factorize(model, x, rank=1, form="spatial")).layer("2")
+    assert (decision.pair_parameters, decision.parameters) == (48, 72)
+    (stack,) = fxrank.profile(model, x, form="spatial").stacks
+    assert stack.names == ("2",)
+
+
 @pytest.mark.parametrize("stride", [1, (2, 1), (1, 2), 3])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_counts_are_those_of_the_pairs_own_layers(stride, groups):
@@ -243,7 +255,7 @@ def test_a_policy_asks_for_the_form_and_only_auto_does_not_choose_it():
             assert type(model.conv3) is kind
         decision = session.plan.layer("conv3")
         assert decision.form == ("spatial" if form == "spatial" else "channel")
-        assert decision.pair_parameters <= 4 * (16 + 144)  # what rank 4 of the channel pair has
+        assert decision.rank == (12 if form == "spatial" else 4)  # a quarter of the full rank in that form
         assert 0 < decision.truncation_error < 1
 
 

@@ -207,23 +207,37 @@ def test_a_stand_in_that_somebody_took_along_is_the_function_itself_after_the_tr
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_that_another_thread_forks_can_trace():
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_a_process_that_another_thread_forks_is_forked_at_once_and_can_trace(moment):
     inside, go_on = threading.Event(), threading.Event()
+    originals = {name: getattr(torch, name) for name in ("zeros", "randn")} | {"isinstance": builtins.isinstance}
 
     class Waits(nn.Module):
         def forward(self, x):
             inside.set()
-            go_on.wait(0.2)
+            go_on.wait(20)
             return x * 2
 
+    def in_child():
+        assert builtins.isinstance is originals["isinstance"]
+        assert torch.zeros is originals["zeros"] and torch.randn is originals["randn"]
+        trace(nn.Sequential(nn.ReLU()), torch.randn(2, 3), verify=False)
+
     with ThreadPoolExecutor(1) as pool:
-        tracing = pool.submit(trace, Waits(), torch.randn(2, 3), verify=False)
-        assert inside.wait(10)
-        child = os.fork()
-        if child == 0:
-            right = isinstance is builtins.isinstance and not hasattr(isinstance, "__code__")
-            trace(nn.Sequential(nn.ReLU()), torch.randn(2, 3), verify=False)
-            os._exit(0 if right else 1)
-        go_on.set()
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        tracing.result()
+        tracing = pool.submit(trace, Waits(), torch.randn(2, 3), verify=False) if moment == "while" else None
+        try:
+            assert tracing is None or inside.wait(10)
+            child = os.fork()  # the traced forward ends only after it
+            if child == 0:
+                code = 1
+                try:
+                    in_child()
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        finally:
+            go_on.set()
+        if tracing is not None:
+            tracing.result()
+    assert torch.zeros is originals["zeros"] and builtins.isinstance is originals["isinstance"]
