@@ -133,8 +133,9 @@ def declare_plain(kind: type[nn.Module]) -> None:
 
 
 def standardizes(layer: nn.Module) -> bool:
-    """Whether a subclass of `Conv2d` convolves with a weight that it computes from its own, per output channel (Qiao et
-    al. 2019, weight standardization; `StdConv2d` and `ScaledStdConv2d` in timm). Found out by calling it once.
+    """Whether a subclass of `Conv2d` convolves with its own weight, standardized per output channel (Qiao et al. 2019;
+    `StdConv2d` and `ScaledStdConv2d` in timm): whatever the weight, each channel of what is used has the mean 0. A kernel that is
+    computed otherwise, masked say, is none. Found out by calling it once, on a weight of random numbers.
     """
     kind = type(layer)
     own = own_parameters(layer).get("weight")  # reading `.weight` would leave a node in a graph being traced
@@ -142,20 +143,38 @@ def standardizes(layer: nn.Module) -> bool:
         return False
     if kind not in _STANDARDIZING:
         try:
-            used = _weight_used(layer)
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                given = nn.Parameter(1 + torch.randn(own.shape, device=own.device).to(own.dtype))
+                used = _weight_used(layer, given)
         except Exception:
             _STANDARDIZING[kind] = False  # it does something else altogether, and is traced like any module
         else:
-            _STANDARDIZING[kind] = used is not own and used.shape == own.shape
+            computed = used is not given and used.shape == own.shape
+            if computed and used.is_meta:
+                return True  # there are no numbers to look at; the next one may have some
+            _STANDARDIZING[kind] = computed and _has_no_means(used)
     return _STANDARDIZING[kind]
 
 
-def _weight_used(layer: nn.Module) -> Tensor:
+def _has_no_means(weight: Tensor) -> bool:
+    channels = weight.flatten(1).double()
+    return bool((channels.mean(1).abs() <= 1e-2 * channels.std(1)).all())  # half precision rounds; a mask makes a tenth
+
+
+def _weight_used(layer: nn.Module, given: nn.Parameter | None = None) -> Tensor:
+    """What the layer convolves with, with another weight if one is given. Its hooks are not called."""
     assert isinstance(layer, nn.Conv2d)
     reach = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
-    weight = layer.weight
+    weight, held = layer.weight, own_parameters(layer)
     x = torch.zeros(1, layer.in_channels, *reach, dtype=weight.dtype, device=weight.device)
-    with _Recorder() as recorder, torch.random.fork_rng(devices=[]):
-        type(layer).forward(layer, x)
+    own = held.get("weight")
+    try:
+        if given is not None:
+            held["weight"] = given
+        with _Recorder() as recorder, torch.random.fork_rng(devices=[]):
+            type(layer).forward(layer, x)
+    finally:
+        if given is not None:
+            held["weight"] = own
     (used,) = recorder.weights
     return _tensor(used)

@@ -113,6 +113,7 @@ class FactorPair(nn.Module):
         self.dense_shape: tuple[int, ...] = tuple(weight.shape)
         for name in self.geometry:
             self.__dict__[name] = getattr(dense, name)
+        self.carried = self._carry(dense)
         place = {"device": weight.device, "dtype": weight.dtype}
         self.u, self.norm, self.v = self.make_layers(dense, place, extra_bn and self.takes_norm)
         self.train(dense.training)
@@ -122,6 +123,12 @@ class FactorPair(nn.Module):
         if getattr(dense, "bias", None) is not None:
             # The very parameter: its gradient, optimizer state and flags go on.
             self.v.bias = cast(nn.Parameter, dense.bias)
+
+    def _carry(self, dense: nn.Module) -> tuple[str, ...]:
+        """Answer for what the user has put on the layer, `layer.gain = 0.5` say. Returns the names."""
+        taken = [n for n in vars(dense) if not n.startswith("_") and n not in vars(self) and not hasattr(type(self), n)]
+        self.__dict__.update({name: vars(dense)[name] for name in taken})
+        return tuple(taken)
 
     # -- whether
 
@@ -255,6 +262,7 @@ class FactorPair(nn.Module):
         weight_of(dense).requires_grad_(source.requires_grad)
         if bias is not None:
             dense.register_parameter("bias", cast(nn.Parameter, bias))
+        vars(dense).update({name: vars(self)[name] for name in self.carried if name not in vars(dense)})
         return dense.train(self.training)
 
     def split(self, weight: Tensor) -> None:

@@ -5,9 +5,12 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxrank
+from fxrank.passes.model.weights import standardizes
+from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.convolution import LowRankConv2d
 from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.linear import LowRankLinear
@@ -248,3 +251,61 @@ def test_spectral_view_has_the_singular_values_of_the_unrolled_weight():
         torch.testing.assert_close(
             torch.linalg.svdvals(view.double()), torch.linalg.svdvals(unrolled.double()), rtol=1e-12, atol=1e-12
         )
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Conv2d(8, 8, 3), lambda: nn.Embedding(8, 8)])
+def test_what_the_user_has_put_on_a_layer_is_on_its_pair_and_on_the_layer_again(make):
+    layer = make()
+    layer.gain, layer.names = 0.5, ["a"]
+    pair = make_pair(layer, 2)
+    assert (pair.gain, pair.names) == (0.5, ["a"]) and "gain" not in dict(pair.state_dict())
+    assert copy.deepcopy(pair).gain == 0.5
+    back = pair.to_dense()
+    assert (back.gain, back.names) == (0.5, ["a"])
+    assert make_pair(make(), 2).carried == ()
+
+
+class Masked(nn.Conv2d):
+    """What is used of the kernel is no standardized one."""
+
+    def forward(self, x):
+        mask = torch.ones_like(self.weight)
+        mask[:, :, -1] = 0
+        return F.conv2d(x, self.weight * mask, self.bias, padding=1)
+
+
+class Halved(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight / 2, self.bias, padding=1)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, x):
+        mean, var = self.weight.mean((1, 2, 3), keepdim=True), self.weight.var((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (var + 1e-5).sqrt(), self.bias, padding=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "has"), [(Masked, False), (Halved, False), (Standardized, True)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_a_computed_kernel_counts_as_standardized_only_if_it_is(kind, has, zero, dtype):
+    fresh = type(kind.__name__, (kind,), {})  # what is known of a class is remembered
+    layer = fresh(8, 8, 3).to(dtype)
+    if zero:
+        nn.init.zeros_(layer.weight)
+    seen = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("called"))
+    weight = layer.weight
+    assert standardizes(layer) is has
+    assert layer.weight is weight and seen == []
+
+
+def test_a_mask_holds_for_ever():
+    """The layer stays dense, as the same code on a Linear does, and so the future is not seen."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), Masked(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1)
+    )
+    small = fxrank.factorize(model, torch.randn(2, 3, 9, 9), rank=2)
+    assert type(small[2]) is Masked and isinstance(small[4], FactorPair)
+    reasons = {d.name: d.reason for d in fxrank.plan_of(small).layers}
+    assert "mul" in reasons["2.weight"]
