@@ -205,6 +205,34 @@ def test_a_stand_in_that_somebody_took_along_is_the_function_itself_after_the_tr
     assert issubclass(function, checkpoint.CheckpointFunction)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_bystanders_checkpointed_function_is_computed_again_in_its_backward(reentrant):
+    """While another thread is in the middle of a trace, whose own checkpoints are plain calls."""
+    inside, go_on, calls = threading.Event(), threading.Event(), []
+
+    class Waits(nn.Module):
+        def forward(self, x):
+            inside.set()
+            go_on.wait(20)
+            return x * 2
+
+    def counted(x):
+        calls.append(len(calls))
+        return x.sin()
+
+    with ThreadPoolExecutor(1) as pool:
+        tracing = pool.submit(trace, Waits(), torch.randn(2, 3), verify=False)
+        try:
+            assert inside.wait(10)
+            x = torch.randn(3, requires_grad=True)
+            checkpoint.checkpoint(counted, x, use_reentrant=reentrant).sum().backward()
+        finally:
+            go_on.set()
+        tracing.result()
+    assert len(calls) == 2
+    torch.testing.assert_close(x.grad, x.detach().cos())
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("moment", ["before", "while"])
