@@ -18,7 +18,7 @@ from fxrank.passes.errors import unknown_name
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.fixed import as_policy
-from fxrank.training.batches import LossFn
+from fxrank.training.batches import LossFn, known_length
 
 DEFAULT_EPOCHS = 30
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -171,12 +171,11 @@ def _amp_type(amp: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _length(loader: Iterable[Any]) -> int:
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    length = known_length(loader)
+    if length is None:
         raise TypeError(
             f"the loader must have a length, so that schedule and switch can be placed; {type(loader).__name__} has none. Pass steps_per_epoch=."
-        ) from None
+        )
     if length == 0:
         raise ValueError(
             "the loader must yield at least one batch; it is empty (length 0). Check the data set, batch_size and drop_last."

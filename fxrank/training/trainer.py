@@ -16,7 +16,7 @@ from fxrank.plan import Plan
 from fxrank.session.attach import clock_of, examine
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import FULL, LOW
-from fxrank.training.batches import check_loss, model_inputs, run_batch, to_device
+from fxrank.training.batches import check_loss, check_validation, model_inputs, run_batch, to_device
 from fxrank.training.keeper import Keeper
 from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.training.optimization import Optimization
@@ -26,6 +26,8 @@ from fxrank.training.report import Report
 from fxrank.training.run_state import RunState
 
 log = logging.getLogger("fxrank")
+
+_UNVALIDATED = "val_loader yielded nothing"
 
 
 @dataclass
@@ -52,6 +54,7 @@ class Trainer:
     def __init__(self, options: RunOptions, team: Team, keeper: Keeper) -> None:
         """Takes the first batch, and leaves model and optimizer alone."""
         self.options, self.team, self.keeper = options, team, keeper
+        check_validation(options.val_loader, team)
         self._first = keeper.first_batch()
         if options.epochs_by_default and options.progress:
             print(
@@ -166,9 +169,10 @@ class Trainer:
     def _end_epoch(self, session: LowRankSession, optimization: Optimization) -> None:
         epoch, monitor = self.state.epoch, session.scene.monitor
         loss, accuracy = self.state.totals.means(self.team)
+        loss = math.nan if loss is None else loss  # batches without an example
         if not math.isfinite(loss):
             log.warning("the training loss of epoch %d is %s", epoch, loss)
-        val_loss, val_accuracy = self.evaluate()
+        val_loss, val_accuracy = self.evaluate(session)
         row = {
             "epoch": epoch,
             "phase": session.phase,
@@ -182,10 +186,10 @@ class Trainer:
         }
         self.state.history.append(row)
         log.info("epoch %d (%s): loss %.4f, validation accuracy %s", epoch, session.phase, loss, val_accuracy)
-        optimization.after_epoch(loss if val_loss is None else val_loss)
+        optimization.after_epoch(loss if self.options.val_loader is None else val_loss)
 
-    def evaluate(self) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy on `val_loader`, or Nones."""
+    def evaluate(self, session: LowRankSession) -> tuple[float | None, float | None]:
+        """Mean loss and accuracy on `val_loader`; Nones without one, and, with a note, from one that yields nothing."""
         options = self.options
         if options.val_loader is None:
             return None, None
@@ -193,19 +197,27 @@ class Trainer:
         was_training = options.model.training
         options.model.eval()
         totals = Totals(self.device)
-        with torch.no_grad():
-            for batch in options.val_loader:
-                with autocast(self.device, options.amp):
-                    outcome = run_batch(options.model, to_device(batch, self.device), options.loss_fn)
-                totals.add(outcome.loss, outcome.examples, outcome.correct, outcome.predictions)
-        options.model.train(was_training)
+        try:
+            with torch.no_grad():
+                for batch in options.val_loader:
+                    with autocast(self.device, options.amp):
+                        outcome = run_batch(options.model, to_device(batch, self.device), options.loss_fn)
+                    totals.add(outcome.loss, outcome.examples, outcome.correct, outcome.predictions)
+        finally:
+            options.model.train(was_training)
         self.state.evaluation_seconds += time.perf_counter() - start
-        return totals.means(self.team)
+        loss, accuracy = totals.means(self.team)
+        if loss is None and not any(note.startswith(_UNVALIDATED) for note in session.notes):
+            log.warning("val_loader yielded nothing in epoch %d", self.state.epoch)
+            session.notes.append(
+                f"{_UNVALIDATED} in epoch {self.state.epoch}: there is no validation loss from then on wherever it yields nothing"
+            )
+        return loss, accuracy
 
     def _at_switch(self, event: str, session: LowRankSession) -> None:
         if event == "before_switch" and self._bar is not None:
             self._bar.say("switching")
-        _, self.state.at_switch[event] = self.evaluate()
+        _, self.state.at_switch[event] = self.evaluate(session)
         if event == "after_switch" and session.plan is not None:
             log.info(
                 "switch at epoch %s: %d layers factorized (%s)", session.plan.E, len(session.plan.R), session.plan.note
