@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxrank.distributed.ddp import rewrap_all
-from fxrank.passes.errors import CheckpointError, PlanMismatchError
+from fxrank.passes.errors import CheckpointError, PlanMismatchError, RankError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
 from fxrank.plan import Plan
+from fxrank.saving.dense_twin import dense_twin
 from fxrank.saving.plainfile import pack, unpack, unstorable
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import plan_of
@@ -45,12 +46,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     has rewritten (`plan_of`); shared tensors are stored once.
 
     Each file is written beside its place and moved into it, weights first. Of a model in shards (`fully_shard`) all
-    processes must call; one weight at a time is gathered, and the first process writes. Raises `ValueError` for a model
-    without a plan, and `TypeError` for one whose state dict holds what is neither a dense tensor nor plain data.
+    processes must call; one weight at a time is gathered, and the first process writes. Raises, before anything is written,
+    `ValueError` for a model without a plan, `TypeError` for one whose state dict holds what is neither a dense tensor nor plain
+    data, and `PlanMismatchError` for one that `load` could not make from its plan.
     """
     model = uncompiled(model)
     plan = plan_of(model)
     extra = check_storable(model)
+    check_loadable(model, plan)
     writes = not is_sharded(model) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -76,6 +79,22 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         shutil.copymode(Path(scratch) / PLAN, weights)  # safetensors writes what only its owner may read
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
+
+
+def check_loadable(model: nn.Module, plan: Plan) -> None:
+    """Raise `PlanMismatchError` unless the plan makes of the dense model what the state dict holds: what `load` will do."""
+    stored: Shapes = {}
+    same: dict[str, object] = {}
+    for name, value in own_state(model).items():
+        stored[name] = tuple(value.shape) if isinstance(value, Tensor) else None
+        same[name] = id(value) if isinstance(value, Tensor) else name
+    try:
+        check_names(dense_twin(model), plan, stored, same)
+    except (PlanMismatchError, RankError) as error:
+        raise PlanMismatchError(
+            f"what is saved must be what load makes of the model's plan; here it is not: {error} Pairs that were put in or taken out by hand are in no plan: "
+            "rewrite with fxrank.factorize, or save fxrank.merge(model).state_dict()."
+        ) from error
 
 
 def check_storable(model: nn.Module) -> dict[str, str]:
