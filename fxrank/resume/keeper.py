@@ -46,6 +46,8 @@ class FileKeeper(Keeper):
     One is written at the start, at the end of each epoch, right after the switch, and after every `checkpoint_every` steps.
     """
 
+    files = (f"{CHECKPOINT}.partial",)  # a checkpoint that is no file is refused where it is read
+
     def __init__(self, options: RunOptions, team: Team) -> None:
         super().__init__(options, team)
         assert options.output is not None

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxrank.passes.errors import CheckpointError
+from fxrank.saving.places import put
 
 FORMAT, VERSION = "fxrank-checkpoint", 1
 _SCALARS = (bool, int, float, str, type(None))
@@ -33,22 +34,12 @@ def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
     place = Path(path)
     text, tensors = pack(tree)
     header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(text, tensors), "tree": text}
-    partial = place.with_name(place.name + ".partial")
     try:
-        safetensors.torch.save_file(tensors, str(partial), metadata=header)
+        put(place, lambda partial: safetensors.torch.save_file(tensors, str(partial), metadata=header), durable=True)
     except SafetensorError as error:  # a full disk among others
         raise OSError(
-            f"a checkpoint must be writable; {partial} is not: {error}. Make room or pass another folder."
+            f"a checkpoint must be writable; {place} is not: {error}. Make room or pass another folder."
         ) from error
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, place)
-    if os.name == "posix":  # the new name must reach the disk too
-        folder = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_plain(path: str | os.PathLike[str]) -> Any:

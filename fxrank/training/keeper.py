@@ -18,6 +18,9 @@ from fxrank.training.run_state import RunState
 class Keeper:
     """Deals the batches of one run, and keeps nothing of it. In the order in which the loop calls it."""
 
+    files: tuple[str, ...] = ()
+    """The names of what it writes."""
+
     def __init__(self, options: RunOptions, team: Team) -> None:
         self.options, self.team = options, team
 
