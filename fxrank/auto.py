@@ -76,12 +76,14 @@ def auto_lowrank(
     batch with `scheduler_per="batch"` (`ReduceLROnPlateau` gets the validation loss, or else the training loss).
     `include` and `exclude` as in `factorize`. `seed` fixes torch's random numbers. `logger` receives the rank curves and the
     switch (see `Logger`). `output_dir` receives
-    `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`.
+    `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`. It is tried before the
+    training, and belongs to one run at a time; if the files cannot be written at the end, a warning names the folder where they are.
 
     With `resume=True` the run may be killed at any moment: the same call goes on from
     `output_dir/checkpoint.safetensors`, to the same result, or starts if there is none yet. One is written at the
     start, at the end of each epoch, right after the switch, and every `checkpoint_every` steps. It stays after the
-    run, whose result the same call then returns at once. Of the model, and of a `loss_fn` that is a module, the state
+    run, whose result the same call then returns at once. Weights that are NaN or infinite are never written over it: the run stops,
+    and the last good one and the one before it (`checkpoint.before.safetensors`) stay. Of the model, and of a `loss_fn` that is a module, the state
     dict goes on, and so do all random numbers: torch's, numpy's, Python's, and those of generators that are
     attributes of the loaders, their data sets and samplers, the model or the loss, or of their parts. Generators
     elsewhere (global ones, in closures) do not, nor what else a sampler or a data set remembers from epoch to epoch,
@@ -92,7 +94,8 @@ def auto_lowrank(
     Returns a `Result`; its model is `model` itself. If nothing could be factorized the trained full-rank model is
     returned with a `NothingFactorizedWarning`. Raises before touching anything: `ValueError` or `TypeError` for an
     empty loader or a bad option, `CheckpointError` for a checkpoint that is damaged or of another run, `TraceError`,
-    `NothingToFactorizeError`, `NonFiniteWeightError`. Source: Cuttlefish Alg. 1 (Wang et al., MLSys 2023).
+    `NothingToFactorizeError`, `NonFiniteWeightError`, `OSError` for a folder that cannot be written or is in use. On the way,
+    `NonFiniteWeightError` for weights that diverge, which says what to go on from. Source: Cuttlefish Alg. 1 (Wang et al., MLSys 2023).
     """
     options = RunOptions.of(
         model,

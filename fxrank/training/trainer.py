@@ -11,12 +11,14 @@ from torch import fx, nn
 from torch.utils.data import DistributedSampler
 
 from fxrank.distributed.team import Team
+from fxrank.passes.errors import NonFiniteWeightError
 from fxrank.passes.profiling.timing import autocast
 from fxrank.plan import Plan
 from fxrank.session.attach import clock_of, examine
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import FULL, LOW
 from fxrank.training.batches import check_loss, check_validation, model_inputs, run_batch, to_device
+from fxrank.training.finite import FiniteWeights
 from fxrank.training.keeper import Keeper
 from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.training.optimization import Optimization
@@ -27,6 +29,8 @@ from fxrank.training.run_state import RunState
 
 log = logging.getLogger("fxrank")
 
+_LOOKS = 100
+"""Batches between two looks at the loss inside an epoch: each waits for the device."""
 _UNVALIDATED = "val_loader yielded nothing"
 
 
@@ -86,7 +90,11 @@ class Trainer:
         del saved  # tensors of the rank tracker, which has its own by now
         with session:  # takes its hooks off the optimizer, whatever happens
             self.keeper.start(self.state, optimization, session)
-            self._train(session, optimization)
+            self._finite = FiniteWeights(model)
+            try:
+                self._train(session, optimization)
+            except NonFiniteWeightError as error:
+                raise NonFiniteWeightError(f"{error} {self.keeper.way_back()}") from error
         plan = session.plan
         assert plan is not None
         report = self._report(session, plan, before)
@@ -123,6 +131,7 @@ class Trainer:
         with progress_bar(options.total_steps, session.clock.step, shown) as self._bar:
             while state.epoch < options.epochs:
                 self._train_epoch(session, optimization, self._bar)
+                self._check_weights(session)
                 self._end_epoch(session, optimization)
                 state.next_epoch()
                 self.keeper.write(state, optimization, session)
@@ -140,13 +149,30 @@ class Trainer:
             plan = session.plan
             self._step(to_device(batch, self.device), session, optimization)
             optimization.after_batch()
+            if state.taken % _LOOKS == 0 and self.team.size == 1 and not state.totals.loss.isfinite():
+                self._finite.check(session.clock.step)
             if self.keeper.due(session.clock.step, switched=session.plan is not plan):
+                self._check_weights(session)
                 self.keeper.write(state, optimization, session)
             bar.advance(state.epoch, options.epochs, session, state.totals)
         if state.taken == 0:
             raise ValueError(
                 f"the loader must yield batches in every epoch; epoch {state.epoch} had none. A generator is spent after one pass: pass a DataLoader or list."
             )
+
+    def _check_weights(self, session: LowRankSession) -> None:
+        """Stop a run that has diverged, before a checkpoint is written. Where it is over and nothing was kept to go on from,
+        its result says so instead.
+        """
+        step, over = session.clock.step, session.clock.step >= self.options.total_steps
+        if over and not self.keeper.keeps:
+            if names := self._finite.broken():
+                session.notes.append(
+                    f"THE WEIGHTS ARE NOT FINITE: {names[0]!r} and {len(names) - 1} more hold NaN or infinity"
+                )
+                log.warning("the weights are not finite at the end: %s", names[0])
+            return
+        self.team.together(lambda: self._finite.check(step))
 
     def _step(self, batch: Any, session: LowRankSession, optimization: Optimization) -> None:
         """One training step; the third one of each phase with its memory."""
