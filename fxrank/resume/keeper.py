@@ -23,6 +23,7 @@ from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_state
 from fxrank.resume.same_run import DEALT, check_saved, holders, loss_module, run_of
+from fxrank.resume.sound import check_sound
 from fxrank.resume.team_shares import (
     OWN,
     buckets_of,
@@ -89,6 +90,7 @@ class FileKeeper(Keeper):
         if saved is None:
             return None
         team.together(lambda: check_saved(saved, self._run, options, team, self.path))
+        team.together(lambda: check_sound(saved, options, dealt_alike=saved["run"].get(DEALT) == self._run[DEALT]))
         self._as_before = team.size == 1 + len(saved["others"])
         self._saved = share_of(saved, team)
         if self._as_before:

@@ -76,17 +76,21 @@ class Trainer:
         self._first = self.keeper.first_batch_again(self._first)
         if options.seed is not None:
             torch.manual_seed(options.seed + self.team.rank)  # processes drop out, and augment, each in its own way
-        modes = [(module, module.training) for module in model.modules()]
+        modes = {name: module.training for name, module in model.named_modules()}
+        try:
+            return self._run(saved)
+        except BaseException:  # of a loader, say, or by the user
+            for name, module in model.named_modules():  # the parts of a pair as the layer was
+                module.training = modes.setdefault(name, modes[name.rpartition(".")[0]])
+            raise
+
+    def _run(self, saved: dict[str, Any] | None) -> Result:
+        options, model = self.options, self.options.model
         model.to(self.device)
         model.train()
         optimization = Optimization.of(options, self.device)
         before = parameter_count(model)
-        try:
-            session = self._attach(optimization, saved)
-        except Exception:
-            for module, mode in modes:
-                module.training = mode
-            raise
+        session = self._attach(optimization, saved)
         del saved  # tensors of the rank tracker, which has its own by now
         with session:  # takes its hooks off the optimizer, whatever happens
             self.keeper.start(self.state, optimization, session)

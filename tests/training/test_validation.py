@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from autos import run
-from nets import batches, mlp, settings_of, snapshot, vectors
+from nets import SOON, batches, mlp, settings_of, snapshot, vectors
 from torch.utils.data import DataLoader, TensorDataset
 
 from fxrank.distributed.team import Team
@@ -110,3 +110,26 @@ def test_sums_of_nothing_have_no_mean():
     totals = Totals(torch.device("cpu"))
     totals.add(torch.tensor(math.nan), 0, None, 0)  # a batch without an example
     assert totals.means() == (None, None)
+
+
+@pytest.mark.parametrize("policy", ["full-rank", SOON], ids=["dense", "low-rank"])
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_a_loader_that_raises_leaves_every_module_in_its_mode(where, policy):
+    class Failing(list):
+        def __iter__(self):
+            self.passes = getattr(self, "passes", 0) + 1
+            if self.passes == 4:  # after the switch
+                raise OSError("the disk is gone")
+            return super().__iter__()
+
+    model = mlp().train()
+    model[1].eval()
+    model[4].eval()
+    loaders = {"training": (Failing(batches()), batches()), "validation": (batches(), Failing(batches()))}
+    train, val = loaders[where]
+    with pytest.raises(OSError, match="the disk is gone"):
+        run(model, train, val_loader=val, policy=policy)
+    kept = {name: module.training for name, module in model.named_modules()}
+    assert [name for name, training in kept.items() if not training and "." not in name] == ["1", "4"]
+    assert all(kept[name] == kept[name.partition(".")[0]] for name in kept if "." in name)
+    assert (policy is SOON) == hasattr(model[4], "u")
