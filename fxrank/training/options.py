@@ -15,6 +15,7 @@ from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector, listed
 from fxrank.passes.errors import unknown_name
+from fxrank.passes.model.device import known_device
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.fixed import as_policy
@@ -105,7 +106,7 @@ class RunOptions:
             optimizer=optimizer,
             scheduler=scheduler,
             scheduler_per=scheduler_per,
-            device=None if device is None else torch.device(device),
+            device=None if device is None else known_device(device),
             policy=chosen,
             include=listed(include),
             exclude=listed(exclude),
