@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.auto import Result, auto_lowrank, write_run
+from fxrank.auto import RESULTS, Result, auto_lowrank, write_somewhere
 from fxrank.policies.cuttlefish import Cuttlefish
 from fxrank.policies.fixed import FullRank
+from fxrank.saving.places import put, try_places
 
 BATCH, EPOCHS, SEED = 64, 30, 0
 
@@ -131,6 +132,7 @@ class Demo:
 
 def run(output_dir: str | os.PathLike[str], *, epochs: int = EPOCHS, seed: int = SEED, progress: bool = True) -> Demo:
     """Train the twin and the factorized network; write report, plan, model and figure to `output_dir`."""
+    try_places(Path(output_dir), [*RESULTS, "comparison.txt"])
     results = []
     for policy in (FullRank(), Cuttlefish()):
         train, val = digits(seed)
@@ -156,7 +158,7 @@ def run(output_dir: str | os.PathLike[str], *, epochs: int = EPOCHS, seed: int =
             )
         )
     demo = Demo(twin=results[0], lowrank=results[1])
-    folder = Path(output_dir)
-    write_run(demo.lowrank, folder, len(digits(seed)[0]))
-    (folder / "comparison.txt").write_text(f"{demo}\n", encoding="utf-8")
+    folder = write_somewhere(demo.lowrank, Path(output_dir), len(digits(seed)[0]))
+    if folder is not None:
+        put(folder / "comparison.txt", lambda partial: partial.write_text(f"{demo}\n", encoding="utf-8"))
     return demo

@@ -24,7 +24,7 @@ from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
 from fxrank.switch.apply_plan import apply_plan
-from fxrank.switch.plan_of import forget_plan, has_plan, plan_of, remember_plan
+from fxrank.switch.plan_of import forget_plan, has_plan
 from fxrank.wrappers import outside_autocast
 
 Rank = int | float | Mapping[str, int | float] | Plan
@@ -72,25 +72,14 @@ def factorize(
         if not pairs_in(small):
             require_some(layers)
         chosen = {layer.name: rank for layer in layers if layer.reason is None}
-    pairs = pairs_in(small)
-    decisions = []
-    for layer in layers:
-        if layer.name in pairs:
-            decisions.append(
-                replace(
-                    keep(layer, layer.reason or ""), rank=pairs[layer.name].rank, full_rank=min(layer.rows, layer.cols)
-                )
-            )
-        elif layer.name in chosen:
-            decisions.append(_given(layer, chosen[layer.name], extra_bn))
-        else:
-            decisions.append(keep(layer, layer.reason or ""))
+    decisions = [
+        _given(layer, chosen[layer.name], extra_bn) if layer.name in chosen else keep(layer, layer.reason or "")
+        for layer in layers
+    ]
     _warn_above_break_even(layers, decisions)
     plan = Plan(policy="factorize", layers=tuple(decisions))
-    apply_plan(small, replace(plan, layers=tuple(d for d in decisions if d.name not in pairs)), example=example_inputs)
-    if pairs and not any(d.factorized and d.name not in pairs for d in decisions) and has_plan(model):
-        plan = plan_of(model)  # nothing new: the plan that made the pairs stands
-    remember_plan(small, plan)
+    if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
+        apply_plan(small, plan, example=example_inputs)
     return small
 
 

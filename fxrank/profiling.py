@@ -14,6 +14,7 @@ from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.model.device import known_device
 from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
@@ -109,7 +110,7 @@ def profile(
     """
     check_form(form)
     model = uncompiled(model)
-    place = next(model.parameters()).device if device is None else torch.device(device)
+    place = next(model.parameters()).device if device is None else known_device(device)
     here = next(model.parameters()).device
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
     found = [layer.if_in_form(form) for layer in discover(trace(model, inputs), model)]

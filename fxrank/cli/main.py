@@ -20,6 +20,7 @@ from fxrank.distributed.team import Team
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.errors import FxrankError
+from fxrank.passes.model.device import known_device
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
 from fxrank.policies.fixed import POLICIES, as_policy
@@ -104,7 +105,7 @@ def _train(options: argparse.Namespace) -> None:
 def _profile(options: argparse.Namespace) -> None:
     model = build_model(options.model, options.classes)
     if options.device:
-        model = model.to(options.device)
+        model = model.to(known_device(options.device))
     measured = profile(
         model,
         example_for(options.model, model, options.input),
@@ -213,7 +214,10 @@ def _add_demo_options(demo: argparse.ArgumentParser) -> None:
 
 def _add_train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument(
-        "--data", required=True, help="digits, an image folder with train/ and val/, or package.module:callable"
+        "--data",
+        required=True,
+        help="digits, an image folder with train/ and val/, or package.module:callable that returns both loaders: that module "
+        "is imported and run, from the current folder first",
     )
     train.add_argument("--epochs", type=int, default=None, help="default 30")
     train.add_argument("--batch-size", type=int, default=128)
@@ -236,14 +240,25 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 if it went well, 2 with one line on standard error if the input was refused."""
+    """Run the command; 0 if it went well, 2 with one line on standard error if the input was refused, 130 with one if it was
+    interrupted.
+    """
     options = parser().parse_args(arguments)
     try:
         options.run(options)
     except (FxrankError, ValueError, TypeError, ImportError, OSError) as error:
         print(f"fxrank {options.command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"fxrank {options.command}: interrupted; {_left_behind(options)}", file=sys.stderr)
+        return 130
     return 0
+
+
+def _left_behind(options: argparse.Namespace) -> str:
+    if options.command == "train" and options.resume:
+        return f"the same command goes on from the last checkpoint in {options.output}."
+    return "nothing was written." + (" With --resume a run can go on." if options.command == "train" else "")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from fxrank.passes.errors import unknown_name
 
 MODEL_HELP = (
     "torchvision:NAME, timm:NAME, hf:MODEL_TYPE (its default configuration) or hf:FOLDER (with a config.json), digits "
-    "(the demo's network), or package.module:callable that returns a model"
+    "(the demo's network), or package.module:callable that returns a model: that module is imported and run, from the current "
+    "folder first"
 )
 
 

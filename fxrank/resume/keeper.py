@@ -11,7 +11,11 @@ A team of processes has one checkpoint; see `team_shares`. As many processes as 
 goes on with the same model, optimizer, schedule and session, and a note, as the batches are divided in another way.
 """
 
+import os
+import shutil
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from fxrank.distributed.team import Team
@@ -19,6 +23,7 @@ from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_state
 from fxrank.resume.same_run import DEALT, check_saved, holders, loss_module, run_of
+from fxrank.resume.sound import check_sound
 from fxrank.resume.team_shares import (
     OWN,
     buckets_of,
@@ -29,6 +34,7 @@ from fxrank.resume.team_shares import (
     sent,
     share_of,
 )
+from fxrank.saving.places import put
 from fxrank.saving.plainfile import read_plain, write_plain
 from fxrank.saving.random_state import begun_from, random_state, restore_random
 from fxrank.session.session import LowRankSession
@@ -37,14 +43,18 @@ from fxrank.training.optimization import Optimization
 from fxrank.training.options import RunOptions
 from fxrank.training.run_state import RunState
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint.before.safetensors"
 
 
 class FileKeeper(Keeper):
-    """Writes the checkpoint of one run, `output/checkpoint.safetensors`, and goes on from it.
+    """Writes the checkpoint of one run, `output/checkpoint.safetensors`, and goes on from it. The one before it stays beside it,
+    `checkpoint.before.safetensors`, until the run is over.
 
     One is written at the start, at the end of each epoch, right after the switch, and after every `checkpoint_every` steps.
     """
+
+    files = (f"{CHECKPOINT}.partial", BEFORE)  # a checkpoint that is no file is refused where it is read
+    keeps = True
 
     def __init__(self, options: RunOptions, team: Team) -> None:
         super().__init__(options, team)
@@ -57,6 +67,8 @@ class FileKeeper(Keeper):
         self._saved: dict[str, Any] | None = None
         """This process's share of the checkpoint, from `read` to `start`: it is as large as model and optimizer."""
         self._now: dict[str, Any] | None = None
+        self._kept = (0, 0)
+        """Epoch and batches of the last checkpoint."""
         self._as_before = True
         """Whether as many processes go on as there were."""
 
@@ -78,6 +90,7 @@ class FileKeeper(Keeper):
         if saved is None:
             return None
         team.together(lambda: check_saved(saved, self._run, options, team, self.path))
+        team.together(lambda: check_sound(saved, options, dealt_alike=saved["run"].get(DEALT) == self._run[DEALT]))
         self._as_before = team.size == 1 + len(saved["others"])
         self._saved = share_of(saved, team)
         if self._as_before:
@@ -125,6 +138,7 @@ class FileKeeper(Keeper):
         optimization.scaler.load_state_dict(saved["scaler"])
         state.totals.load_state_dict(saved["totals"])
         state.epoch, state.taken = saved["epoch"], saved["taken"]
+        self._kept = (state.epoch, state.taken)
         state.history[:] = saved["history"]
         state.memory.update(saved["memory"])
         state.at_switch.update(saved["at_switch"])
@@ -202,5 +216,37 @@ class FileKeeper(Keeper):
             "others": others[1:],
             "buckets": buckets_of(team),
         }
-        team.agree(lambda: write_plain(self.path, tree))
+        over = state.epoch >= self.options.epochs
+        try:
+            team.agree(lambda: self._put(tree, over))
+        except OSError as error:
+            if not over:
+                raise
+            # The training is done, and its result is at hand.
+            warnings.warn(f"the last checkpoint could not be written, the one before it stays: {error}", stacklevel=2)
+        self._kept = (state.epoch, state.taken)
         session.pause()
+
+    def _put(self, tree: dict[str, Any], over: bool) -> None:
+        before = self.path.with_name(BEFORE)
+        if over:
+            before.unlink(missing_ok=True)
+        elif self.path.exists():
+            put(before, lambda partial: _copy(self.path, partial))
+        write_plain(self.path, tree)
+
+    def way_back(self) -> str:
+        """See `Keeper`."""
+        epoch, taken = self._kept
+        return (
+            f"{self.path} holds the run after {taken} batches of epoch {epoch}, when all weights were finite: the same call goes on from there, with the "
+            f"cause mended in the data or the code; with another learning rate, start afresh in another output_dir. {BEFORE} is the checkpoint before it."
+        )
+
+
+def _copy(path: Path, to: Path) -> None:
+    """Another name for the file, where the disk has such, which costs nothing; else a copy."""
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)

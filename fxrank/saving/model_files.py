@@ -13,24 +13,27 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fxrank.distributed.ddp import rewrap_all
-from fxrank.passes.errors import CheckpointError, PlanMismatchError
+from fxrank.passes.errors import CheckpointError, PlanMismatchError, RankError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
 from fxrank.plan import Plan
+from fxrank.saving.dense_twin import dense_twin
 from fxrank.saving.plainfile import pack, unpack, unstorable
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import plan_of
 from fxrank.switch.sites import sites
-from fxrank.torch_private.dtensor import is_sharded, whole
+from fxrank.torch_private.dtensor import is_sharded, local, whole
 
 WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}
@@ -44,13 +47,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write `path/model.safetensors`, with a digest of both files, and `path/plan.json`. The model must be one that fxrank
     has rewritten (`plan_of`); shared tensors are stored once.
 
-    Each file is written beside its place and moved into it, weights first. Of a model in shards (`fully_shard`) all
-    processes must call; one weight at a time is gathered, and the first process writes. Raises `ValueError` for a model
-    without a plan, and `TypeError` for one whose state dict holds what is neither a dense tensor nor plain data.
+    A parameter with NaN or infinity is stored as it is, with a warning. Each file is written beside its place and moved into it, weights first. Of a model in shards (`fully_shard`) all
+    processes must call; one weight at a time is gathered, and the first process writes. Raises, before anything is written,
+    `ValueError` for a model without a plan, `TypeError` for one whose state dict holds what is neither a dense tensor nor plain
+    data, and `PlanMismatchError` for one that `load` could not make from its plan.
     """
     model = uncompiled(model)
     plan = plan_of(model)
     extra = check_storable(model)
+    check_loadable(model, plan)
+    _warn_not_finite(model)
     writes = not is_sharded(model) or dist.get_rank() == 0
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -76,6 +82,33 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         shutil.copymode(Path(scratch) / PLAN, weights)  # safetensors writes what only its owner may read
         os.replace(weights, folder / WEIGHTS)
         os.replace(Path(scratch) / PLAN, folder / PLAN)
+
+
+def _warn_not_finite(model: nn.Module) -> None:
+    names = [
+        n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(local(p.detach())).all()
+    ]
+    if names:
+        warnings.warn(
+            f"a model should be finite to be of use; {names[0]!r} and {len(names) - 1} more parameters of the one that is saved hold NaN or infinity.",
+            stacklevel=3,
+        )
+
+
+def check_loadable(model: nn.Module, plan: Plan) -> None:
+    """Raise `PlanMismatchError` unless the plan makes of the dense model what the state dict holds: what `load` will do."""
+    stored: Shapes = {}
+    same: dict[str, object] = {}
+    for name, value in own_state(model).items():
+        stored[name] = tuple(value.shape) if isinstance(value, Tensor) else None
+        same[name] = id(value) if isinstance(value, Tensor) else name
+    try:
+        check_names(dense_twin(model), plan, stored, same)
+    except (PlanMismatchError, RankError) as error:
+        raise PlanMismatchError(
+            f"what is saved must be what load makes of the model's plan; here it is not: {error} Pairs that were put in or taken out by hand are in no plan: "
+            "rewrite with fxrank.factorize, or save fxrank.merge(model).state_dict()."
+        ) from error
 
 
 def check_storable(model: nn.Module) -> dict[str, str]:

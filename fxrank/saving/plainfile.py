@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fxrank.passes.errors import CheckpointError
+from fxrank.saving.places import put
 
 FORMAT, VERSION = "fxrank-checkpoint", 1
 _SCALARS = (bool, int, float, str, type(None))
+_PLAIN = frozenset(_SCALARS)
 
 
 def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
@@ -33,22 +37,12 @@ def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
     place = Path(path)
     text, tensors = pack(tree)
     header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(text, tensors), "tree": text}
-    partial = place.with_name(place.name + ".partial")
     try:
-        safetensors.torch.save_file(tensors, str(partial), metadata=header)
+        put(place, lambda partial: safetensors.torch.save_file(tensors, str(partial), metadata=header), durable=True)
     except SafetensorError as error:  # a full disk among others
         raise OSError(
-            f"a checkpoint must be writable; {partial} is not: {error}. Make room or pass another folder."
+            f"a checkpoint must be writable; {place} is not: {error}. Make room or pass another folder."
         ) from error
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, place)
-    if os.name == "posix":  # the new name must reach the disk too
-        folder = os.open(place.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def read_plain(path: str | os.PathLike[str]) -> Any:
@@ -102,12 +96,17 @@ def unstorable(value: Any) -> str | None:
         return f"a {value.layout} tensor"
     if value.is_meta:
         return "a tensor on the meta device"
+    return None if _has_name(value.dtype) else f"a {value.dtype} tensor"
+
+
+@cache
+def _has_name(dtype: torch.dtype) -> bool:
+    """Whether safetensors knows a dtype."""
     try:
-        safetensors.torch.save({"": torch.empty(0, dtype=value.dtype)})
-    except (KeyError, ValueError, RuntimeError, SafetensorError):
-        # A dtype without a name there, or one that torch can not make like this.
-        return f"a {value.dtype} tensor"
-    return None
+        safetensors.torch.save({"": torch.empty(0, dtype=dtype)})
+    except (KeyError, ValueError, RuntimeError, SafetensorError):  # or one that torch can not make like this
+        return False
+    return True
 
 
 def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:
@@ -122,14 +121,29 @@ def _packed(value: Any, tensors: dict[str, Tensor], known: dict[Any, str], where
         return _packed_tensor(value, tensors, known, where)
     if isinstance(value, dict):
         kind = "counter" if isinstance(value, Counter) else "dict"
-        for key in value:
-            if not isinstance(key, _SCALARS):
-                raise _not_plain(where, key)
-        return {kind: [[k, _packed(v, tensors, known, f"{where}[{k!r}]")] for k, v in value.items()]}
+        if not _all_plain(value):
+            for key in value:
+                if not isinstance(key, _SCALARS):
+                    raise _not_plain(where, key)
+        return {
+            kind: [
+                [k, v if type(v) in _PLAIN else _packed(v, tensors, known, f"{where}[{k!r}]")] for k, v in value.items()
+            ]
+        }
     if isinstance(value, (list, tuple)):
-        items = [_packed(v, tensors, known, f"{where}[{i}]") for i, v in enumerate(value)]
+        if _all_plain(value):
+            items = list(value)
+        else:
+            items = [_packed(v, tensors, known, f"{where}[{i}]") for i, v in enumerate(value)]
         return {"tuple": items} if isinstance(value, tuple) else items
     raise _not_plain(where, value)
+
+
+def _all_plain(values: Iterable[Any]) -> bool:
+    """Whether all are scalars of the very types: curves and histories, which grow with a run, are then not gone through one
+    by one at each writing.
+    """
+    return _PLAIN.issuperset(map(type, values))
 
 
 def _packed_tensor(value: Tensor, tensors: dict[str, Tensor], known: dict[Any, str], where: str) -> Any:

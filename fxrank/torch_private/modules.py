@@ -31,6 +31,18 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+def made_of(
+    module: nn.Module,
+    parameters: dict[str, nn.Parameter | None],
+    buffers: dict[str, Tensor | None],
+    children: dict[str, nn.Module | None],
+) -> nn.Module:
+    """A module of the same class, with the very attributes and hooks, that holds these; nothing of it is run or copied."""
+    twin = nn.Module.__new__(type(module))
+    twin.__dict__ |= vars(module) | {"_parameters": parameters, "_buffers": buffers, "_modules": children}
+    return twin
+
+
 def pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """The hooks that are called before the forward, by key: who has no handle can take one off here only."""
     return module._forward_pre_hooks

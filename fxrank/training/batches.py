@@ -4,7 +4,7 @@ refused with the fix where not.
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fxrank.distributed.team import Team
 from fxrank.passes.model.calls import call_arguments, describe
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.profiling.timing import autocast
@@ -39,6 +40,32 @@ def first_batch(loader: Iterable[Any]) -> Any:
         raise ValueError(
             "the loader must yield at least one batch; it is empty. Check the data set, batch_size and drop_last."
         ) from None
+
+
+def check_validation(loader: Iterable[Any] | None, team: Team) -> None:
+    """Raise `TypeError` or `ValueError`, in all processes, for a validation loader that can be iterated only once, or that is
+    known to be empty in all of them. Nothing is drawn from it.
+    """
+    if loader is None:
+        return
+    if isinstance(loader, Iterator) or not (hasattr(loader, "__iter__") or hasattr(loader, "__getitem__")):
+        raise TypeError(
+            f"val_loader must be iterable, and again for every epoch; got {'a one-pass ' * isinstance(loader, Iterator)}{type(loader).__name__}. "
+            "Pass a DataLoader or a list of batches."
+        )
+    lengths = team.gather(known_length(loader))  # one process's share may be empty
+    if team.agree(lambda: not any(length is None or length > 0 for length in lengths)):
+        raise ValueError(
+            "val_loader must yield at least one batch; it is empty (length 0). Check the data set, batch_size and drop_last, or leave it out."
+        )
+
+
+def known_length(loader: Iterable[Any]) -> int | None:
+    """How many batches a loader says it has; None for one that does not say."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

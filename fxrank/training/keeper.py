@@ -18,6 +18,11 @@ from fxrank.training.run_state import RunState
 class Keeper:
     """Deals the batches of one run, and keeps nothing of it. In the order in which the loop calls it."""
 
+    files: tuple[str, ...] = ()
+    """The names of what it writes."""
+    keeps = False
+    """Whether there is something to go on from."""
+
     def __init__(self, options: RunOptions, team: Team) -> None:
         self.options, self.team = options, team
 
@@ -45,6 +50,10 @@ class Keeper:
     def due(self, step: int, *, switched: bool) -> bool:
         """Whether to write after this step."""
         return False
+
+    def way_back(self) -> str:
+        """Where a run that has diverged can go on from: sentences."""
+        return "Nothing of this run is kept to go on from: output_dir= and resume=True keep checkpoints."
 
     def write(self, state: RunState, optimization: Optimization, session: LowRankSession) -> None:
         """Write down where the run is."""

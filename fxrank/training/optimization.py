@@ -42,12 +42,15 @@ class Optimization:
         if self.scheduler is not None and self.scheduler_per == "batch":
             self.scheduler.step()  # type: ignore[call-arg]
 
-    def after_epoch(self, loss: float) -> None:
-        """Step a scheduler that goes by epochs; `loss` is what one looks at that waits for a plateau."""
+    def after_epoch(self, loss: float | None) -> None:
+        """Step a scheduler that goes by epochs; `loss` is what one looks at that waits for a plateau, which stays where it
+        is if there is none.
+        """
         if self.scheduler is None or self.scheduler_per != "epoch":
             return
         if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(loss)
+            if loss is not None:
+                self.scheduler.step(loss)
         else:
             self.scheduler.step()
 

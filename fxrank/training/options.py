@@ -15,10 +15,11 @@ from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector, listed
 from fxrank.passes.errors import unknown_name
+from fxrank.passes.model.device import known_device
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.fixed import as_policy
-from fxrank.training.batches import LossFn
+from fxrank.training.batches import LossFn, known_length
 
 DEFAULT_EPOCHS = 30
 AMP_TYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,7 +106,7 @@ class RunOptions:
             optimizer=optimizer,
             scheduler=scheduler,
             scheduler_per=scheduler_per,
-            device=None if device is None else torch.device(device),
+            device=None if device is None else known_device(device),
             policy=chosen,
             include=listed(include),
             exclude=listed(exclude),
@@ -171,12 +172,11 @@ def _amp_type(amp: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def _length(loader: Iterable[Any]) -> int:
-    try:
-        length = len(loader)  # type: ignore[arg-type]
-    except TypeError:
+    length = known_length(loader)
+    if length is None:
         raise TypeError(
             f"the loader must have a length, so that schedule and switch can be placed; {type(loader).__name__} has none. Pass steps_per_epoch=."
-        ) from None
+        )
     if length == 0:
         raise ValueError(
             "the loader must yield at least one batch; it is empty (length 0). Check the data set, batch_size and drop_last."

@@ -38,15 +38,17 @@ class Totals:
         device = self.loss.device
         vars(self).update({n: v.to(device) if isinstance(v, Tensor) else v for n, v in state.items()})
 
-    def means(self, team: Team | None = None) -> tuple[float, float | None]:
-        """Mean loss, and share of correct predictions (None without any), of this process or of a whole team."""
+    def means(self, team: Team | None = None) -> tuple[float | None, float | None]:
+        """Mean loss (None without an example), and share of correct predictions (None without any), of this process or of a
+        whole team.
+        """
         if team is None or team.size == 1:
             accuracy = float(self.correct) / float(self.predictions) if self.predictions else None
-            return float(self.loss) / max(self.examples, 1), accuracy
+            return float(self.loss) / self.examples if self.examples else None, accuracy
         numbers = [self.loss, self.correct, torch.tensor(self.examples), torch.as_tensor(self.predictions)]
         sums = torch.stack([n.to(self.loss.device, torch.float64) for n in numbers])
         loss, correct, examples, predictions = team.total(sums).tolist()
-        return loss / max(examples, 1), correct / predictions if predictions else None
+        return loss / examples if examples else None, correct / predictions if predictions else None
 
 
 class Bar:
@@ -66,7 +68,9 @@ class Bar:
         loss, accuracy = totals.means()
         settled, watched = session.settled_count
         self._bar.set_description(f"epoch {epoch + 1}/{epochs} {session.phase}", refresh=False)
-        shown = {"loss": f"{loss:.3f}"} | ({} if accuracy is None else {"acc": f"{accuracy:.3f}"})
+        shown = ({} if loss is None else {"loss": f"{loss:.3f}"}) | (
+            {} if accuracy is None else {"acc": f"{accuracy:.3f}"}
+        )
         if session.phase == FULL and watched:
             shown["settled"] = f"{settled}/{watched}"
         self._bar.set_postfix(shown, refresh=False)

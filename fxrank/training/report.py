@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tabulate import tabulate
 
@@ -133,9 +133,13 @@ class Report:
 
 
 def figure(
-    curves: dict[str, list[float]], steps: list[int], plan: Plan, steps_per_epoch: int, path: str | os.PathLike[str]
+    curves: dict[str, list[float]],
+    steps: list[int],
+    plan: Plan,
+    steps_per_epoch: int,
+    path: str | os.PathLike[str] | IO[bytes],
 ) -> None:
-    """Stable-rank curves over epochs with the switch marked, as PNG or SVG by the suffix of `path`. Needs
+    """Stable-rank curves over epochs with the switch marked, as PNG or SVG by the suffix of `path`, as PNG into a file. Needs
     matplotlib (`pip install fxrank[figures]`).
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -11,12 +11,14 @@ from torch import fx, nn
 from torch.utils.data import DistributedSampler
 
 from fxrank.distributed.team import Team
+from fxrank.passes.errors import NonFiniteWeightError
 from fxrank.passes.profiling.timing import autocast
 from fxrank.plan import Plan
 from fxrank.session.attach import clock_of, examine
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import FULL, LOW
-from fxrank.training.batches import check_loss, model_inputs, run_batch, to_device
+from fxrank.training.batches import check_loss, check_validation, model_inputs, run_batch, to_device
+from fxrank.training.finite import FiniteWeights
 from fxrank.training.keeper import Keeper
 from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.training.optimization import Optimization
@@ -26,6 +28,10 @@ from fxrank.training.report import Report
 from fxrank.training.run_state import RunState
 
 log = logging.getLogger("fxrank")
+
+_LOOKS = 100
+"""Batches between two looks at the loss inside an epoch: each waits for the device."""
+_UNVALIDATED = "val_loader yielded nothing"
 
 
 @dataclass
@@ -52,6 +58,7 @@ class Trainer:
     def __init__(self, options: RunOptions, team: Team, keeper: Keeper) -> None:
         """Takes the first batch, and leaves model and optimizer alone."""
         self.options, self.team, self.keeper = options, team, keeper
+        check_validation(options.val_loader, team)
         self._first = keeper.first_batch()
         if options.epochs_by_default and options.progress:
             print(
@@ -69,21 +76,29 @@ class Trainer:
         self._first = self.keeper.first_batch_again(self._first)
         if options.seed is not None:
             torch.manual_seed(options.seed + self.team.rank)  # processes drop out, and augment, each in its own way
-        modes = [(module, module.training) for module in model.modules()]
+        modes = {name: module.training for name, module in model.named_modules()}
+        try:
+            return self._run(saved)
+        except BaseException:  # of a loader, say, or by the user
+            for name, module in model.named_modules():  # the parts of a pair as the layer was
+                module.training = modes.setdefault(name, modes[name.rpartition(".")[0]])
+            raise
+
+    def _run(self, saved: dict[str, Any] | None) -> Result:
+        options, model = self.options, self.options.model
         model.to(self.device)
         model.train()
         optimization = Optimization.of(options, self.device)
         before = parameter_count(model)
-        try:
-            session = self._attach(optimization, saved)
-        except Exception:
-            for module, mode in modes:
-                module.training = mode
-            raise
+        session = self._attach(optimization, saved)
         del saved  # tensors of the rank tracker, which has its own by now
         with session:  # takes its hooks off the optimizer, whatever happens
             self.keeper.start(self.state, optimization, session)
-            self._train(session, optimization)
+            self._finite = FiniteWeights(model)
+            try:
+                self._train(session, optimization)
+            except NonFiniteWeightError as error:
+                raise NonFiniteWeightError(f"{error} {self.keeper.way_back()}") from error
         plan = session.plan
         assert plan is not None
         report = self._report(session, plan, before)
@@ -120,6 +135,7 @@ class Trainer:
         with progress_bar(options.total_steps, session.clock.step, shown) as self._bar:
             while state.epoch < options.epochs:
                 self._train_epoch(session, optimization, self._bar)
+                self._check_weights(session)
                 self._end_epoch(session, optimization)
                 state.next_epoch()
                 self.keeper.write(state, optimization, session)
@@ -137,13 +153,30 @@ class Trainer:
             plan = session.plan
             self._step(to_device(batch, self.device), session, optimization)
             optimization.after_batch()
+            if state.taken % _LOOKS == 0 and self.team.size == 1 and not state.totals.loss.isfinite():
+                self._finite.check(session.clock.step)
             if self.keeper.due(session.clock.step, switched=session.plan is not plan):
+                self._check_weights(session)
                 self.keeper.write(state, optimization, session)
             bar.advance(state.epoch, options.epochs, session, state.totals)
         if state.taken == 0:
             raise ValueError(
                 f"the loader must yield batches in every epoch; epoch {state.epoch} had none. A generator is spent after one pass: pass a DataLoader or list."
             )
+
+    def _check_weights(self, session: LowRankSession) -> None:
+        """Stop a run that has diverged, before a checkpoint is written. Where it is over and nothing was kept to go on from,
+        its result says so instead.
+        """
+        step, over = session.clock.step, session.clock.step >= self.options.total_steps
+        if over and not self.keeper.keeps:
+            if names := self._finite.broken():
+                session.notes.append(
+                    f"THE WEIGHTS ARE NOT FINITE: {names[0]!r} and {len(names) - 1} more hold NaN or infinity"
+                )
+                log.warning("the weights are not finite at the end: %s", names[0])
+            return
+        self.team.together(lambda: self._finite.check(step))
 
     def _step(self, batch: Any, session: LowRankSession, optimization: Optimization) -> None:
         """One training step; the third one of each phase with its memory."""
@@ -166,9 +199,10 @@ class Trainer:
     def _end_epoch(self, session: LowRankSession, optimization: Optimization) -> None:
         epoch, monitor = self.state.epoch, session.scene.monitor
         loss, accuracy = self.state.totals.means(self.team)
+        loss = math.nan if loss is None else loss  # batches without an example
         if not math.isfinite(loss):
             log.warning("the training loss of epoch %d is %s", epoch, loss)
-        val_loss, val_accuracy = self.evaluate()
+        val_loss, val_accuracy = self.evaluate(session)
         row = {
             "epoch": epoch,
             "phase": session.phase,
@@ -182,10 +216,10 @@ class Trainer:
         }
         self.state.history.append(row)
         log.info("epoch %d (%s): loss %.4f, validation accuracy %s", epoch, session.phase, loss, val_accuracy)
-        optimization.after_epoch(loss if val_loss is None else val_loss)
+        optimization.after_epoch(loss if self.options.val_loader is None else val_loss)
 
-    def evaluate(self) -> tuple[float | None, float | None]:
-        """Mean loss and accuracy on `val_loader`, or Nones."""
+    def evaluate(self, session: LowRankSession) -> tuple[float | None, float | None]:
+        """Mean loss and accuracy on `val_loader`; Nones without one, and, with a note, from one that yields nothing."""
         options = self.options
         if options.val_loader is None:
             return None, None
@@ -193,19 +227,27 @@ class Trainer:
         was_training = options.model.training
         options.model.eval()
         totals = Totals(self.device)
-        with torch.no_grad():
-            for batch in options.val_loader:
-                with autocast(self.device, options.amp):
-                    outcome = run_batch(options.model, to_device(batch, self.device), options.loss_fn)
-                totals.add(outcome.loss, outcome.examples, outcome.correct, outcome.predictions)
-        options.model.train(was_training)
+        try:
+            with torch.no_grad():
+                for batch in options.val_loader:
+                    with autocast(self.device, options.amp):
+                        outcome = run_batch(options.model, to_device(batch, self.device), options.loss_fn)
+                    totals.add(outcome.loss, outcome.examples, outcome.correct, outcome.predictions)
+        finally:
+            options.model.train(was_training)
         self.state.evaluation_seconds += time.perf_counter() - start
-        return totals.means(self.team)
+        loss, accuracy = totals.means(self.team)
+        if loss is None and not any(note.startswith(_UNVALIDATED) for note in session.notes):
+            log.warning("val_loader yielded nothing in epoch %d", self.state.epoch)
+            session.notes.append(
+                f"{_UNVALIDATED} in epoch {self.state.epoch}: there is no validation loss from then on wherever it yields nothing"
+            )
+        return loss, accuracy
 
     def _at_switch(self, event: str, session: LowRankSession) -> None:
         if event == "before_switch" and self._bar is not None:
             self._bar.say("switching")
-        _, self.state.at_switch[event] = self.evaluate()
+        _, self.state.at_switch[event] = self.evaluate(session)
         if event == "after_switch" and session.plan is not None:
             log.info(
                 "switch at epoch %s: %d layers factorized (%s)", session.plan.E, len(session.plan.R), session.plan.note

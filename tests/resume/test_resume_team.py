@@ -92,7 +92,9 @@ def test_only_the_first_process_writes(runs, whole, tmp_path):
     _, events, _ = whole("2")
     first, last = events["write_plain"][3]  # the end of the epoch; before it are 6 steps
     assert runs(tmp_path, event=(first + last) // 2, size=2) == [-9, -9]
-    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.safetensors", "checkpoint.safetensors.partial"}
+    assert {path.name for path in tmp_path.iterdir()} <= {
+        *("checkpoint.safetensors", "checkpoint.safetensors.partial", "run.lock", "checkpoint.before.safetensors")
+    }
     saved = read_plain(tmp_path / "checkpoint.safetensors")
     (other,) = saved["others"]
     buffers = {name for name in saved["model"] if "running_" in name}

@@ -4,6 +4,7 @@ from torch import nn
 from fxrank.torch_private.modules import (
     CHECKPOINTED,
     COMPILED,
+    made_of,
     own_buffers,
     own_children,
     own_parameters,
@@ -68,3 +69,13 @@ def test_the_wrappers_hold_what_they_wrap_under_these_names():
     layer = nn.Linear(2, 2)
     assert own_children(torch.compile(layer)) == {COMPILED: layer}
     assert own_children(checkpoint_wrapper(layer)) == {CHECKPOINTED: layer}
+
+
+def test_a_module_of_the_same_class_that_holds_other_things():
+    norm = nn.BatchNorm1d(3)
+    norm.note = ["kept"]
+    weight, child = nn.Parameter(torch.zeros(3)), nn.ReLU()
+    twin = made_of(norm, {"weight": weight}, {"running_mean": torch.ones(3)}, {"inner": child})
+    assert type(twin) is nn.BatchNorm1d and twin.note is norm.note and twin.eps == norm.eps
+    assert twin.weight is weight and twin.inner is child and list(twin.state_dict()) == ["weight", "running_mean"]
+    assert list(norm.state_dict()) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]

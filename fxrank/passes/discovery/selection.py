@@ -78,7 +78,7 @@ def _selected(
             pattern = own_name(selector)
             hits = {a.name for a in layers if any(p == pattern or fnmatch.fnmatchcase(p, pattern) for p in a.paths)}
         elif isinstance(selector, (str, re.Pattern)):
-            expression = re.compile(selector.removeprefix("re:")) if isinstance(selector, str) else selector
+            expression = _expression(selector, argument) if isinstance(selector, str) else selector
             hits = {a.name for a in layers if any(expression.search(p) for p in a.paths)}
         elif isinstance(selector, type):
             hits = {a.name for a in layers if isinstance(_owner(modules, a.name), selector)}
@@ -97,6 +97,15 @@ def _selected(
             )
         chosen |= hits
     return chosen
+
+
+def _expression(selector: str, argument: str) -> re.Pattern[str]:
+    try:
+        return re.compile(selector.removeprefix("re:"))
+    except re.error as error:
+        raise ValueError(
+            f"what follows 're:' in {argument} must be a regular expression; {selector!r} is not: {error}. Escape what is meant as it stands, or use a glob."
+        ) from error
 
 
 def _owner(modules: dict[str, nn.Module], name: str) -> nn.Module | None:

@@ -122,6 +122,13 @@ def pair_class(dense: nn.Module, form: str = "channel") -> type[FactorPair] | No
     return forms_of(dense).get(form)
 
 
+def form_of(pair: FactorPair) -> str:
+    """The form under which a pair's class is registered."""
+    return next(
+        (form for registered in PAIRS.values() for form, cls in registered.items() if cls is type(pair)), "channel"
+    )
+
+
 def why_none(dense: nn.Module) -> str:
     """What is said of a layer that has no pair in any form: a clause that follows "has no factor pair"."""
     kind = dense_type(dense)
