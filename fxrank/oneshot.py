@@ -61,6 +61,7 @@ def factorize(
         return small
     gm = trace(small, example_inputs)
     layers = discover(gm, small)
+    gm.let_go()
     if isinstance(rank, Mapping):
         chosen = _named_ranks(layers, rank)
         layers = [

@@ -112,7 +112,9 @@ def profile(
     place = next(model.parameters()).device if device is None else torch.device(device)
     here = next(model.parameters()).device
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
-    layers = candidates(discover(trace(model, inputs), model), model, include=include, exclude=exclude)
+    gm = trace(model, inputs)
+    layers = candidates(discover(gm, model), model, include=include, exclude=exclude)
+    gm.let_go()
     require_some(layers)
     layers = [layer.if_in_form(form) for layer in layers]
     profiler = Profiler(model, place, amp=amp)

@@ -229,6 +229,12 @@ class ValueTracer(fx.Tracer):
         blamed, module = self._blame
         return module if blamed is error else None
 
+    def let_go(self) -> None:
+        """Forget all that the trace has seen: functions of fx that hold the tracer hold each other too, and are there until
+        Python's collector happens to run.
+        """
+        vars(self).clear()
+
     # -- hooks of fx.Tracer
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
