@@ -104,7 +104,8 @@ class FactorRegime:
 
     def _check_first_step(self) -> None:
         """Warn, in the first step after the switch, of gradients that are missing or that no optimizer meets."""
-        if self._first and all(p.grad is None for p in self._first):
+        # Those of the switch's own step, as zero_grad(set_to_none=False) leaves them, are none.
+        if self._first and all(p.grad is None or not whole(p.grad).any() for p in self._first):
             warnings.warn(
                 "the factors must have gradients in the step after the switch; none of them has any. Does the loop run something that was made "
                 "from the model before, a CUDA graph or a copy? Make it anew after the switch.",
