@@ -47,6 +47,7 @@ def hand_over(
     regimes = {}
     for optimizer in attached.optimizers:
         regime = regimes[optimizer] = FactorRegime(optimizer, replacements, training.frobenius_decay)
+        regime.expect_new_gradients()
         if ramp or scale != 1.0:
             regime.scale_lr(lambda: scale * (min(1.0, (step() - first + 1) / ramp) if ramp else 1.0))
         notes += regime.notes
