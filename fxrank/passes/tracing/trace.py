@@ -18,7 +18,6 @@ own, from a real run's inputs, and stands in `regions`.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from itertools import chain
 from typing import Any
 
@@ -28,18 +27,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from fxrank.passes.errors import TraceError
-from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
+from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.model.restored import restored
-from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
+from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
+from fxrank.passes.tracing.proof import differs, without_data
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
 
-TOLERANCE = 1e-4
-"""Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""
 WHOLE = "whole_model"
 """Name of the one node of a model that could not be traced."""
 
@@ -178,7 +176,7 @@ def _trace(
                     graphs[not mode] = graphs[mode]
         traced = TracedModule(model, graphs, constants)
         if verify:
-            problem = _differs(traced, model, args, kwargs, notes)
+            problem = differs(traced, model, args, kwargs, notes)
             if problem is not None:
                 leaves = {model: problem}
                 traced.let_go()
@@ -243,17 +241,13 @@ def _graph(
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model takes the call. On the meta device nobody knows: data are missing there."""
-    if _without_data(model):
+    if without_data(model):
         return True
     try:
         seeded_outputs(model, args, kwargs)
     except Exception:
         return False
     return True
-
-
-def _without_data(model: nn.Module) -> bool:
-    return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
 
 def _listing(graph: fx.Graph, constants: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
@@ -313,52 +307,6 @@ def _without_numbers(values: Values, tree: Any) -> Any:
         t.layout is torch.strided and not t.is_nested for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)
     ]
     return values.fake(tree) if all(ordinary) else tree
-
-
-def _differs(
-    traced: TracedModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
-) -> str | None:
-    """What is wrong with the graph of the present mode, None if it computes what the model does."""
-    problem = None
-    for last, (call_args, call_kwargs) in enumerate((at_other_batch_size(args, kwargs), (args, kwargs))):
-        try:
-            expected = seeded_outputs(model, call_args, call_kwargs)
-        except Exception as error:
-            problem = f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            if last and not _without_data(model):
-                raise TraceError(f"the model must run on the example; {type(model).__name__} {problem}.") from error
-            continue
-        inputs = [leaf for leaf in pytree.tree_leaves((call_args, call_kwargs)) if isinstance(leaf, Tensor)]
-        try:
-            found = seeded_outputs(traced, inputs, {})
-            both = [*_tensors_of_both(expected, found)]
-            difference = largest_difference([a for a, _ in both], [b for _, b in both])
-        except Exception as error:
-            problem = f"the graph fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            continue
-        if difference <= TOLERANCE:
-            if problem is not None:
-                notes.append(f"the graph holds for the example's batch size only; at another: {problem}")
-            return None
-        problem = f"the graph's outputs differ from the model's by {difference:.1e} relative"
-    if _without_data(model):
-        notes.append(f"not verified: the model is on the meta device ({problem})")
-        return None
-    return problem
-
-
-def _tensors_of_both(expected: Any, found: Any) -> Iterator[tuple[Any, Any]]:
-    """Tensors at the same places of two outputs. What no graph can return, a key-value cache say, is None in `found`."""
-    if isinstance(expected, Tensor) and found is not None:
-        yield expected, found
-    elif isinstance(expected, Mapping) and isinstance(found, Mapping):
-        for key in expected:
-            yield from _tensors_of_both(expected[key], found.get(key))
-    elif isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)):
-        for a, b in zip(expected, found, strict=True):
-            yield from _tensors_of_both(a, b)
-    elif is_dataclass(expected) and is_dataclass(found):
-        yield from _tensors_of_both(vars(expected), vars(found))
 
 
 def _calls_inside(
