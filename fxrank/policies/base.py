@@ -14,6 +14,7 @@ from fxrank.passes.pairs.registry import forms
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector
 from fxrank.policies.scene import Clock, Scene
+from fxrank.switch.zero_weights import without_zero_weights
 
 AUTO = "auto"
 """The form by which a policy leaves the choice to the spectra."""
@@ -101,7 +102,7 @@ class Policy(ABC):
 
     def plan(self, scene: Scene, clock: Clock, why: str) -> Plan:
         """The plan for a switch at `clock`."""
-        return Plan(
+        plan = Plan(
             policy=self.name,
             layers=tuple(self.decide(scene)),
             switch_step=clock.step,
@@ -109,6 +110,10 @@ class Policy(ABC):
             note=why,
             training=self.training,
         )
+        plan = without_zero_weights(scene.model, plan)
+        for name in scene.factors.keys() - plan.R.keys():
+            del scene.factors[name]
+        return plan
 
     def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:
         """The plan of a run that ended at `clock` without a switch: every layer dense, with the reason."""
