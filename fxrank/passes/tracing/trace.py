@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
-from fxrank.passes.model.restored import restored
+from fxrank.passes.model.restored import randoms_put_back, restored
 from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
@@ -137,7 +137,8 @@ def trace(
         )
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with turn(), restored(model), eagerly(model), torch.random.fork_rng(devices=list(devices)):
+    drawn = torch.random.fork_rng(devices=list(devices))
+    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
