@@ -1,6 +1,7 @@
 """The proof that a graph computes what its model does: both are run side by side."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -8,11 +9,56 @@ from torch import Tensor, nn
 
 from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import at_other_batch_size
+from fxrank.passes.model.weights import derives_weight
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
 from fxrank.torch_private import pytree
+from fxrank.torch_private.modules import post_hooks, pre_hooks
 
 TOLERANCE = 1e-4
 """Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""
+
+
+@contextmanager
+def observers_off(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    """Meanwhile the user's forward hooks are off, if they only look on: in a trace they would see values without data.
+
+    Whether they do is found out by a real run with them and one without. Hooks that change what the model returns belong to its
+    computation, and are traced.
+    """
+    hooks = [dict_ for module in model.modules() for dict_ in (pre_hooks(module), post_hooks(module)) if dict_]
+    before = [dict(dict_) for dict_ in hooks]
+    look_on = bool(hooks) and not without_data(model)
+    if look_on:
+        try:
+            call_args, call_kwargs = at_other_batch_size(args, kwargs)
+            expected = seeded_outputs(model, call_args, call_kwargs)
+            _take_off(hooks)
+            look_on = largest_difference(expected, seeded_outputs(model, call_args, call_kwargs)) == 0
+        except Exception:  # nobody knows
+            look_on = False
+    try:
+        if not look_on:
+            _put_on(hooks, before)
+        yield
+    finally:
+        _put_on(hooks, before)
+
+
+Hooks = dict[int, Callable[..., Any]]
+
+
+def _take_off(hooks: Sequence[Hooks]) -> None:
+    """All but those by which older torch derives weights."""
+    for dict_ in hooks:
+        for key in [k for k, hook in dict_.items() if not derives_weight(hook)]:
+            del dict_[key]
+
+
+def _put_on(hooks: Sequence[Hooks], before: Sequence[Hooks]) -> None:
+    for dict_, content in zip(hooks, before, strict=True):
+        if list(dict_) != list(content):
+            dict_.clear()  # the very dict, to which the user's handles lead
+            dict_.update(content)
 
 
 def differs(

@@ -33,7 +33,7 @@ from fxrank.passes.model.restored import randoms_put_back, restored
 from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
-from fxrank.passes.tracing.proof import differs, without_data
+from fxrank.passes.tracing.proof import differs, observers_off, without_data
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
@@ -138,7 +138,7 @@ def trace(
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     drawn = torch.random.fork_rng(devices=list(devices))
-    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model):
+    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model), observers_off(model, args, kwargs):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 

@@ -179,3 +179,58 @@ def test_nothing_moves_when_an_extra_batchnorm_is_set():
     check_same(before, model)
     assert small.convolutions[1].norm.weight.std() > 0
     assert torch.equal(small.key[0].weight, model.key[0].weight)
+
+
+class Seen:
+    """A user's hook that keeps statistics."""
+
+    def __init__(self):
+        self.values = []
+
+    def __call__(self, module, inputs, *output):
+        for value in (*inputs, *output):
+            self.values.append(float(value.detach().abs().mean()))  # of a real tensor only
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("training", [True, False])
+def test_hooks_that_look_on_see_real_values_only_and_stay(call, training):
+    model = mlp().train(training)
+    seen = Seen()
+    handles = [m.register_forward_hook(seen) for m in model.modules()]
+    handles += [m.register_forward_pre_hook(seen) for m in model.modules()]
+    hooks = [list(m._forward_hooks.values()) for m in model.modules()]
+    result = CALLS[call](model)
+    real_runs = 0 if call == "factorize" else 1  # a copy of the model has a copy of this object
+    assert len(seen.values) == 3 * real_runs * len(handles) / 2
+    if call == "trace":
+        assert result.leaves == {}
+    assert hooks == [list(m._forward_hooks.values()) for m in model.modules()]
+    seen.values.clear()
+    model(X)
+    assert seen.values
+    for handle in handles:
+        handle.remove()
+    seen.values.clear()
+    model(X)
+    assert not seen.values
+
+
+def test_hooks_that_compute_are_in_the_graph():
+    model = mlp()
+    handle = model[2].register_forward_hook(lambda module, inputs, output: output * 3)
+    expected = model(X)
+    gm = fxrank.trace(model, X)
+    assert torch.allclose(gm(X), expected)
+    handle.remove()
+    assert not torch.allclose(model(X), expected)
+
+
+def test_a_legacy_norm_goes_on_deriving_its_weight_beside_a_hook_that_looks_on():
+    model = mlp()
+    with pytest.warns(FutureWarning, match="deprecated"):
+        nn.utils.weight_norm(model[2])
+    seen = Seen()
+    model[2].register_forward_hook(seen)
+    gm = fxrank.trace(model, X)
+    assert torch.equal(gm(X), model(X)) and gm.leaves == {}
