@@ -5,8 +5,9 @@ A policy is a frozen dataclass of options. The session asks it three things: whi
 a property or a method with an answer here, so that a policy of one's own needs no more than `ready` and `decide`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
@@ -44,6 +45,12 @@ class Policy(ABC):
     freeze: tuple[str, ...] = Training.freeze
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and math.isnan(value):  # every comparison with it is false
+                raise ValueError(
+                    f"an option must be a number or say what it means; {option.name} is {value}. Leave it out, or give a number."
+                )
         _ = self.training  # which has the rules for its options
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))

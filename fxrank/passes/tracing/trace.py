@@ -329,7 +329,8 @@ def _calls_inside(
     def end(module: nn.Module, *_: Any) -> None:
         seen.setdefault(module, begun[module])  # a call that raised, and was caught by the forward, does not count
 
-    inside = dict.fromkeys(m for leaf in leaves for child in leaf.children() for m in child.modules())
+    below = (m for leaf in leaves for child in leaf.children() for m in child.modules())
+    inside = dict.fromkeys(m for m in below if not isinstance(m, torch.jit.ScriptModule))  # those take no hooks
     handles = [m.register_forward_pre_hook(begin, with_kwargs=True) for m in inside]
     handles += [m.register_forward_hook(end) for m in inside]
     try:
