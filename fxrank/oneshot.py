@@ -11,7 +11,7 @@ from torch import nn
 
 from fxrank.decisions import keep, take
 from fxrank.passes.discovery.discover import discover
-from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.errors import RankError
 from fxrank.passes.model.calls import Example
@@ -25,6 +25,7 @@ from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
+from fxrank.switch.zero_weights import why_dead, without_zero_weights
 from fxrank.wrappers import outside_autocast
 
 Rank = int | float | Mapping[str, int | float] | Plan
@@ -51,16 +52,19 @@ def factorize(
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
-    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`.
+    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`. A weight of zeros stays dense, whoever names it in a plan: factors of
+    zeros would never train.
     """
     check_form(form)
     model = uncompiled(model)
     small = copied(model)
     if isinstance(rank, Plan):
-        apply_plan(small, rank, example=example_inputs)
+        apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
     gm = trace(small, example_inputs)
     layers = [layer.if_in_form(form) for layer in discover(gm, small)]
+    gm.let_go()
+    layers = [_if_it_can_train(layer, small) for layer in layers]
     if isinstance(rank, Mapping):
         chosen = _named_ranks(layers, rank)
         layers = [
@@ -106,6 +110,13 @@ def _given(layer: Layer, rank: int | float, extra_bn: bool) -> LayerDecision:
     whole = whole_given_rank(layer.name, layer.full_rank, rank)
     reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
     return take(layer, whole, reason, extra_bn=extra_bn)
+
+
+def _if_it_can_train(layer: Layer, model: nn.Module) -> Layer:
+    """The layer, with a reason if its factors would not train."""
+    if layer.reason is not None:
+        return layer
+    return replace(layer, reason=why_dead(stack_of(layer, model)))
 
 
 def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> dict[str, int | float]:

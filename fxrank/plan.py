@@ -67,9 +67,9 @@ class Training:
         decay = self.frobenius_decay
         if isinstance(decay, str) and decay != "auto":
             raise unknown_name("frobenius_decay (or a number, or None)", decay, ["auto"])
-        if isinstance(decay, (int, float)) and decay < 0:
+        if isinstance(decay, (int, float)) and not decay >= 0:
             raise ValueError(f"frobenius_decay must not be negative; got {decay}. None switches it off.")
-        if self.lr_scale <= 0:
+        if not self.lr_scale > 0:
             raise ValueError(f"lr_scale must be above 0; got {self.lr_scale}. 1.0 keeps the schedule.")
         if isinstance(self.freeze, str):
             raise TypeError(

@@ -1,5 +1,6 @@
 """`fxrank.profile`: the profiling pass as a call of its own."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -109,11 +110,17 @@ def profile(
     `TraceError`, `NothingToFactorizeError`, `ValueError` for an unknown form. Source: Cuttlefish Alg. 2, per stack.
     """
     check_form(form)
+    if not 0 < probe_ratio <= 1 or math.isnan(speedup_threshold):
+        raise ValueError(
+            f"probe_ratio must be above 0 and at most 1, and speedup_threshold a number; got {probe_ratio} and {speedup_threshold}."
+        )
     model = uncompiled(model)
     place = next(model.parameters()).device if device is None else known_device(device)
     here = next(model.parameters()).device
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
-    found = [layer.if_in_form(form) for layer in discover(trace(model, inputs), model)]
+    gm = trace(model, inputs)
+    found = [layer.if_in_form(form) for layer in discover(gm, model)]
+    gm.let_go()
     layers = candidates(found, model, include=include, exclude=exclude)
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)

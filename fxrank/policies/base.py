@@ -5,8 +5,9 @@ A policy is a frozen dataclass of options. The session asks it three things: whi
 a property or a method with an answer here, so that a policy of one's own needs no more than `ready` and `decide`.
 """
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
@@ -14,6 +15,7 @@ from fxrank.passes.pairs.registry import AUTO, forms
 from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector
 from fxrank.policies.scene import Clock, Scene
+from fxrank.switch.zero_weights import without_zero_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,12 @@ class Policy(ABC):
     freeze: tuple[str, ...] = Training.freeze
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if isinstance(value, float) and math.isnan(value):  # every comparison with it is false
+                raise ValueError(
+                    f"an option must be a number or say what it means; {option.name} is {value}. Leave it out, or give a number."
+                )
         _ = self.training  # which has the rules for its options
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))
@@ -98,7 +106,7 @@ class Policy(ABC):
 
     def plan(self, scene: Scene, clock: Clock, why: str) -> Plan:
         """The plan for a switch at `clock`."""
-        return Plan(
+        plan = Plan(
             policy=self.name,
             layers=tuple(self.decide(scene)),
             switch_step=clock.step,
@@ -106,6 +114,10 @@ class Policy(ABC):
             note=why,
             training=self.training,
         )
+        plan = without_zero_weights(scene.model, plan)
+        for name in scene.factors.keys() - plan.R.keys():
+            del scene.factors[name]
+        return plan
 
     def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:
         """The plan of a run that ended at `clock` without a switch: every layer dense, with the reason."""

@@ -51,7 +51,7 @@ class Attachment:
 def clock_of(total_steps: int, steps_per_epoch: int | None) -> Clock:
     """The clock of a training that begins; without `steps_per_epoch` it is one epoch. Raises `ValueError`."""
     steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
-    if total_steps < 1 or steps_per_epoch < 1:
+    if not (total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
         raise ValueError(
             f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
         )

@@ -246,7 +246,7 @@ class LowRankSession:
     def _install(self, plan: Plan, split: bool) -> None:
         replacements = put_pairs(self._attached, self._averages, plan, split=split)
         self.plan = plan
-        regimes, notes = hand_over(self._attached, plan, replacements, lambda: self.clock.step)
+        regimes, notes = hand_over(self._attached, plan, replacements, lambda: self.clock.step, split=split)
         self._hooks.regimes.update(regimes)
         self.notes += notes
         self.gradient_bytes[LOW] = gradient_bytes(self.model)

@@ -24,11 +24,19 @@ def put_pairs(attached: Attachment, averages: Iterable[nn.Module], plan: Plan, *
 
 
 def hand_over(
-    attached: Attachment, plan: Plan, replacements: Sequence[Replacement], step: Callable[[], int]
+    attached: Attachment,
+    plan: Plan,
+    replacements: Sequence[Replacement],
+    step: Callable[[], int],
+    *,
+    split: bool = True,
 ) -> tuple[dict[Optimizer, FactorRegime], list[str]]:
     """Give the optimizers, and what averages the gradients, the factors in their weights' places. Returns what the factors
-    need in each later step, and notes for the report. `step` tells how many steps were made.
+    need in each later step, and notes for the report. `step` tells how many steps were made. Factors that were not `split` are
+    without numbers: they get no gradients from their weights'.
     """
+    for parameter in () if split else (p for r in replacements for p in r.parameters):
+        parameter.grad = None
     team, training = attached.team, attached.policy.training
     notes = freeze(team.model, training.freeze) + [r.hook_note for r in replacements if r.hooked]
     notes += [note for o in attached.optimizers for note in swap_parameters(o, replacements)]
@@ -39,6 +47,7 @@ def hand_over(
     regimes = {}
     for optimizer in attached.optimizers:
         regime = regimes[optimizer] = FactorRegime(optimizer, replacements, training.frobenius_decay)
+        regime.expect_new_gradients()
         if ramp or scale != 1.0:
             regime.scale_lr(lambda: scale * (min(1.0, (step() - first + 1) / ramp) if ramp else 1.0))
         notes += regime.notes

@@ -144,3 +144,6 @@ def show(gm: TracedModule, model: nn.Module, paths: Iterable[str]) -> None:
                 below.setdefault(region, []).append(path.removeprefix(f"{region}."))
     for region, inside in below.items():
         show(gm.regions[region], model.get_submodule(region), inside)
+    for path, pair in pairs.items():
+        if path in gm.regions:  # a layer that was called from code that could not be traced: a graph of its own
+            Factorize(pairs={WHOLE: pair})(gm.regions[path])

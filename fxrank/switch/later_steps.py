@@ -6,7 +6,7 @@ from typing import Any
 from weakref import ref
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxrank.passes.pairs.base import FactorPair
@@ -14,6 +14,7 @@ from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.decays import Way, way_of_decay
 from fxrank.switch.step_hooks import restore_after_failure, restore_lr, scale_lr, unscale_lr
 from fxrank.torch_private.dtensor import placed_like, whole
+from fxrank.torch_private.modules import times_written
 from fxrank.wrappers import outside_autocast
 
 
@@ -50,7 +51,12 @@ class FactorRegime:
             p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight) if id(p) in held and p.requires_grad
         ]
         self._gone = [(r.name, ref(p)) for r in replacements if id(r.pair.u.weight) in held for p in r.parameters]
+        self._old: dict[int, tuple[Callable[[], Tensor | None], int]] = {}
         self._lr_factor: Callable[[], float] = lambda: 1.0
+
+    def expect_new_gradients(self) -> None:
+        """Those that the factors have are of the switch's own step: in the next one they are not enough."""
+        self._old = {id(p): (ref(p.grad), times_written(p.grad)) for p in self._first if p.grad is not None}
 
     def _held(self) -> list[tuple[FactorPair, dict[str, Any]]]:
         """The pairs that the optimizer holds now, with their groups: the user may add and remove some."""
@@ -104,7 +110,7 @@ class FactorRegime:
 
     def _check_first_step(self) -> None:
         """Warn, in the first step after the switch, of gradients that are missing or that no optimizer meets."""
-        if self._first and all(p.grad is None for p in self._first):
+        if self._first and not any(self._has_new_gradient(p) for p in self._first):
             warnings.warn(
                 "the factors must have gradients in the step after the switch; none of them has any. Does the loop run something that was made "
                 "from the model before, a CUDA graph or a copy? Make it anew after the switch.",
@@ -120,7 +126,14 @@ class FactorRegime:
                 UserWarning,
                 stacklevel=3,
             )
-        self._first, self._gone = [], []
+        self._first, self._gone, self._old = [], [], {}
+
+    def _has_new_gradient(self, factor: nn.Parameter) -> bool:
+        of_switch, written = self._old.get(id(factor), (lambda: None, 0))
+        if factor.grad is None or factor.grad is not of_switch():
+            return factor.grad is not None
+        # zero_grad(set_to_none=False) writes zeros
+        return times_written(factor.grad) > written and bool(whole(factor.grad).any())
 
     @torch.no_grad()
     @outside_autocast

@@ -33,6 +33,18 @@ _MEANS = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", Fal
 """Names of the means of squares over rows and over columns, and whether their dimension is kept: torch's, transformers'."""
 
 
+@torch.no_grad()
+def gradients(gradient: Tensor, pair: FactorPair) -> tuple[Tensor, Tensor]:
+    """The gradients of `u.weight` and `v.weight` of a pair from that of the dense weight: `Vᵀ G` and `G Uᵀ`."""
+    gradient = whole(gradient.to_dense() if gradient.is_sparse else gradient)
+    u, v = pair.unfold_u(whole(pair.u.weight.detach())), pair.unfold_v(whole(pair.v.weight.detach()))
+    of_u, of_v = (
+        torch.empty_like(factor, requires_grad=False).copy_(placed_like(part, factor))
+        for factor, part in zip((pair.u.weight, pair.v.weight), _linear(gradient, pair, u, v), strict=True)
+    )
+    return of_u, of_v
+
+
 class NoProjectionError(Exception):
     """An entry of the state has no known projection; the text is its name."""
 

@@ -14,7 +14,7 @@ from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import pair_class
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.decays import put_on_parameters
-from fxrank.switch.moments import NoProjectionError, projected
+from fxrank.switch.moments import NoProjectionError, gradients, projected
 from fxrank.wrappers import unwrapped
 
 
@@ -107,7 +107,7 @@ def _refusal(dense: nn.Module, layer: Layer, holder: Mapping[int, Optimizer]) ->
 
 
 def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -> list[str]:
-    """Replace each dense weight by its factors at the same place of the same group, and project its state.
+    """Replace each dense weight by its factors at the same place of the same group, and project its state and gradient.
 
     Number, order and options of `param_groups` stay; `param_names`, where groups have them, follow. Returns notes about
     weights whose state could not be projected and starts fresh. An extra BatchNorm's parameters join the first group without
@@ -116,9 +116,8 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
     by_weight = {id(r.weight): r for r in replacements}
     by_part = {id(p): r for r in replacements for p in r.pair.parameters()}
     gone = {id(p) for r in replacements for p in r.parameters[1:]}
-    for parameter in (p for r in replacements for p in r.parameters):
-        # A list of the user's that holds it still, for clipping say, would count its gradient in every step.
-        parameter.grad = None
+    for made in replacements:
+        project_gradient(made)
     notes: list[str] = []
     joining: list[tuple[dict[str, Any], nn.Parameter, str]] = []
     for group in optimizer.param_groups:
@@ -156,6 +155,26 @@ def swap_parameters(optimizer: Optimizer, replacements: Sequence[Replacement]) -
     if isinstance(optimizer, torch.optim.Adagrad):
         _complete(optimizer)
     return notes
+
+
+def project_gradient(replacement: Replacement) -> None:
+    """Hand the gradient of a weight that is gone on to its factors: a loop may look at gradients after the step, or add to them.
+
+    Where nobody knows it, of a weight derived from others or of an extra BatchNorm, it is zero.
+    """
+    weight, pair = replacement.weight, replacement.pair
+    if any(p.grad is not None for p in replacement.parameters):
+        known = not replacement.derived and weight.grad is not None
+        factors = (pair.u.weight, pair.v.weight)
+        found = gradients(weight.grad, pair) if known and weight.grad is not None else map(torch.zeros_like, factors)
+        for factor, gradient in zip(factors, found, strict=True):
+            if factor.requires_grad:
+                factor.grad = gradient.detach()
+        for parameter in pair.extra_norm.parameters() if pair.extra_norm is not None else ():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    for parameter in replacement.parameters:
+        # A list of the user's that holds it still, for clipping say, would count its gradient in every step.
+        parameter.grad = None
 
 
 def _without_decay(optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:

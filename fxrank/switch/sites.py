@@ -107,6 +107,10 @@ def _dense_layer(model: nn.Module, decision: LayerDecision) -> nn.Module:
             f"the plan has {decision.kind} with {tuple(decision.weight_shape)}. Use the plan of this very architecture."
             + ("" if known else f" If {decision.kind} is a kind of your own, call fxrank.register_pair first.")
         )
+    if 0 in shape:
+        raise PlanMismatchError(
+            f"the layers that a plan factorizes must have numbers; {decision.name!r} has a weight {shape}. Leave it dense in the plan."
+        )
     assert decision.rank is not None
     full_rank = cls.full_rank_of(layer)
     if not 1 <= decision.rank <= full_rank:

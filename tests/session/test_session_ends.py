@@ -126,7 +126,9 @@ def test_a_layer_that_is_pruned_before_the_switch_is_named_and_nothing_is_change
     assert snapshot(model)["types"] == before and type(model[2]) is nn.Linear
 
 
-@pytest.mark.parametrize("where", ["fxrank.session.switch.swap_parameters", "fxrank.switch.apply_plan.install"])
+@pytest.mark.parametrize(
+    "where", ["fxrank.session.switch.swap_parameters", "fxrank.passes.rewriting.install.follow_change"]
+)
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
 def test_a_switch_that_breaks_off_half_way_is_not_trained_on_with(where, error, monkeypatch):
     model, policy = mlp(), fxrank.Pufferfish(E=2, ratio=0.25)
@@ -157,7 +159,7 @@ def test_a_switch_that_breaks_off_before_anything_is_changed_is_tried_again(monk
     optimizer = sgd(model)
     session = attach(model, optimizer, policy, steps_per_epoch=1)
     with monkeypatch.context() as patched:
-        patched.setattr("fxrank.switch.apply_plan.install", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("fxrank.switch.apply_plan.install_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(model, optimizer, 2)
     train(model, optimizer, 2)

@@ -230,6 +230,7 @@ def test_a_clamping_hook_clamps_the_factors():
     model.conv2.weight.register_hook(lambda gradient: gradient.clamp(-1e-6, 1e-6))
     watched(model, optimizer, batch[0])
     train(model, optimizer, 3, batch)
+    optimizer.zero_grad()
     nn.functional.cross_entropy(model(batch[0]), batch[1]).backward()
     for factor in (model.conv2.u.weight, model.conv2.v.weight):
         assert 0 < factor.grad.abs().max() <= 1e-6

@@ -47,6 +47,8 @@ def layer_from(
     weight = weight_of(dense)
     pairs = forms_of(dense)
     pair = pairs[form]
+    if not weight.numel():
+        return _standing_for(dense, weight), unsupported(name, pair.kind, weight, "its weight has no numbers", use.node)
     reason = _refused_numbers(weight) or reason
     unrolled = _unrolled(dense, form, pair, use)
     others = [f for f, other in pairs.items() if f != form and other.suits(dense) and use.allows(other)]
@@ -69,8 +71,12 @@ def layer_from(
         reason=reason,
         supported=reason is None,
     )
-    # Of a layer that derives its weight, one parameter stands for it.
-    return next(p for p in dense.parameters() if p.ndim >= 2) if is_derived(dense) else weight, layer
+    return _standing_for(dense, weight), layer
+
+
+def _standing_for(dense: nn.Module, weight: Tensor) -> Tensor:
+    """Of a layer that derives its weight, one parameter stands for it."""
+    return next(p for p in dense.parameters() if p.ndim >= 2) if is_derived(dense) else weight
 
 
 def _unrolled(dense: nn.Module, form: str, pair: type[FactorPair], use: Use) -> Unrolled:

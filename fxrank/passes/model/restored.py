@@ -1,10 +1,17 @@
 """What a forward leaves in a model, and how it is taken out again."""
 
-from collections.abc import Iterator
+import random
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxrank.torch_private.writes import Watched
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -21,6 +28,55 @@ def restored(model: nn.Module) -> Iterator[None]:
             if _content(container) != content:
                 container.clear()
                 container.extend(copied) if isinstance(container, list) else container.update(copied)
+
+
+@contextmanager
+def unwritten(model: nn.Module, but: Container[int] = ()) -> Iterator[None]:
+    """Put back the numbers that a forward has written into parameters, and into other tensors that the modules hold: a momentum
+    encoder, a codebook. Only what is written is copied, and all buffers: kernels of normalization do not say that they write.
+    `but`: leave these tensors, by `id`.
+    """
+    buffers = {name: (b, b.clone()) for name, b in model.named_buffers() if id(b) not in but}
+    copied = {id(b) for b, _ in buffers.values()}
+    watched = Watched(t for t in tensors_of(model) if id(t) not in but and id(t) not in copied)
+    try:
+        with watched:
+            yield
+    finally:
+        watched.put_back()
+        now = dict(model.named_buffers())
+        with torch.no_grad():
+            for name, (buffer, value) in buffers.items():
+                for one in {id(b): b for b in (buffer, now.get(name, buffer))}.values():
+                    one.copy_(value)
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Every tensor that the modules hold, as a parameter, a buffer, or in an attribute or a nest of containers there."""
+    return list(_held(model, Tensor))
+
+
+@contextmanager
+def randoms_put_back(model: nn.Module) -> Iterator[None]:
+    """Put back the random numbers of Python, of numpy, and of generators that the modules hold; torch's own see `fork_rng`."""
+    own = [(generator, generator.get_state()) for generator in _held(model, torch.Generator)]
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for generator, state in own:
+            generator.set_state(state)
+
+
+def _held(model: nn.Module, kind: type[T]) -> Iterator[T]:
+    seen: set[int] = set()
+    for module in model.modules():
+        for container in _state(module, seen):
+            yield from (
+                v for v in (container.values() if isinstance(container, dict) else container) if isinstance(v, kind)
+            )
 
 
 def _state(module: nn.Module, seen: set[int]) -> Iterator[Any]:

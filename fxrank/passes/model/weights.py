@@ -80,8 +80,13 @@ def check_not_computed(layer: nn.Module, name: str) -> None:
 def drop_norm_hooks(layer: nn.Module) -> None:
     """Take off the forward pre-hooks that derive a weight."""
     hooks = pre_hooks(layer)
-    for key in [k for k, h in hooks.items() if isinstance(h, (WeightNorm, SpectralNorm))]:
+    for key in [k for k, hook in hooks.items() if derives_weight(hook)]:
         del hooks[key]
+
+
+def derives_weight(hook: object) -> bool:
+    """Whether a forward pre-hook is torch's own, which makes a layer's weight of other parameters."""
+    return isinstance(hook, (WeightNorm, SpectralNorm))
 
 
 def _old_norm(layer: nn.Module) -> Any:

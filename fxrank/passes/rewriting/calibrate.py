@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly
+from fxrank.passes.model.restored import randoms_put_back, unwritten
 from fxrank.passes.pairs.base import Norm
 from fxrank.torch_private import pytree
 
@@ -44,11 +45,10 @@ def calibrate_on(
 def calibrate(norms: Iterable[Norm], model: nn.Module, run: Callable[[], object]) -> None:
     """Make each of `norms` the identity on the inputs that `run()` (one call of `model`) sends through it.
 
-    One forward pass without gradients; the model's other buffers and the random state are put back.
+    One forward pass without gradients; the model's other buffers, parameters and the random state are put back.
     """
     norms = list(norms)
-    kept = {id(b) for norm in norms for b in norm.buffers()}
-    buffers = [(b, b.clone()) for b in model.buffers() if id(b) not in kept]
+    kept = {id(t) for norm in norms for t in (*norm.parameters(), *norm.buffers())}
 
     def measure(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(norm, Norm) and norm.running_mean is not None and norm.running_var is not None
@@ -70,10 +70,9 @@ def calibrate(norms: Iterable[Norm], model: nn.Module, run: Callable[[], object]
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        drawn = torch.random.fork_rng(devices=list(devices))
+        with drawn, randoms_put_back(model), unwritten(model, but=kept), torch.no_grad():
             run()
     finally:
         for hook in hooks:
             hook.remove()
-        for buffer, value in buffers:
-            buffer.copy_(value)

@@ -34,6 +34,8 @@ def as_stack(weight: Tensor) -> Tensor:
         raise ValueError(
             f"a weight needs at least 2 dimensions to have a rank; got shape {tuple(weight.shape)}. Pass a matrix or a kernel."
         )
+    if not weight.numel():
+        raise ValueError(f"a weight needs numbers to have a rank; got shape {tuple(weight.shape)}. Leave it out.")
     return weight.detach().reshape(1, weight.shape[0], -1)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.model.calls import Example, call_arguments, describe
+from fxrank.passes.model.restored import randoms_put_back, unwritten
 from fxrank.torch_private import pytree
 
 
@@ -57,17 +58,11 @@ def output_difference(model: nn.Module, other: nn.Module, example: Example) -> f
 
 
 def seeded_outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the model returns, without gradients, from a fixed seed; random state and buffers are put back, and the
+    """What the model returns, without gradients, from a fixed seed; random state, parameters and buffers are put back, and the
     inputs are copies.
     """
-    buffers = {name: b.clone() for name, b in model.named_buffers()}
-    with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
+    with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), torch.no_grad(), warnings.catch_warnings():
         # what reentrant checkpointing has to say of every run without gradients
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         torch.manual_seed(0)
-        try:
-            return model(*copy.deepcopy(list(args)), **copy.deepcopy(dict(kwargs)))
-        finally:
-            for name, buffer in model.named_buffers():
-                if name in buffers:
-                    buffer.copy_(buffers[name])
+        return model(*copy.deepcopy(list(args)), **copy.deepcopy(dict(kwargs)))

@@ -18,7 +18,6 @@ own, from a real run's inputs, and stands in `regions`.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import is_dataclass
 from itertools import chain
 from typing import Any
 
@@ -28,18 +27,17 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from fxrank.passes.errors import TraceError
-from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
+from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
-from fxrank.passes.model.restored import restored
-from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
+from fxrank.passes.model.restored import randoms_put_back, restored
+from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
+from fxrank.passes.tracing.proof import differs, observers_off, without_data
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
 
-TOLERANCE = 1e-4
-"""Relative difference up to which a graph is taken to compute what its model does; both do the same operations."""
 WHOLE = "whole_model"
 """Name of the one node of a model that could not be traced."""
 
@@ -61,7 +59,8 @@ class TracedModule(fx.GraphModule):
         """`graphs` by `training`; one of them alone, or both the same, serves both modes. `constants` are tensors that
         the forward makes of no input, by the names that the graphs call them.
         """
-        super().__init__(dict(constants), fx.Graph(), type(model).__name__)
+        empty = fx.Graph()
+        super().__init__(dict(constants), empty, type(model).__name__)
         for name, value in constants.items():
             self.register_buffer(name, value, persistent=False)
         for own in (own_children, own_parameters, own_buffers):
@@ -70,6 +69,7 @@ class TracedModule(fx.GraphModule):
         self.graphs = graphs
         self.leaves, self.regions, self.notes = {}, {}, []
         self._select()
+        empty.owning_module = None  # see `let_go`
 
     def train(self, mode: bool = True) -> "TracedModule":
         """Set the mode of all modules, and take the graph of that mode."""
@@ -91,6 +91,15 @@ class TracedModule(fx.GraphModule):
             yield graph
         if self.graph is not before:
             self.graph = before
+
+    def let_go(self) -> None:
+        """Let the model be freed with this, for who needs the graphs no more: a graph and its module hold each other, and with
+        them the weights, until Python's collector happens to run.
+        """
+        for graph in (self.graph, *self.graphs.values()):
+            graph.owning_module = None
+        for region in self.regions.values():
+            region.let_go()
 
     @property
     def whole(self) -> bool:
@@ -128,7 +137,8 @@ def trace(
         )
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
-    with turn(), restored(model), eagerly(model), torch.random.fork_rng(devices=list(devices)):
+    drawn = torch.random.fork_rng(devices=list(devices))
+    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model), observers_off(model, args, kwargs):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
@@ -167,9 +177,10 @@ def _trace(
                     graphs[not mode] = graphs[mode]
         traced = TracedModule(model, graphs, constants)
         if verify:
-            problem = _differs(traced, model, args, kwargs, notes)
+            problem = differs(traced, model, args, kwargs, notes)
             if problem is not None:
                 leaves = {model: problem}
+                traced.let_go()
                 traced = _opaque(model, args, kwargs)
     traced.notes = notes
     # A layer is one node anyhow; here it stands because its values had to be seen in a real run.
@@ -194,7 +205,9 @@ def _graph(
     """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
     traced joins `leaves`, with the reason, and the trace begins anew.
     """
-    first: TraceError | None = None
+    first: str | None = (
+        None  # no error itself: by its traceback it would hold this frame, and all that the trace has seen
+    )
     while True:
         tracer = ValueTracer(args, kwargs, types, leaves, values)
         try:
@@ -211,34 +224,31 @@ def _graph(
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
             where = f"{names.get(culprit)!r} ({type(culprit).__name__})" if culprit is not None else "its own forward"
-            wrong = _UntraceableError(
+            wrong = (
                 f"every operation of a traced model must be a graph node; {type(model).__name__} failed in "
                 f"{where} with {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
                 "Check that the example fits the model, or pass that module's class in leaf_modules to keep it as one node."
             )
-            wrong.__cause__ = error
             if first is None:
                 first = wrong
                 if not _runs(model, args, kwargs):  # then it is the example's fault, not the tracer's
-                    raise TraceError(str(first)) from error
+                    raise TraceError(first) from error
             if culprit is None or culprit in leaves or culprit is model or not leaves_may_grow:
-                raise first from error
+                raise _UntraceableError(first) from error
             leaves[culprit] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        finally:
+            tracer.let_go()
 
 
 def _runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the model takes the call. On the meta device nobody knows: data are missing there."""
-    if _without_data(model):
+    if without_data(model):
         return True
     try:
         seeded_outputs(model, args, kwargs)
     except Exception:
         return False
     return True
-
-
-def _without_data(model: nn.Module) -> bool:
-    return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
 
 def _listing(graph: fx.Graph, constants: Mapping[str, Tensor]) -> list[tuple[str, str, str]]:
@@ -272,6 +282,7 @@ def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 def _opaque(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedModule:
     """The graph of a model that could not be traced, or is a layer: the call of the model itself."""
+    values = Values()
     holder = nn.Module()
     holder.training = model.training
     holder.add_module(WHOLE, model)
@@ -280,60 +291,23 @@ def _opaque(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for i, leaf in enumerate(leaves):
         if not isinstance(leaf, (int, float, str, type(None), torch.dtype, torch.device)):
             leaves[i] = graph.placeholder(f"input_{i}")
-            leaves[i].meta["val"] = leaf
+            leaves[i].meta["val"] = _without_numbers(values, leaf)
     call_args, call_kwargs = pytree.tree_unflatten(leaves, spec)
     call = graph.call_module(WHOLE, call_args, call_kwargs)
     if is_layer(model):
-        call.meta["val"] = seeded_outputs(model, args, kwargs)
+        call.meta["val"] = _without_numbers(values, seeded_outputs(model, args, kwargs))
     graph.output(call)
     return TracedModule(holder, {True: graph, False: graph})
 
 
-def _differs(
-    traced: TracedModule, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
-) -> str | None:
-    """What is wrong with the graph of the present mode, None if it computes what the model does."""
-    problem = refused = None
-    for call_args, call_kwargs in (at_other_batch_size(args, kwargs), (args, kwargs)):
-        try:
-            expected = seeded_outputs(model, call_args, call_kwargs)
-        except Exception as error:
-            refused, problem = error, f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            continue
-        refused = None
-        inputs = [leaf for leaf in pytree.tree_leaves((call_args, call_kwargs)) if isinstance(leaf, Tensor)]
-        try:
-            found = seeded_outputs(traced, inputs, {})
-            both = [*_tensors_of_both(expected, found)]
-            difference = largest_difference([a for a, _ in both], [b for _, b in both])
-        except Exception as error:
-            problem = f"the graph fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            continue
-        if difference <= TOLERANCE:
-            if problem is not None:
-                notes.append(f"the graph holds for the example's batch size only; at another: {problem}")
-            return None
-        problem = f"the graph's outputs differ from the model's by {difference:.1e} relative"
-    if _without_data(model):
-        notes.append(f"not verified: the model is on the meta device ({problem})")
-        return None
-    if refused is not None:
-        raise TraceError(f"the model must run on the example; {type(model).__name__} {problem}.") from refused
-    return problem
-
-
-def _tensors_of_both(expected: Any, found: Any) -> Iterator[tuple[Any, Any]]:
-    """Tensors at the same places of two outputs. What no graph can return, a key-value cache say, is None in `found`."""
-    if isinstance(expected, Tensor) and found is not None:
-        yield expected, found
-    elif isinstance(expected, Mapping) and isinstance(found, Mapping):
-        for key in expected:
-            yield from _tensors_of_both(expected[key], found.get(key))
-    elif isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)):
-        for a, b in zip(expected, found, strict=True):
-            yield from _tensors_of_both(a, b)
-    elif is_dataclass(expected) and is_dataclass(found):
-        yield from _tensors_of_both(vars(expected), vars(found))
+def _without_numbers(values: Values, tree: Any) -> Any:
+    """What a graph keeps of the values of a real run: it lives as long as a training, and activations are large."""
+    if isinstance(tree, PackedSequence):
+        return PackedSequence(*values.fake(tuple(tree)))
+    ordinary = [
+        t.layout is torch.strided and not t.is_nested for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)
+    ]
+    return values.fake(tree) if all(ordinary) else tree
 
 
 def _calls_inside(
@@ -355,7 +329,8 @@ def _calls_inside(
     def end(module: nn.Module, *_: Any) -> None:
         seen.setdefault(module, begun[module])  # a call that raised, and was caught by the forward, does not count
 
-    inside = dict.fromkeys(m for leaf in leaves for child in leaf.children() for m in child.modules())
+    below = (m for leaf in leaves for child in leaf.children() for m in child.modules())
+    inside = dict.fromkeys(m for m in below if not isinstance(m, torch.jit.ScriptModule))  # those take no hooks
     handles = [m.register_forward_pre_hook(begin, with_kwargs=True) for m in inside]
     handles += [m.register_forward_hook(end) for m in inside]
     try:

@@ -16,14 +16,17 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.nn.modules import transformer
 
+from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import dense_type
+from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.patches import graph_by_fx, python_asks_the_values
 from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import own_buffers
+from fxrank.torch_private.writes import Watched
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -79,7 +82,9 @@ class ValueTracer(fx.Tracer):
         for module in marked:
             vars(module)["training"] = Mode(module.training, self._note_mode)
         try:
-            with python_asks_the_values(self) as patches:
+            # No graph would write what the forward's own code writes into parameters: whose code that is becomes a leaf.
+            self._watched = Watched(tensors_of(root), fixed=True)
+            with self._watched, python_asks_the_values(self) as patches:
                 return graph_by_fx(self, root, concrete_args, patches)
         finally:
             for module, training in zip(marked, before, strict=True):
@@ -215,14 +220,12 @@ class ValueTracer(fx.Tracer):
         """
         returned: list[Any] = []
         hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
-        buffers = [(b, b.clone()) for b in self.root.buffers()]
         args, kwargs = self._call
         try:
-            self.root(*args, **kwargs)
+            with self._watched.allowing():
+                seeded_outputs(self.root, args, kwargs)
         finally:
             hook.remove()
-            for buffer, value in buffers:
-                buffer.copy_(value)
         return returned
 
     def culprit(self, error: Exception) -> nn.Module | None:
@@ -231,6 +234,12 @@ class ValueTracer(fx.Tracer):
         """
         blamed, module = self._blame
         return module if blamed is error else None
+
+    def let_go(self) -> None:
+        """Forget all that the trace has seen: functions of fx that hold the tracer hold each other too, and are there until
+        Python's collector happens to run.
+        """
+        vars(self).clear()
 
     # -- hooks of fx.Tracer
 

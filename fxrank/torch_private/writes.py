@@ -1,0 +1,79 @@
+"""Tensors that are written into, seen before it happens, whoever writes and under whichever name (`p.mul_`, `p.data`, `out=`).
+
+Modes of the dispatcher see every operation, and are not promised to stay as they are. Tried on torch 2.8.0 and 2.14.1.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fxrank.torch_private import pytree
+
+
+class Watched(TorchDispatchMode):
+    """While it is on, the watched tensors are copied before they are first written into, or, if they are `fixed`, nobody may
+    write: `PermissionError`.
+    """
+
+    supports_higher_order_operators = True  # which are handed on like any other
+
+    def __init__(self, tensors: Iterable[Tensor], *, fixed: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fixed = fixed
+        self._tensors: dict[int, list[Tensor]] = {}
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        for tensor in tensors:
+            if place := _place(tensor):
+                self._tensors.setdefault(place, []).append(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            named = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | (kwargs or {})
+            for argument in schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._before_write(named.get(argument.name))
+        return func(*args, **(kwargs or {}))
+
+    def _before_write(self, written: Any) -> None:
+        for tensor in pytree.tree_leaves(written):
+            place = _place(tensor) if isinstance(tensor, Tensor) else 0
+            if place not in self._tensors:
+                continue
+            if self._fixed:
+                raise PermissionError("it writes into a tensor of the model, which no graph does")
+            self._copies += [(own, own.detach().clone()) for own in self._tensors.pop(place)]
+
+    @contextmanager
+    def allowing(self) -> Iterator[None]:
+        """Meanwhile everybody may write: a run inside puts its writing back itself."""
+        before, self._fixed = self._fixed, False
+        watched, self._tensors = self._tensors, {}
+        try:
+            yield
+        finally:
+            self._fixed, self._tensors = before, watched
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """Undo what was written; when it is off again."""
+        for tensor, value in self._copies:
+            tensor.copy_(value)
+        self._copies = []
+
+
+def _place(tensor: Tensor) -> int:
+    """Where the memory of a tensor is; 0 if it has none of its own."""
+    if type(tensor) is FakeTensor or tensor.is_meta or tensor.layout is not torch.strided:
+        return 0
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # of a subclass that holds other tensors
+        return 0
