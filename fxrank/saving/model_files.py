@@ -47,8 +47,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write `path/model.safetensors`, with a digest of both files, and `path/plan.json`. The model must be one that fxrank
     has rewritten (`plan_of`); shared tensors are stored once.
 
-    A parameter with NaN or infinity is stored as it is, with a warning. Each file is written beside its place and moved into it, weights first. Of a model in shards (`fully_shard`) all
-    processes must call; one weight at a time is gathered, and the first process writes. Raises, before anything is written,
+    A parameter with NaN or infinity is stored as it is, with a warning. Each file is written beside its place and moved into
+    it, weights first. Of a model in shards (`fully_shard`) all processes must call; one weight at a time is gathered, and the
+    first process writes. Raises, before anything is written,
     `ValueError` for a model without a plan, `TypeError` for one whose state dict holds what is neither a dense tensor nor plain
     data, and `PlanMismatchError` for one that `load` could not make from its plan.
     """
