@@ -4,12 +4,14 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from fxrank.decisions import keep, take
+from fxrank.passes.calibration.batchnorm import measure_batchnorms
+from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
@@ -20,27 +22,38 @@ from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
+from fxrank.passes.spectra.exact import truncation_error
 from fxrank.passes.tracing.trace import trace
-from fxrank.plan import LayerDecision, Plan
+from fxrank.plan import Budget, LayerDecision, Plan
+from fxrank.policies.budget import ranks_within
+from fxrank.policies.forms import decomposition_of
 from fxrank.policies.ranks import ratio_rank
-from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.apply_plan import Factors, apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
 from fxrank.switch.zero_weights import why_dead, without_zero_weights
+from fxrank.training.batches import calls_of
 from fxrank.wrappers import outside_autocast
 
 Rank = int | float | Mapping[str, int | float] | Plan
+RATIO = 0.25
+"""The rank of every layer, as a share of its full rank, where nothing else is asked for."""
 
 
 @outside_autocast
 def factorize(
     model: nn.Module,
     example_inputs: Example,
-    rank: Rank = 0.25,
+    rank: Rank | None = None,
     *,
     include: Iterable[Selector] | Selector = (),
     exclude: Iterable[Selector] | Selector = (),
     form: str = "channel",
     extra_bn: bool = False,
+    target_params: float | None = None,
+    target_macs: float | None = None,
+    calibration: Iterable[Any] | None = None,
+    calibration_batches: int | None = None,
+    recalibrate: bool = True,
 ) -> nn.Module:
     """A factorized copy of `model`, same class; the original is untouched. No part of the copy is compiled.
 
@@ -50,40 +63,64 @@ def factorize(
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
     returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
+    Without a rank it is a quarter of each layer's full rank, or what a target leaves.
+
+    `target_params` and `target_macs` are budgets instead of ranks: the share, in (0, 1], of all the model's parameters, or of the
+    multiply-adds of its weight layers, that the copy may have. The ranks are then chosen so that the least is lost (see
+    `policies.budget`), and layers that are worth their cost stay dense.
+
+    `calibration` is a loader, or a list of batches as a training loader yields them, of which `calibration_batches` are taken:
+    the factors are then those whose outputs differ least on these data (see `passes.calibration.projection`), a pair may gain a
+    bias, and with `recalibrate` the statistics of every BatchNorm are measured again on the copy. A plan's `output_error` says what is
+    lost, and the reason which layers' factors are made of the weight alone.
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`. A weight of zeros stays dense, whoever names it in a plan: factors of
-    zeros would never train.
+    zeros would never train. `BudgetError` for a target out of reach, `CalibrationError` for data that yield nothing, or activations
+    that are not finite, `ValueError` for a rank beside a target, or two targets.
     """
     check_form(form)
+    budget = _budget(rank, target_params, target_macs)
     model = uncompiled(model)
     small = copied(model)
-    if isinstance(rank, Plan):
+    calls = None if calibration is None else calls_of(small, calibration, calibration_batches)
+    if isinstance(rank, Plan) and calls is None:
         apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
     gm = trace(small, example_inputs)
-    layers = [layer.if_in_form(form) for layer in discover(gm, small)]
+    layers = discover(gm, small)
+    if isinstance(rank, Plan):
+        layers = _as_planned(layers, without_zero_weights(small, rank))
+    else:
+        layers = [_if_it_can_train(layer.if_in_form(form), small) for layer in layers]
+        if isinstance(rank, Mapping):
+            layers = _only_named(layers, rank)
+        else:
+            layers = candidates(layers, small, include=include, exclude=exclude)
+            if not pairs_in(small):
+                require_some(layers)
+    absorbed = before_batchnorm(gm.graph, small, layers) if recalibrate else frozenset()
     gm.let_go()
-    layers = [_if_it_can_train(layer, small) for layer in layers]
-    if isinstance(rank, Mapping):
-        chosen = _named_ranks(layers, rank)
-        layers = [
-            layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
+    evidence = Evidence() if calls is None else gather(small, layers, calls, absorbed)
+    factors: Factors = {}
+    if isinstance(rank, Plan):
+        plan = without_zero_weights(small, rank)
+    elif budget is not None:
+        plan = _within(budget, layers, small, evidence, extra_bn, factors)
+    else:
+        ranks = _ranks_by_name(layers, RATIO if rank is None else rank)
+        decisions = [
+            keep(layer, layer.reason) if layer.reason else _given(layer, ranks[layer.name], extra_bn)
             for layer in layers
         ]
-    else:
-        layers = candidates(layers, small, include=include, exclude=exclude)
-        if not pairs_in(small):
-            require_some(layers)
-        chosen = {layer.name: rank for layer in layers if layer.reason is None}
-    decisions = [
-        _given(layer, chosen[layer.name], extra_bn) if layer.name in chosen else keep(layer, layer.reason or "")
-        for layer in layers
-    ]
-    _warn_above_break_even(layers, decisions)
-    plan = Plan(policy="factorize", layers=tuple(decisions))
+        _warn_above_break_even(layers, decisions)
+        plan = Plan(policy="factorize", layers=tuple(decisions))
+    if calls is not None:
+        plan = _fitted(plan, evidence, factors)
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
-        apply_plan(small, plan, example=example_inputs)
+        apply_plan(small, plan, example=example_inputs, factors=factors)
+    if calls is not None and recalibrate:
+        measure_batchnorms(small, calls)
     return small
 
 
@@ -119,20 +156,95 @@ def _if_it_can_train(layer: Layer, model: nn.Module) -> Layer:
     return replace(layer, reason=why_dead(stack_of(layer, model)))
 
 
-def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> dict[str, int | float]:
+def _only_named(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> list[Layer]:
+    """The layers, with a reason on those that `rank=` does not name."""
     by_path = {path: layer for layer in layers for path in layer.paths}
-    chosen = {}
-    for given, rank in ranks.items():
+    for given in ranks:
         if (name := own_name(given)) not in by_path:
             known = ", ".join(layer.name for layer in layers if layer.reason is None)
             raise ValueError(
                 f"each name in rank= must be a layer of the model; {name!r} is none. Layers that can be factorized: {known}."
             )
-        layer = by_path[name]
-        if layer.reason is not None:
-            raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
-        chosen[layer.name] = rank
-    return chosen
+        if (reason := by_path[name].reason) is not None:
+            raise ValueError(f"layer {name!r} cannot be factorized: {reason}. Leave it out of rank=.")
+    named = {by_path[own_name(given)].name for given in ranks}
+    return [a if a.name in named or a.reason else replace(a, reason="not named in rank=") for a in layers]
+
+
+def _ranks_by_name(layers: Sequence[Layer], rank: int | float | Mapping[str, int | float]) -> dict[str, int | float]:
+    if not isinstance(rank, Mapping):
+        return {layer.name: rank for layer in layers if layer.reason is None}
+    by_path = {path: layer for layer in layers for path in layer.paths}
+    return {by_path[own_name(given)].name: one for given, one in rank.items()}
+
+
+def _as_planned(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
+    """The layers that the plan factorizes, in its forms, with a reason on the others."""
+    planned = {decision.name: decision for decision in plan.layers if decision.factorized}
+    return [
+        layer.if_in_form(planned[layer.name].form)
+        if layer.name in planned
+        else replace(layer, reason="not in the plan")
+        for layer in layers
+    ]
+
+
+def _budget(rank: Rank | None, params: float | None, macs: float | None) -> Budget | None:
+    """What a user asks for, checked."""
+    targets = {"params": params, "macs": macs}
+    asked = {of: target for of, target in targets.items() if target is not None}
+    if len(asked) > 1 or (asked and rank is not None):
+        given = [f"target_{of}={target}" for of, target in asked.items()] + ([] if rank is None else ["rank="])
+        raise ValueError(
+            f"ranks are given, or chosen for one target; got {' and '.join(given)}. Leave all but one out."
+        )
+    for of, target in asked.items():
+        if isinstance(target, bool) or not isinstance(target, (int, float)):
+            raise TypeError(f"target_{of} is a number in (0, 1]; got {type(target).__name__}.")
+        return Budget(of, float(target), 0.0)
+    return None
+
+
+def _within(
+    budget: Budget, layers: Sequence[Layer], model: nn.Module, evidence: Evidence, extra_bn: bool, factors: Factors
+) -> Plan:
+    """The plan that keeps to the budget. Factors of weights that had to be decomposed for it join `factors`."""
+    of_weights = {
+        layer.name: decomposition_of(layer, model)
+        for layer in layers
+        if layer.reason is None and layer.name not in evidence.known
+    }
+    sigmas = {name: found.sigma for known in (of_weights, evidence.known) for name, found in known.items()}
+    ranks, reached = ranks_within(budget, layers, model, sigmas)
+    asked = f"under target_{budget.of}={budget.target:g}"
+    decisions = []
+    for layer in layers:
+        rank = ranks.get(layer.name)
+        if layer.reason is not None or rank is None:
+            decisions.append(keep(layer, layer.reason or f"worth its cost {asked}"))
+            continue
+        decision = take(layer, rank, f"rank {rank} of {layer.full_rank} {asked}", extra_bn=extra_bn)
+        if (found := of_weights.get(layer.name)) is not None:
+            decision = replace(decision, truncation_error=round(truncation_error(found.sigma, rank), 6))
+            factors[layer.name] = found.factors(rank)
+        decisions.append(decision)
+    return Plan(policy="factorize", layers=tuple(decisions), budget=reached)
+
+
+def _fitted(plan: Plan, evidence: Evidence, factors: Factors) -> Plan:
+    """The plan with what calibration says of its layers; their factors join `factors`."""
+    decisions = []
+    for decision in plan.layers:
+        if decision.rank is not None:
+            fit = evidence.fit(decision.name, decision.rank)
+            if fit is None:
+                why = evidence.blind.get(decision.name, "calibration did not look at it")
+                decision = replace(decision, reason=f"{decision.reason}; factors of the weight alone: {why}")
+            else:
+                factors[decision.name] = fit.factors
+                decision = replace(decision, gains_bias=fit.gains_bias, output_error=round(fit.output_error, 6))
+        decisions.append(decision)
+    return replace(plan, layers=tuple(decisions), calibration_batches=evidence.batches)
 
 
 def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:

@@ -12,7 +12,8 @@ from tabulate import tabulate
 
 from fxrank.passes.errors import PlanMismatchError, unknown_name
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+"""Files of version 1 are read: they know no calibration and no budget."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class LayerDecision:
 
     `rank` is None for a layer kept dense. `full_rank` counts one group. Measured fields are None where nothing was
     measured: `stable_rank` and `xi` at the switch, `speedup` dense over pair at the rank chosen (at the probe rank
-    for a layer kept), `truncation_error` relative in the Frobenius norm.
+    for a layer kept), `truncation_error` of the weight, relative in the Frobenius norm, `output_error` the root of the share of the
+    layer's mean squared output that its pair lost on the calibration data. `gains_bias`: the pair has a bias and the layer none.
     """
 
     name: str
@@ -40,6 +42,8 @@ class LayerDecision:
     xi: float | None = None
     speedup: float | None = None
     truncation_error: float | None = None
+    gains_bias: bool = False
+    output_error: float | None = None
 
     @property
     def factorized(self) -> bool:
@@ -80,12 +84,32 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What all layers together may cost, as a share of the dense model's: of its `"params"`, or of its `"macs"`, and the share that
+    the plan takes.
+
+    Raises `ValueError` for one that is out of bounds.
+    """
+
+    of: str
+    target: float
+    reached: float
+
+    def __post_init__(self) -> None:
+        if self.of not in ("params", "macs"):
+            raise unknown_name("a budget's quantity", self.of, ["params", "macs"])
+        if not 0 < self.target <= 1:
+            raise ValueError(f"target_{self.of} is a share in (0, 1]; got {self.target}. 0.5 halves them.")
+
+
+@dataclass(frozen=True)
 class Plan:
     """All decisions of one run. `layers` are in graph order.
 
     `switch_step` counts optimizer steps made before the switch, `switch_epoch` (E) is the same in epochs; None for
     a one-shot rewrite or if nothing was factorized. `training` is None for a one-shot rewrite, and in files of an earlier
-    fxrank.
+    fxrank. `budget` is what the ranks were chosen for, None if there was none; `calibration_batches` how many batches the factors
+    know, None if they are of the weights alone.
     """
 
     policy: str
@@ -94,6 +118,8 @@ class Plan:
     switch_epoch: float | None = None
     note: str = ""
     training: Training | None = None
+    budget: Budget | None = None
+    calibration_batches: int | None = None
 
     @property
     def E(self) -> float | None:
@@ -138,9 +164,9 @@ class Plan:
             raise PlanMismatchError(
                 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not. Use the file that Plan.save wrote.'
             )
-        if data.get("version") != PLAN_VERSION:
+        if data.get("version") not in range(1, PLAN_VERSION + 1):
             raise PlanMismatchError(
-                f"this fxrank reads plans of version {PLAN_VERSION}; got version {data.get('version')!r}. Install the fxrank that wrote it."
+                f"this fxrank reads plans up to version {PLAN_VERSION}; got version {data.get('version')!r}. Install the fxrank that wrote it."
             )
         layers = data.get("layers")
         if not isinstance(layers, list):
@@ -157,6 +183,8 @@ class Plan:
             switch_epoch=epoch,
             note=_typed(data, "note", str, "plan"),
             training=_read_training(data.get("training")),
+            budget=_read_budget(data.get("budget")),
+            calibration_batches=_typed(data, "calibration_batches", int, "plan", optional=True),
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -183,6 +211,7 @@ class Plan:
                 "-" if layer.rank is None else layer.rank,
                 "-" if layer.ratio is None else f"{layer.ratio:.2f}",
                 "-" if layer.truncation_error is None else f"{layer.truncation_error:.3f}",
+                "-" if layer.output_error is None else f"{layer.output_error:.3f}",
                 "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
                 layer.reason,
             )
@@ -190,7 +219,7 @@ class Plan:
         ]
         return tabulate(
             rows,
-            headers=("layer", "kind", "weight", "full", "rank", "ratio", "error", "speed-up", "reason"),
+            headers=("layer", "kind", "weight", "full", "rank", "ratio", "error", "output error", "speed-up", "reason"),
             disable_numparse=True,
         )
 
@@ -211,7 +240,11 @@ _TYPES: dict[str, tuple[type, bool]] = {
     "xi": (float, True),
     "speedup": (float, True),
     "truncation_error": (float, True),
+    "gains_bias": (bool, False),
+    "output_error": (float, True),
 }
+_VERSION_1 = {"gains_bias": False}
+"""What layers of version 1 do not say."""
 
 
 def _read_layer(entry: Any, index: int) -> LayerDecision:
@@ -224,7 +257,9 @@ def _read_layer(entry: Any, index: int) -> LayerDecision:
     shape = entry.get("weight_shape")
     if not isinstance(shape, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in shape):
         raise PlanMismatchError(f"{where}: weight_shape must be a list of whole numbers; got {shape!r}.")
-    values = {name: _typed(entry, name, kind, where, optional) for name, (kind, optional) in _TYPES.items()}
+    values = {
+        name: _typed(_VERSION_1 | entry, name, kind, where, optional) for name, (kind, optional) in _TYPES.items()
+    }
     decision = LayerDecision(weight_shape=tuple(shape), **values)
     if decision.rank is not None and not 1 <= decision.rank <= decision.full_rank:
         raise PlanMismatchError(
@@ -251,6 +286,20 @@ def _read_training(entry: Any) -> Training | None:
         raise PlanMismatchError(
             f"{where} needs lr_scale above 0, rewarmup in [0, 1) and no negative frobenius_decay; got {scale}, {ramp} and {decay}."
         ) from error
+
+
+def _read_budget(entry: Any) -> Budget | None:
+    if entry is None:
+        return None
+    where, known = "the plan's budget", [f.name for f in fields(Budget)]
+    if not isinstance(entry, dict) or set(entry) != set(known):
+        raise PlanMismatchError(f"{where} must be an object with {', '.join(known)}; got {entry!r:.200}.")
+    try:
+        return Budget(
+            _typed(entry, "of", str, where), *(_typed(entry, name, float, where) for name in ("target", "reached"))
+        )
+    except ValueError as error:
+        raise PlanMismatchError(f"{where}: {error}") from error
 
 
 def _typed(data: dict[str, Any], name: str, kind: type, where: str, optional: bool = False) -> Any:

@@ -36,6 +36,14 @@ class CheckpointError(FxrankError, ValueError):
     """A checkpoint folder is missing, damaged, foreign, or written by a newer fxrank."""
 
 
+class CalibrationError(FxrankError, ValueError):
+    """Calibration data yield nothing, or activations that are not finite. Names the layer."""
+
+
+class BudgetError(FxrankError, ValueError):
+    """A budget cannot be reached. The message says what can."""
+
+
 class NothingFactorizedWarning(UserWarning):
     """Training ended and every layer was left dense. The message says why."""
 

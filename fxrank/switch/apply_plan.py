@@ -51,8 +51,8 @@ class Replacement:
         )
 
 
-Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""`(U, V)` by layer name, where a policy has already computed them."""
+Factors = dict[str, tuple[Tensor, ...]]
+"""`(U, V)` by layer name, where they have already been computed, and after them what the bias gains, `(groups, rows)`, if it does."""
 
 
 def apply_plan(
@@ -106,18 +106,26 @@ def apply_plan(
 def _pairs(site: Site, split: bool, factors: Factors) -> list[FactorPair]:
     """The pairs for all places of one weight."""
     pairs: list[FactorPair] = []
+    gained: Tensor | None = None
     for place in site.places:
         pair = site.pair_at(place)
         if pairs:  # another place that holds the same weight: the same factors, its own bias and geometry
             pair.u.weight, pair.v.weight = pairs[0].u.weight, pairs[0].v.weight
         elif site.name in factors:
-            pair.fill(*factors.pop(site.name))
+            u, v, *more = factors.pop(site.name)
+            pair.fill(u, v)
+            gained = more[0] if more else None
         elif split:
             pair.split(weight_of(site.dense))
         if not pairs and not site.derived:
             for factor in (pair.u.weight, pair.v.weight):
                 take_hooks(factor, site.parameters[0])
         pairs.append(pair)
+    if gained is not None:
+        biases = {id(pair.bias): pair.bias for pair in pairs if pair.bias is not None}
+        with torch.no_grad():
+            for bias in biases.values():
+                bias += gained.reshape(bias.shape).to(bias.device)
     return pairs
 
 

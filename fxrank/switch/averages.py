@@ -30,7 +30,7 @@ from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.plan import Plan
-from fxrank.switch.apply_plan import apply_plan
+from fxrank.switch.apply_plan import Factors, apply_plan
 from fxrank.switch.sites import sites
 from fxrank.torch_private.dtensor import is_sharded
 from fxrank.torch_private.modules import COMPILED, own_children
@@ -93,7 +93,7 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
     An extra BatchNorm starts as the model's own. Devices and dtypes of the average stay.
     """
     found = sites(average, plan)
-    factors = {}
+    factors: Factors = {}
     if split:
         for site in found:
             pair = module_at(model, site.name)

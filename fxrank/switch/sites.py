@@ -45,7 +45,10 @@ class Site:
         """A pair without numbers for one of the places."""
         cls = pair_class(place.dense, self.decision.form)
         assert cls is not None and self.decision.rank is not None, self.name
-        return cls(place.dense, self.decision.rank, self.decision.extra_bn)
+        pair = cls(place.dense, self.decision.rank, self.decision.extra_bn)
+        if self.decision.gains_bias and pair.bias is None:
+            pair.gain_bias()
+        return pair
 
 
 def sites(model: nn.Module, plan: Plan) -> list[Site]:

@@ -9,7 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+BatchNorm = _BatchNorm
+"""What all of torch's batch normalizations are; its own `update_bn` asks for it too."""
 COMPILED = "_orig_mod"
 """The child in which `torch.compile(module)` holds the module; it is in the names of parameters."""
 CHECKPOINTED = "_checkpoint_wrapped_module"

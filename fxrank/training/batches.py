@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxrank.distributed.team import Team
-from fxrank.passes.model.calls import call_arguments, describe
+from fxrank.passes.model.calls import Call, call_arguments, describe
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.profiling.timing import autocast
 from fxrank.torch_private import pytree
@@ -91,6 +92,28 @@ def model_inputs(model: nn.Module, batch: Any) -> Any:
     """
     inputs, targets = split_batch(batch)
     return {"images": inputs, "targets": targets} if takes_targets(model, targets) else inputs
+
+
+def calls_of(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> Callable[[], Iterator[Call]]:
+    """The calls of the model that calibration batches make, in any form that a training loader yields, targets left out, on the
+    model's device; anew each time the result is called, `limit` of them at most.
+
+    Raises `TypeError` for what cannot be iterated again, or is a batch itself, and `ValueError` for a limit below 1.
+    """
+    if isinstance(batches, (Tensor, Mapping, str)) or not hasattr(batches, "__iter__") or isinstance(batches, Iterator):
+        one_pass = "a one-pass " * isinstance(batches, Iterator)
+        raise TypeError(
+            f"calibration must be a loader or a list of batches, iterable again; got {one_pass}{type(batches).__name__}. A batch alone goes into a list: [batch]."
+        )
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"calibration_batches must be a whole number above 0; got {limit!r}. None takes them all.")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def calls() -> Iterator[Call]:
+        for batch in islice(batches, limit):
+            yield call_arguments(model, to_device(model_inputs(model, batch), device))
+
+    return calls
 
 
 def takes_targets(model: nn.Module, targets: Any) -> bool:

@@ -15,6 +15,9 @@ Example = Any
 may nest.
 """
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call."""
+
 
 def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """`example` as `(args, kwargs)` of one call.

@@ -91,6 +91,8 @@ class FactorPair(nn.Module):
     """Whether its `weight`, read by other code, multiplies through the factors; else it is the dense product. True only where the
     matrices lie in the weight as `FactoredWeight` has them: rows of one below those of another, or one after another.
     """
+    takes_bias: ClassVar[bool] = True
+    """Whether a pair of a layer without a bias may gain one."""
     automatic: ClassVar[bool] = False
     """Whether `form="auto"` may choose this form by itself, which costs one more decomposition of each weight."""
 
@@ -210,6 +212,21 @@ class FactorPair(nn.Module):
         """`rows·cols / (rows + cols)`: a pair of this rank has as many parameters as the layer (Pufferfish Table 1)."""
         return weight.rows * weight.cols / (weight.rows + weight.cols) if weight.rows else 0.0
 
+    # -- what calibration sees
+
+    @classmethod
+    def side(cls, dense: nn.Module) -> str | None:
+        """What is watched of a layer to make factors that know the data: its `"outputs"`, each a vector of `rows` numbers in
+        each group before the bias, its `"inputs"` of `cols` numbers, the `"lookups"` of a table; None if its factors are made of the
+        weight alone.
+        """
+        return None
+
+    @classmethod
+    def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        """The vectors of one call, `(…, groups, size)`: the call's own leading dimensions come first."""
+        raise NotImplementedError(f"{cls.__name__} watches nothing")
+
     # -- how it is timed
 
     @classmethod
@@ -275,6 +292,11 @@ class FactorPair(nn.Module):
         with torch.no_grad():
             self.u.weight.copy_(self.fold_u(u))
             self.v.weight.copy_(self.fold_v(v))
+
+    def gain_bias(self) -> None:
+        """A bias of zeros, where the dense layer has none."""
+        weight = self.v.weight
+        self.v.bias = nn.Parameter(weight.new_zeros(self.dense_shape[0]), weight.requires_grad)
 
     def forward(self, input: Tensor) -> Tensor:
         """`v(u(x))`; shapes in and out, and the argument's name, as the dense layer's."""

@@ -73,6 +73,18 @@ class _LowRankConv(FactorPair):
         return tensor.reshape(groups, tensor.shape[0] // groups, -1)
 
     @classmethod
+    def side(cls, dense: nn.Module) -> str | None:
+        return "outputs"
+
+    @classmethod
+    def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        places = len(weight_of(dense).shape) - 2
+        batched = output if output.ndim == places + 2 else output[None]
+        bias = getattr(dense, "bias", None)
+        found = batched.movedim(1, -1) if bias is None else batched.movedim(1, -1) - bias
+        return found.reshape(*found.shape[:-1], whole_number(dense, "groups"), -1)
+
+    @classmethod
     def spectral_view(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
             tensor = tensor.permute(0, 2, 3, 1)
@@ -152,6 +164,10 @@ class LowRankSpatialConv2d(_LowRankConv):
         return weight_of(dense).shape[-1] > 1
 
     @classmethod
+    def side(cls, dense: nn.Module) -> str | None:
+        return None
+
+    @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
         groups, (n, m, kh, kw) = whole_number(dense, "groups"), tensor.shape
         by_group = tensor.reshape(groups, n // groups, m, kh, kw)
@@ -221,6 +237,10 @@ class _LowRankConvTranspose(_LowRankConv):
     takes_norm = False
     multiplies_when_read = False  # nobody multiplies with such a kernel outside of its layer
     pointwise_type: ClassVar[type[Any]]
+
+    @classmethod
+    def side(cls, dense: nn.Module) -> str | None:
+        return None  # what overlaps in its output is not told apart
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:

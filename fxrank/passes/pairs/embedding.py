@@ -47,6 +47,7 @@ class LowRankEmbedding(FactorPair):
     children_in_order = ("v", "u")
     is_table = True
     multiplies_when_read = True
+    takes_bias = False
     num_embeddings: int
     embedding_dim: int
     padding_idx: int | None
@@ -62,6 +63,14 @@ class LowRankEmbedding(FactorPair):
     ) -> tuple[float, float, float]:
         lookups = math.prod(output_shape) / whole_number(dense, "embedding_dim")
         return 0.0, lookups, 0.0
+
+    @classmethod
+    def side(cls, dense: nn.Module) -> str | None:
+        return "lookups"
+
+    @classmethod
+    def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        return output.unsqueeze(-2)
 
     @classmethod
     def shape_when_read(cls, dense: nn.Module, positions: float) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
 from fxrank.passes.pairs.registry import register_pair
 
@@ -23,6 +24,20 @@ class LowRankLinear(FactorPair):
     multiplies_when_read = True
     in_features: int
     out_features: int
+
+    @classmethod
+    def side(cls, dense: nn.Module) -> str | None:
+        _, rows, cols = cls.unroll(dense, weight_of(dense)).shape
+        return "inputs" if cols < rows else "outputs"
+
+    @classmethod
+    def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        if side == "inputs":
+            return input.unsqueeze(-2)
+        groups, rows, _ = cls.unroll(dense, weight_of(dense)).shape
+        bias = getattr(dense, "bias", None)
+        found = output if bias is None else output - bias
+        return found.reshape(*found.shape[:-1], groups, rows)
 
     def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
         # The output projection of torch's attention is a class of its own, which its merged layer must be again.

@@ -95,6 +95,7 @@ class LowRankWeight(FactorPair):
     geometry = ("gates", "recurrent")
     is_parameter = True
     multiplies_when_read = True
+    takes_bias = False
     stacked: ClassVar[bool] = False
     gates: int
     recurrent: bool

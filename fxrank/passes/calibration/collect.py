@@ -1,0 +1,141 @@
+"""Running a model over calibration batches, and adding up what its layers see or give."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrank.passes.calibration.moments import Moments
+from fxrank.passes.errors import CalibrationError
+from fxrank.passes.model.calls import Call
+from fxrank.passes.model.compiled import eagerly
+from fxrank.passes.model.restored import randoms_put_back, restored, unwritten
+from fxrank.passes.pairs.base import FactorPair
+
+POSITIONS = 16384
+"""Vectors that one call of a layer adds at most, drawn evenly from all of its positions: that many tell the moments of a thousand
+channels to a few percent, and the draws of several batches add up.
+"""
+ROUND_BYTES = 2**30
+"""Memory for the moments of the layers that are watched in one round over the batches; more layers take more rounds."""
+MASKS = {"attention_mask": True, "padding_mask": False, "key_padding_mask": False, "src_key_padding_mask": False}
+"""Arguments of models that say which positions are padding, and whether they hold 1 for those that are not."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One weight to be watched: its layers (more than one if they share it), and how its pair class reads it."""
+
+    pair: type[FactorPair]
+    layers: tuple[nn.Module, ...]
+    side: str
+    shape: tuple[int, int]
+    """`(groups, size)` of one vector."""
+
+    @property
+    def bytes(self) -> int:
+        groups, size = self.shape
+        return 8 * groups * size * size
+
+
+def collect(
+    model: nn.Module, watched: Mapping[str, Watch], calls: Callable[[], Iterable[Call]]
+) -> tuple[dict[str, Moments], int]:
+    """The moments of each watched weight, by name, over all calls of the model in evaluation mode, and how many calls these were; one
+    that no call reached is not there. Padding is left out where the model is told of it (`MASKS`). Nothing of the model is changed.
+
+    `calls` is asked anew in each round. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
+    is no call.
+    """
+    found: dict[str, Moments] = {}
+    number = 0
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
+    for names in _rounds(watched):
+        moments = {name: Moments(*watched[name].shape, device=exact) for name in names}
+        with ExitStack() as hooks:
+            batch = _Batch()
+            for name in names:
+                for layer in watched[name].layers:
+                    hook = partial(batch.take_in, name, watched[name], moments[name])
+                    hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+            with _evaluating(model), torch.no_grad():
+                for batch.number, (args, kwargs) in enumerate(calls(), 1):
+                    batch.padding = _padding(kwargs)
+                    model(*args, **kwargs)
+        number = batch.number
+        if not number:
+            raise CalibrationError(
+                "calibration must yield at least one batch; it is empty. Check the data set, batch_size, drop_last and calibration_batches."
+            )
+        found |= {name: one for name, one in moments.items() if one.count}
+    return found, number
+
+
+class _Batch:
+    """The batch that is on its way through the model."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.padding: Tensor | None = None
+
+    def take_in(
+        self, name: str, watch: Watch, moments: Moments, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> None:
+        """A forward hook."""
+        given = args[0] if args else next(iter(kwargs.values()))
+        vectors = watch.pair.seen(layer, watch.side, given, output).detach()
+        if self.padding is not None and vectors.shape[: self.padding.ndim] == self.padding.shape:
+            vectors = vectors[~self.padding.to(vectors.device)]
+        vectors = vectors.reshape(-1, *watch.shape)
+        if len(vectors) > POSITIONS:
+            drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(moments.count))[:POSITIONS]
+            vectors = vectors[drawn.to(vectors.device)]
+        vectors = vectors.to(device=moments.mean.device, dtype=torch.float64)
+        if not torch.isfinite(vectors).all():
+            bad = int((~torch.isfinite(vectors)).sum())
+            raise CalibrationError(
+                f"activations must be finite to calibrate on; the {watch.side} of {name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
+                f"batch {self.number}. Check the inputs of that batch, or calibrate in a wider dtype."
+            )
+        moments.add(vectors)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, compiled parts as they were written, and everything as before at the end."""
+    modes = [(module, module.training) for module in model.modules()]
+    with restored(model), eagerly(model), randoms_put_back(model), unwritten(model), torch.random.fork_rng():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Which positions `(batch, length)` of a call are padding; None if the model is not told."""
+    for name, keeps in MASKS.items():
+        mask = kwargs.get(name)
+        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
+            return mask == 0 if keeps else mask != 0
+    return None
+
+
+def _rounds(watched: Mapping[str, Watch]) -> Iterator[list[str]]:
+    """Names, in rounds that fit into `ROUND_BYTES`; a larger layer has one of its own."""
+    names: list[str] = []
+    held = 0
+    for name, watch in watched.items():
+        if names and held + watch.bytes > ROUND_BYTES:
+            yield names
+            names, held = [], 0
+        names.append(name)
+        held += watch.bytes
+    if names:
+        yield names

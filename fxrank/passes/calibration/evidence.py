@@ -1,0 +1,111 @@
+"""What calibration knows of the layers of a model."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, fx, nn
+
+from fxrank.passes.calibration.collect import Watch, collect
+from fxrank.passes.calibration.projection import Projection
+from fxrank.passes.discovery.layer import Layer, matrices_of
+from fxrank.passes.model.calls import Call
+from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in
+from fxrank.passes.spectra.exact import check_finite
+from fxrank.torch_private.modules import BatchNorm, own_parameters
+
+NEEDED = 1.05
+"""A pair gains a bias where its least squared error would be so many times as large without."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The factors of one layer at one rank: `U`, `V` and what its bias gains, which is one that it gains itself if `gains_bias`; and
+    the error of its outputs, relative.
+    """
+
+    factors: tuple[Tensor, ...]
+    gains_bias: bool
+    output_error: float
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known, by layer name: of those that were seen the `known` projections, of the others why they are `blind`, and which
+    are `biased` already, or need no bias because a BatchNorm takes out every mean.
+    """
+
+    known: dict[str, Projection] = field(default_factory=dict)
+    blind: dict[str, str] = field(default_factory=dict)
+    biased: frozenset[str] = frozenset()
+    centred_later: frozenset[str] = frozenset()
+    batches: int = 0
+
+    def fit(self, name: str, rank: int) -> Fit | None:
+        """The best pair of a layer; None where only its weight is known."""
+        best = self.known.get(name)
+        if best is None:
+            return None
+        if best.centred and name not in self.biased:
+            if name in self.centred_later:
+                return Fit(best.factors(rank)[:2], False, best.output_error(rank))
+            plain = replace(best, centred=False)
+            if plain.lost(rank) <= NEEDED * best.lost(rank):
+                return Fit(plain.factors(rank), False, plain.output_error(rank))
+        gains = best.centred and name not in self.biased
+        return Fit(best.factors(rank), gains, best.output_error(rank))
+
+
+def gather(
+    model: nn.Module, layers: Sequence[Layer], calls: Callable[[], Iterable[Call]], centred_later: frozenset[str]
+) -> Evidence:
+    """Run the model over the calls, in evaluation mode, for the layers without a `reason`. Errors as of `collect`, and
+    `NonFiniteWeightError`.
+    """
+    watched: dict[str, Watch] = {}
+    blind: dict[str, str] = {}
+    by_name = {layer.name: layer for layer in layers if layer.reason is None}
+    owners = owners_in(model)
+    for name, layer in by_name.items():
+        watch = _watch(model, owners, layer)
+        if isinstance(watch, Watch):
+            watched[name] = watch
+        else:
+            blind[name] = watch
+    known: dict[str, Projection] = {}
+    moments_of, batches = collect(model, watched, calls)
+    for name, moments in moments_of.items():
+        stack = matrices_of(by_name[name], model)
+        check_finite(stack, name)
+        known[name] = Projection(stack, moments, watched[name].side, watched[name].pair.takes_bias)
+    blind |= {name: "no batch reached it" for name in watched if name not in known}
+    biased = {n for n, w in watched.items() if all(getattr(layer, "bias", None) is not None for layer in w.layers)}
+    return Evidence(known, blind, frozenset(biased), centred_later, batches)
+
+
+def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
+    """How to watch a layer, or why it cannot be."""
+    dense, pair = dense_at(model, layer.name), layer.unrolled.pair
+    assert pair is not None, layer.name
+    if pair.is_parameter:
+        return "it is multiplied with outside of any layer"
+    side = pair.side(dense)
+    if side is None:
+        return f"{layer.form} pairs of {layer.kind} have none that know data"
+    weight = own_parameters(dense).get("weight")
+    places = [dense] if weight is None else [place for _, _, place in holders(owners, weight)]
+    if any(type(place) is not type(dense) for place in places):
+        return "its weight is shared with a layer of another kind"
+    groups, rows, cols = layer.unrolled.matrices
+    return Watch(pair, tuple(places), side, (groups, rows if side == "outputs" else cols))
+
+
+def before_batchnorm(graph: fx.Graph, model: nn.Module, layers: Sequence[Layer]) -> frozenset[str]:
+    """Names of the layers whose every output goes into a BatchNorm that measures its mean, and nowhere else."""
+    nodes = {node.name: node for node in graph.nodes}
+    modules = dict(model.named_modules())
+    found = set()
+    for layer in layers:
+        users = [user for name in layer.nodes if name in nodes for user in nodes[name].users]
+        if users and all(u.op == "call_module" and isinstance(modules.get(str(u.target)), BatchNorm) for u in users):
+            found.add(layer.name)
+    return frozenset(found)

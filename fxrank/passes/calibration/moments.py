@@ -1,0 +1,43 @@
+"""Means and second moments of the vectors that a layer sees or gives."""
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Of vectors `(groups, size)`, added up over calls in float64: 8 · groups · size² bytes.
+
+    Sums are of what is left after the mean of the first call is taken away, so that a large mean costs no digits.
+    """
+
+    def __init__(self, groups: int, size: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._origin = torch.zeros(groups, size, dtype=torch.float64, device=device)
+        self._sum = torch.zeros_like(self._origin)
+        self._products = self._origin.new_zeros(groups, size, size)
+
+    def add(self, vectors: Tensor) -> None:
+        """Take in vectors `(n, groups, size)`."""
+        if not len(vectors):
+            return
+        vectors = vectors.to(torch.float64)
+        if not self.count:
+            self._origin = vectors.mean(0)
+        by_group = (vectors - self._origin).transpose(0, 1)
+        self.count += len(vectors)
+        self._sum += by_group.sum(1)
+        self._products.baddbmm_(by_group.mT, by_group)
+
+    @property
+    def mean(self) -> Tensor:
+        """`(groups, size)`; zeros if nothing was seen."""
+        return self._origin + self._sum / max(1, self.count)
+
+    def second(self, *, centred: bool) -> Tensor:
+        """`E[(y - ȳ)(y - ȳ)ᵀ]`, or `E[y yᵀ]`, `(groups, size, size)`."""
+        off = self._sum / max(1, self.count)
+        found = self._products / max(1, self.count) - off[:, :, None] * off[:, None, :]
+        if not centred:
+            mean = self.mean
+            found = found + mean[:, :, None] * mean[:, None, :]
+        return found
