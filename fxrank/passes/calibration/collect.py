@@ -1,5 +1,6 @@
 """Running a model over calibration batches, and adding up what its layers see or give."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -89,13 +90,15 @@ class _Batch:
         """A forward hook."""
         given = args[0] if args else next(iter(kwargs.values()))
         vectors = watch.pair.seen(layer, watch.side, given, output).detach()
-        if self.padding is not None and vectors.shape[: self.padding.ndim] == self.padding.shape:
-            vectors = vectors[~self.padding.to(vectors.device)]
-        vectors = vectors.reshape(-1, *watch.shape)
-        if len(vectors) > POSITIONS:
-            drawn = torch.randperm(len(vectors), generator=torch.Generator().manual_seed(moments.count))[:POSITIONS]
-            vectors = vectors[drawn.to(vectors.device)]
-        vectors = vectors.to(device=moments.mean.device, dtype=torch.float64)
+        leading = vectors.shape[: -4 if watch.side == "patches" else -2]
+        drawn = torch.randperm(math.prod(leading), generator=torch.Generator().manual_seed(moments.count))
+        if self.padding is not None and leading[: self.padding.ndim] == self.padding.shape:
+            trailing = (1,) * (len(leading) - self.padding.ndim)
+            kept = ~self.padding.cpu().reshape(*self.padding.shape, *trailing).expand(leading).flatten()
+            drawn = drawn[kept[drawn]]
+        places = torch.unravel_index(drawn[:POSITIONS].to(vectors.device), leading)
+        vectors = vectors[places] if leading else vectors[None]
+        vectors = vectors.reshape(-1, *watch.shape).to(device=moments.mean.device, dtype=torch.float64)
         if not torch.isfinite(vectors).all():
             bad = int((~torch.isfinite(vectors)).sum())
             raise CalibrationError(

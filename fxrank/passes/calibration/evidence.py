@@ -7,12 +7,14 @@ from torch import Tensor, fx, nn
 
 from fxrank.passes.calibration.collect import Watch, collect
 from fxrank.passes.calibration.projection import Projection
+from fxrank.passes.calibration.spatial import SpatialProjection
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.model.calls import Call
 from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
+Known = Projection | SpatialProjection
 NEEDED = 1.05
 """A pair gains a bias where its least squared error would be so many times as large without."""
 
@@ -34,7 +36,7 @@ class Evidence:
     are `biased` already, or need no bias because a BatchNorm takes out every mean.
     """
 
-    known: dict[str, Projection] = field(default_factory=dict)
+    known: dict[str, Known] = field(default_factory=dict)
     blind: dict[str, str] = field(default_factory=dict)
     biased: frozenset[str] = frozenset()
     centred_later: frozenset[str] = frozenset()
@@ -71,12 +73,17 @@ def gather(
             watched[name] = watch
         else:
             blind[name] = watch
-    known: dict[str, Projection] = {}
+    known: dict[str, Known] = {}
     moments_of, batches = collect(model, watched, calls)
     for name, moments in moments_of.items():
         stack = matrices_of(by_name[name], model)
         check_finite(stack, name)
-        known[name] = Projection(stack, moments, watched[name].side, watched[name].pair.takes_bias)
+        side, centred = watched[name].side, watched[name].pair.takes_bias
+        known[name] = (
+            SpatialProjection(stack, moments, by_name[name].weight_shape[-1], centred)
+            if side == "patches"
+            else Projection(stack, moments, side, centred)
+        )
     blind |= {name: "no batch reached it" for name in watched if name not in known}
     biased = {n for n, w in watched.items() if all(getattr(layer, "bias", None) is not None for layer in w.layers)}
     return Evidence(known, blind, frozenset(biased), centred_later, batches)
@@ -96,7 +103,8 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
     if any(type(place) is not type(dense) for place in places):
         return "its weight is shared with a layer of another kind"
     groups, rows, cols = layer.unrolled.matrices
-    return Watch(pair, tuple(places), side, (groups, rows if side == "outputs" else cols))
+    size = rows if side == "outputs" else cols * layer.weight_shape[-1] if side == "patches" else cols
+    return Watch(pair, tuple(places), side, (groups, size))
 
 
 def before_batchnorm(graph: fx.Graph, model: nn.Module, layers: Sequence[Layer]) -> frozenset[str]:

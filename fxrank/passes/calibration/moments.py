@@ -41,3 +41,16 @@ class Moments:
             mean = self.mean
             found = found + mean[:, :, None] * mean[:, None, :]
         return found
+
+    def of_parts(self, parts: int) -> "Moments":
+        """Of vectors that lie interleaved in these, `parts` of each: moments of all parts together, `(groups, size / parts)`."""
+        groups, size = self._sum.shape
+        found = Moments(groups, size // parts, self._sum.device)
+        found.count = self.count * parts
+        mean = self.mean.unflatten(1, (-1, parts))
+        found._origin = mean.mean(2)
+        second = self.second(centred=True).unflatten(2, (-1, parts)).unflatten(1, (-1, parts))
+        off = mean - found._origin[..., None]
+        found._products = second.diagonal(dim1=2, dim2=4).sum(-1) + off @ off.mT
+        found._products *= self.count
+        return found

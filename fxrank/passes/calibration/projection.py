@@ -56,15 +56,13 @@ class Projection:
         """
         w, basis = self._w, self._decomposed[1][..., :rank]
         u, v = (basis.mT, w @ basis) if self.side == "lookups" else (basis.mT @ w, basis)
-        of_u, of_v = (torch.linalg.vector_norm(t, dim=d, keepdim=True).clamp(min=1e-300) for t, d in ((u, 2), (v, 1)))
-        balance = (of_u / of_v.mT).sqrt()
-        found = torch.where(balance > 0, u / balance, u), torch.where(balance.mT > 0, v * balance.mT, v)
         like = self.stack
+        found = tuple(t.to(like) for t in balanced(u, v))
         if self.centred:
             mean = self.moments.mean[..., None]
             lost = w @ mean - v @ (u @ mean) if self.side == "inputs" else mean - basis @ (basis.mT @ mean)
-            return found[0].to(like), found[1].to(like), lost[..., 0].to(like)
-        return found[0].to(like), found[1].to(like)
+            return *found, lost[..., 0].to(like)
+        return found
 
     @property
     def _w(self) -> Tensor:
@@ -75,7 +73,7 @@ class Projection:
         """`sigma`, and an orthonormal basis of the outputs, or of the rows of a table."""
         w, seen = self._w, self.moments.second(centred=self.centred)
         if self.side == "inputs":
-            values, directions = _eigh(_with_unseen(seen, torch.eye(w.shape[2], dtype=w.dtype, device=w.device)[None]))
+            values, directions = _eigh(with_unseen(seen, torch.eye(w.shape[2], dtype=w.dtype, device=w.device)[None]))
             image = w @ (directions * values.clamp(min=0).sqrt()[:, None, :])  # W Σ^½, up to a rotation
             if w.shape[1] <= w.shape[2]:
                 basis = _eigh(image @ image.mT)[1]
@@ -84,13 +82,20 @@ class Projection:
             image = basis.mT @ w
             energies = ((image @ seen) * image).sum(-1)
         else:
-            _, basis = _eigh(_with_unseen(seen, w @ w.mT if self.side == "outputs" else w.mT @ w))
+            _, basis = _eigh(with_unseen(seen, w @ w.mT if self.side == "outputs" else w.mT @ w))
             energies = ((basis.mT @ seen) * basis.mT).sum(-1)
         kept = min(w.shape[1:])
         return energies[:, :kept].clamp(min=0).sqrt().cpu(), basis[..., :kept]
 
 
-def _with_unseen(seen: Tensor, prior: Tensor) -> Tensor:
+def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with `‖u_i‖ = ‖v_i‖`."""
+    of_u, of_v = torch.linalg.vector_norm(u, dim=2, keepdim=True), torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    balance = (of_u / of_v.mT.clamp(min=1e-300)).sqrt().clamp(min=1e-150)
+    return u / balance, v * balance.mT
+
+
+def with_unseen(seen: Tensor, prior: Tensor) -> Tensor:
     """The moments with `UNSEEN` inputs of all directions alike, whose moments are `prior`; these alone if nothing was seen."""
     of_seen, of_prior = (t.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] for t in (seen, prior))
     return torch.where(of_seen > 0, seen + UNSEEN * of_seen / torch.where(of_prior > 0, of_prior, 1.0) * prior, prior)

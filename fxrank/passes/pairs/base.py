@@ -217,14 +217,14 @@ class FactorPair(nn.Module):
     @classmethod
     def side(cls, dense: nn.Module) -> str | None:
         """What is watched of a layer to make factors that know the data: its `"outputs"`, each a vector of `rows` numbers in
-        each group before the bias, its `"inputs"` of `cols` numbers, the `"lookups"` of a table; None if its factors are made of the
+        each group before the bias, its `"inputs"` of `cols` numbers, the `"lookups"` of a table, the `"patches"` under a kernel; None if its factors are made of the
         weight alone.
         """
         return None
 
     @classmethod
     def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
-        """The vectors of one call, `(…, groups, size)`: the call's own leading dimensions come first."""
+        """The vectors of one call, `(…, groups, size)`, of patches `(…, groups, channels, height, width)`: the call's own dimensions come first."""
         raise NotImplementedError(f"{cls.__name__} watches nothing")
 
     # -- how it is timed

@@ -28,7 +28,20 @@ _GEOMETRY = (
     "transposed",
     "output_padding",
 )
+_PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 _POINTWISE = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
+
+
+def _pads(conv: nn.Conv2d) -> list[int]:
+    """What the layer pads with, as `F.pad` takes it: the last direction first."""
+    pads: list[int] = []
+    for direction in (1, 0):
+        if isinstance(conv.padding, str):
+            total = conv.dilation[direction] * (conv.kernel_size[direction] - 1) if conv.padding == "same" else 0
+            pads += [total // 2, total - total // 2]
+        else:
+            pads += [conv.padding[direction]] * 2
+    return pads
 
 
 class SamePadConv2d(nn.Conv2d):
@@ -165,7 +178,18 @@ class LowRankSpatialConv2d(_LowRankConv):
 
     @classmethod
     def side(cls, dense: nn.Module) -> str | None:
-        return None
+        return "patches" if type(dense).forward is nn.Conv2d.forward else None  # else it pads in a way of its own
+
+    @classmethod
+    def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        assert isinstance(dense, nn.Conv2d)
+        x = F.pad(input if input.ndim == 4 else input[None], _pads(dense), mode=_PAD_MODES[dense.padding_mode])
+        for direction, (size, stride, gap) in enumerate(
+            zip(dense.kernel_size, dense.stride, dense.dilation, strict=True), 2
+        ):
+            x = x.unfold(direction, (size - 1) * gap + 1, stride)[..., ::gap]
+        x = x.movedim(1, 3)  # all views; a reshape that splits a dimension is one too
+        return x.reshape(*x.shape[:3], dense.groups, -1, *x.shape[4:])
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:
