@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fxrank.decisions import keep, take
+from fxrank.fitting import Fitting, variants
 from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather
 from fxrank.passes.discovery.discover import discover
@@ -20,15 +20,12 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.registry import check_form
+from fxrank.passes.pairs.registry import AUTO, check_form
 from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
-from fxrank.passes.spectra.exact import truncation_error
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Budget, LayerDecision, Plan
-from fxrank.policies.budget import ranks_within
-from fxrank.policies.forms import decomposition_of
 from fxrank.policies.ranks import ratio_rank
-from fxrank.switch.apply_plan import Factors, apply_plan
+from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
 from fxrank.switch.zero_weights import why_dead, without_zero_weights
 from fxrank.training.batches import calls_of
@@ -79,7 +76,8 @@ def factorize(
     zeros would never train. `BudgetError` for a target out of reach, `CalibrationError` for data that yield nothing, or activations
     that are not finite, `ValueError` for a rank beside a target, or two targets.
     """
-    check_form(form)
+    if form != AUTO:
+        check_form(form)
     budget = _budget(rank, target_params, target_macs)
     model = uncompiled(model)
     small = copied(model)
@@ -90,7 +88,8 @@ def factorize(
     gm = trace(small, example_inputs)
     layers = discover(gm, small)
     if isinstance(rank, Plan):
-        layers = _as_planned(layers, without_zero_weights(small, rank))
+        rank = without_zero_weights(small, rank)
+        layers = _as_planned(layers, rank)
     else:
         layers = [_if_it_can_train(layer.if_in_form(form), small) for layer in layers]
         if isinstance(rank, Mapping):
@@ -101,24 +100,22 @@ def factorize(
                 require_some(layers)
     absorbed = before_batchnorm(gm.graph, small, layers) if recalibrate else frozenset()
     gm.let_go()
-    evidence = Evidence() if calls is None else gather(small, layers, calls, absorbed)
-    factors: Factors = {}
-    if isinstance(rank, Plan):
-        plan = without_zero_weights(small, rank)
-    elif budget is not None:
-        plan = _within(budget, layers, small, evidence, extra_bn, factors)
-    else:
-        ranks = _ranks_by_name(layers, RATIO if rank is None else rank)
-        decisions = [
-            keep(layer, layer.reason) if layer.reason else _given(layer, ranks[layer.name], extra_bn)
-            for layer in layers
-        ]
-        _warn_above_break_even(layers, decisions)
-        plan = Plan(policy="factorize", layers=tuple(decisions))
+    evidence = Evidence()
     if calls is not None:
-        plan = _fitted(plan, evidence, factors)
+        open_forms = [
+            v for a in layers if a.reason is None for v in (variants(a, form) if budget or form == AUTO else [a])
+        ]
+        evidence = gather(small, open_forms, calls, absorbed)
+    fitting = Fitting(small, evidence, extra_bn)
+    if isinstance(rank, Plan):
+        plan = fitting.fitted(rank, layers)
+    elif budget is not None:
+        plan = fitting.plan_within(budget, layers, form)
+    else:
+        plan = fitting.plan_at(layers, _given(layers, RATIO if rank is None else rank), form)
+        _warn_above_break_even(layers, plan.layers)
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
-        apply_plan(small, plan, example=example_inputs, factors=factors)
+        apply_plan(small, plan, example=example_inputs, factors=fitting.factors)
     if calls is not None and recalibrate:
         measure_batchnorms(small, calls)
     return small
@@ -143,10 +140,22 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
     return rank
 
 
-def _given(layer: Layer, rank: int | float, extra_bn: bool) -> LayerDecision:
-    whole = whole_given_rank(layer.name, layer.full_rank, rank)
-    reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
-    return take(layer, whole, reason, extra_bn=extra_bn)
+def _given(layers: Sequence[Layer], rank: int | float | Mapping[str, int | float]) -> dict[str, tuple[int, str]]:
+    """The whole rank of each layer without a `reason`, by name, and how it was given."""
+    if isinstance(rank, Mapping):
+        by_path = {path: layer.name for layer in layers for path in layer.paths}
+        asked = {by_path[own_name(given)]: one for given, one in rank.items()}
+    else:
+        asked = {layer.name: rank for layer in layers if layer.reason is None}
+    found = {}
+    for layer in layers:
+        if (one := asked.get(layer.name)) is not None:
+            whole = whole_given_rank(layer.name, layer.full_rank, one)
+            found[layer.name] = (
+                whole,
+                f"rank {whole}" + ("" if isinstance(one, int) else f", {one:g} of full rank") + " as given",
+            )
+    return found
 
 
 def _if_it_can_train(layer: Layer, model: nn.Module) -> Layer:
@@ -169,13 +178,6 @@ def _only_named(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> li
             raise ValueError(f"layer {name!r} cannot be factorized: {reason}. Leave it out of rank=.")
     named = {by_path[own_name(given)].name for given in ranks}
     return [a if a.name in named or a.reason else replace(a, reason="not named in rank=") for a in layers]
-
-
-def _ranks_by_name(layers: Sequence[Layer], rank: int | float | Mapping[str, int | float]) -> dict[str, int | float]:
-    if not isinstance(rank, Mapping):
-        return {layer.name: rank for layer in layers if layer.reason is None}
-    by_path = {path: layer for layer in layers for path in layer.paths}
-    return {by_path[own_name(given)].name: one for given, one in rank.items()}
 
 
 def _as_planned(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
@@ -203,48 +205,6 @@ def _budget(rank: Rank | None, params: float | None, macs: float | None) -> Budg
             raise TypeError(f"target_{of} is a number in (0, 1]; got {type(target).__name__}.")
         return Budget(of, float(target), 0.0)
     return None
-
-
-def _within(
-    budget: Budget, layers: Sequence[Layer], model: nn.Module, evidence: Evidence, extra_bn: bool, factors: Factors
-) -> Plan:
-    """The plan that keeps to the budget. Factors of weights that had to be decomposed for it join `factors`."""
-    of_weights = {
-        layer.name: decomposition_of(layer, model)
-        for layer in layers
-        if layer.reason is None and layer.name not in evidence.known
-    }
-    sigmas = {name: found.sigma for known in (of_weights, evidence.known) for name, found in known.items()}
-    ranks, reached = ranks_within(budget, layers, model, sigmas)
-    asked = f"under target_{budget.of}={budget.target:g}"
-    decisions = []
-    for layer in layers:
-        rank = ranks.get(layer.name)
-        if layer.reason is not None or rank is None:
-            decisions.append(keep(layer, layer.reason or f"worth its cost {asked}"))
-            continue
-        decision = take(layer, rank, f"rank {rank} of {layer.full_rank} {asked}", extra_bn=extra_bn)
-        if (found := of_weights.get(layer.name)) is not None:
-            decision = replace(decision, truncation_error=round(truncation_error(found.sigma, rank), 6))
-            factors[layer.name] = found.factors(rank)
-        decisions.append(decision)
-    return Plan(policy="factorize", layers=tuple(decisions), budget=reached)
-
-
-def _fitted(plan: Plan, evidence: Evidence, factors: Factors) -> Plan:
-    """The plan with what calibration says of its layers; their factors join `factors`."""
-    decisions = []
-    for decision in plan.layers:
-        if decision.rank is not None:
-            fit = evidence.fit(decision.name, decision.rank)
-            if fit is None:
-                why = evidence.blind.get(decision.name, "calibration did not look at it")
-                decision = replace(decision, reason=f"{decision.reason}; factors of the weight alone: {why}")
-            else:
-                factors[decision.name] = fit.factors
-                decision = replace(decision, gains_bias=fit.gains_bias, output_error=round(fit.output_error, 6))
-        decisions.append(decision)
-    return replace(plan, layers=tuple(decisions), calibration_batches=evidence.batches)
 
 
 def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:

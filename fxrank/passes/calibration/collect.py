@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import randoms_put_back, restored, unwritten
 from fxrank.passes.pairs.base import FactorPair
 
+K = TypeVar("K")
 POSITIONS = 16384
 """Vectors that one call of a layer adds at most, drawn evenly from all of its positions: that many tell the moments of a thousand
 channels to a few percent, and the draws of several batches add up.
@@ -31,6 +32,7 @@ MASKS = {"attention_mask": True, "padding_mask": False, "key_padding_mask": Fals
 class Watch:
     """One weight to be watched: its layers (more than one if they share it), and how its pair class reads it."""
 
+    name: str
     pair: type[FactorPair]
     layers: tuple[nn.Module, ...]
     side: str
@@ -44,25 +46,25 @@ class Watch:
 
 
 def collect(
-    model: nn.Module, watched: Mapping[str, Watch], calls: Callable[[], Iterable[Call]]
-) -> tuple[dict[str, Moments], int]:
-    """The moments of each watched weight, by name, over all calls of the model in evaluation mode, and how many calls these were; one
-    that no call reached is not there. Padding is left out where the model is told of it (`MASKS`). Nothing of the model is changed.
+    model: nn.Module, watched: Mapping[K, Watch], calls: Callable[[], Iterable[Call]]
+) -> tuple[dict[K, Moments], int]:
+    """The moments of each watched weight over all calls of the model in evaluation mode, and how many calls these were; one that no call
+    reached is not there. Padding is left out where the model is told of it (`MASKS`). Nothing of the model is changed.
 
     `calls` is asked anew in each round. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
     is no call.
     """
-    found: dict[str, Moments] = {}
+    found: dict[K, Moments] = {}
     number = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    for names in _rounds(watched):
-        moments = {name: Moments(*watched[name].shape, device=exact) for name in names}
+    for keys in _rounds(watched):
+        moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
             batch = _Batch()
-            for name in names:
-                for layer in watched[name].layers:
-                    hook = partial(batch.take_in, name, watched[name], moments[name])
+            for key in keys:
+                for layer in watched[key].layers:
+                    hook = partial(batch.take_in, watched[key], moments[key])
                     hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
             with _evaluating(model), torch.no_grad():
                 for batch.number, (args, kwargs) in enumerate(calls(), 1):
@@ -73,7 +75,7 @@ def collect(
             raise CalibrationError(
                 "calibration must yield at least one batch; it is empty. Check the data set, batch_size, drop_last and calibration_batches."
             )
-        found |= {name: one for name, one in moments.items() if one.count}
+        found |= {key: one for key, one in moments.items() if one.count}
     return found, number
 
 
@@ -84,9 +86,7 @@ class _Batch:
         self.number = 0
         self.padding: Tensor | None = None
 
-    def take_in(
-        self, name: str, watch: Watch, moments: Moments, layer: nn.Module, args: Any, kwargs: Any, output: Tensor
-    ) -> None:
+    def take_in(self, watch: Watch, moments: Moments, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """A forward hook."""
         given = args[0] if args else next(iter(kwargs.values()))
         vectors = watch.pair.seen(layer, watch.side, given, output).detach()
@@ -102,7 +102,7 @@ class _Batch:
         if not torch.isfinite(vectors).all():
             bad = int((~torch.isfinite(vectors)).sum())
             raise CalibrationError(
-                f"activations must be finite to calibrate on; the {watch.side} of {name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
+                f"activations must be finite to calibrate on; the {watch.side} of {watch.name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
                 f"batch {self.number}. Check the inputs of that batch, or calibrate in a wider dtype."
             )
         moments.add(vectors)
@@ -130,15 +130,15 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _rounds(watched: Mapping[str, Watch]) -> Iterator[list[str]]:
-    """Names, in rounds that fit into `ROUND_BYTES`; a larger layer has one of its own."""
-    names: list[str] = []
+def _rounds(watched: Mapping[K, Watch]) -> Iterator[list[K]]:
+    """Keys, in rounds that fit into `ROUND_BYTES`; a larger layer has one of its own."""
+    keys: list[K] = []
     held = 0
-    for name, watch in watched.items():
-        if names and held + watch.bytes > ROUND_BYTES:
-            yield names
-            names, held = [], 0
-        names.append(name)
+    for key, watch in watched.items():
+        if keys and held + watch.bytes > ROUND_BYTES:
+            yield keys
+            keys, held = [], 0
+        keys.append(key)
         held += watch.bytes
-    if names:
-        yield names
+    if keys:
+        yield keys

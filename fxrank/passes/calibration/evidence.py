@@ -14,6 +14,8 @@ from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
+Key = tuple[str, str]
+"""Name and form of a layer."""
 Known = Projection | SpatialProjection
 NEEDED = 1.05
 """A pair gains a bias where its least squared error would be so many times as large without."""
@@ -32,19 +34,19 @@ class Fit:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known, by layer name: of those that were seen the `known` projections, of the others why they are `blind`, and which
-    are `biased` already, or need no bias because a BatchNorm takes out every mean.
+    """What is known, by name and form of a layer: of those that were seen the `known` projections, of the others why they are `blind`;
+    and by name which are `biased` already, or need no bias because a BatchNorm takes out every mean.
     """
 
-    known: dict[str, Known] = field(default_factory=dict)
-    blind: dict[str, str] = field(default_factory=dict)
+    known: dict[Key, Known] = field(default_factory=dict)
+    blind: dict[Key, str] = field(default_factory=dict)
     biased: frozenset[str] = frozenset()
     centred_later: frozenset[str] = frozenset()
     batches: int = 0
 
-    def fit(self, name: str, rank: int) -> Fit | None:
+    def fit(self, name: str, form: str, rank: int) -> Fit | None:
         """The best pair of a layer; None where only its weight is known."""
-        best = self.known.get(name)
+        best = self.known.get((name, form))
         if best is None:
             return None
         if best.centred and name not in self.biased:
@@ -60,32 +62,31 @@ class Evidence:
 def gather(
     model: nn.Module, layers: Sequence[Layer], calls: Callable[[], Iterable[Call]], centred_later: frozenset[str]
 ) -> Evidence:
-    """Run the model over the calls, in evaluation mode, for the layers without a `reason`. Errors as of `collect`, and
+    """Run the model over the calls, in evaluation mode, for the layers without a `reason`, which may come in several forms. Errors as of `collect`, and
     `NonFiniteWeightError`.
     """
-    watched: dict[str, Watch] = {}
-    blind: dict[str, str] = {}
-    by_name = {layer.name: layer for layer in layers if layer.reason is None}
+    watched: dict[Key, Watch] = {}
+    blind: dict[Key, str] = {}
+    by_key = {(layer.name, layer.form): layer for layer in layers if layer.reason is None}
     owners = owners_in(model)
-    for name, layer in by_name.items():
+    for key, layer in by_key.items():
         watch = _watch(model, owners, layer)
         if isinstance(watch, Watch):
-            watched[name] = watch
+            watched[key] = watch
         else:
-            blind[name] = watch
-    known: dict[str, Known] = {}
+            blind[key] = watch
+    known: dict[Key, Known] = {}
     moments_of, batches = collect(model, watched, calls)
-    for name, moments in moments_of.items():
-        stack = matrices_of(by_name[name], model)
-        check_finite(stack, name)
-        side, centred = watched[name].side, watched[name].pair.takes_bias
-        known[name] = (
-            SpatialProjection(stack, moments, by_name[name].weight_shape[-1], centred)
-            if side == "patches"
-            else Projection(stack, moments, side, centred)
-        )
-    blind |= {name: "no batch reached it" for name in watched if name not in known}
-    biased = {n for n, w in watched.items() if all(getattr(layer, "bias", None) is not None for layer in w.layers)}
+    for key, moments in moments_of.items():
+        layer, watch = by_key[key], watched[key]
+        stack = matrices_of(layer, model)
+        check_finite(stack, layer.name)
+        if watch.side == "patches":
+            known[key] = SpatialProjection(stack, moments, layer.weight_shape[-1], watch.pair.takes_bias)
+        else:
+            known[key] = Projection(stack, moments, watch.side, watch.pair.takes_bias)
+    blind |= {key: "no batch reached it" for key in watched if key not in known}
+    biased = {key[0] for key, w in watched.items() if all(getattr(m, "bias", None) is not None for m in w.layers)}
     return Evidence(known, blind, frozenset(biased), centred_later, batches)
 
 
@@ -104,7 +105,7 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
         return "its weight is shared with a layer of another kind"
     groups, rows, cols = layer.unrolled.matrices
     size = rows if side == "outputs" else cols * layer.weight_shape[-1] if side == "patches" else cols
-    return Watch(pair, tuple(places), side, (groups, size))
+    return Watch(layer.name, pair, tuple(places), side, (groups, size))
 
 
 def before_batchnorm(graph: fx.Graph, model: nn.Module, layers: Sequence[Layer]) -> frozenset[str]:
