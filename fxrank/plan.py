@@ -202,6 +202,7 @@ class Plan:
             ) from error
 
     def __str__(self) -> str:
+        known = any(layer.output_error is not None for layer in self.layers)
         rows = [
             (
                 layer.name,
@@ -211,17 +212,14 @@ class Plan:
                 "-" if layer.rank is None else layer.rank,
                 "-" if layer.ratio is None else f"{layer.ratio:.2f}",
                 "-" if layer.truncation_error is None else f"{layer.truncation_error:.3f}",
-                "-" if layer.output_error is None else f"{layer.output_error:.3f}",
+                *(["-" if layer.output_error is None else f"{layer.output_error:.3f}"] if known else []),
                 "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
                 layer.reason,
             )
             for layer in self.layers
         ]
-        return tabulate(
-            rows,
-            headers=("layer", "kind", "weight", "full", "rank", "ratio", "error", "output error", "speed-up", "reason"),
-            disable_numparse=True,
-        )
+        columns = ("layer", "kind", "weight", "full", "rank", "ratio", "error", "output error", "speed-up", "reason")
+        return tabulate(rows, headers=[c for c in columns if known or c != "output error"], disable_numparse=True)
 
 
 _TYPES: dict[str, tuple[type, bool]] = {

@@ -57,7 +57,7 @@ def test_the_same_model_is_saved_under_the_same_names(tmp_path):
     fxrank.save(factorized(), tmp_path)
     old, new = (safetensors.torch.load_file(f / "model.safetensors") for f in (FILES / "model", tmp_path))
     assert {n: t.shape for n, t in old.items()} == {n: t.shape for n, t in new.items()}
-    old, new = (json.loads((f / "plan.json").read_text()) for f in (FILES / "model", tmp_path))
+    old, new = (Plan.load(f / "plan.json") for f in (FILES / "model", tmp_path))
     assert old == new
 
 
