@@ -3,7 +3,7 @@
 Each layer has options: dense, with nothing lost, or a pair in some form and of some rank, at what it costs and with the share of the
 layer's energy that it leaves out. Choosing one for each within a sum of costs is a multiple-choice knapsack. Its relaxation keeps, of
 every layer, the options on the lower convex hull of (cost, loss), and buys the steps between them in order of loss saved per cost;
-what is left in the end goes to single ranks.
+from the first that cannot be paid in full, what is left goes to single ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -111,13 +111,11 @@ def allocate(ladders: Mapping[str, Ladder], budget: float) -> dict[str, Option]:
         for number, (name, ladder) in enumerate(ladders.items())
         for step, (a, b) in enumerate(zip(ladder.hull, ladder.hull[1:], strict=False))
     ]
-    stopped: set[str] = set()
     for _, _, _, name, target in sorted(steps):
         options = ladders[name].options
         more = options[target].cost - options[chosen[name]].cost
-        if name in stopped or more > rest:
-            stopped.add(name)  # what comes after this step is dearer still
-            continue
+        if more > rest:
+            break
         chosen[name], rest = target, rest - more
     _spend(rest, ladders, chosen)
     return {name: ladder.options[chosen[name]] for name, ladder in ladders.items()}

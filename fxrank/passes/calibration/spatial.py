@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxrank.passes.calibration.moments import Moments
 from fxrank.passes.calibration.projection import Projection, balanced, with_unseen
+from fxrank.passes.spectra.exact import truncated_factors
 
 ROUNDS = 2
 """Of both factors in turn. The second improves by a tenth of what the first does."""
@@ -47,8 +48,7 @@ class SpatialProjection:
 
     def lost(self, rank: int) -> float:
         """The mean squared error of the output of `factors`."""
-        u, v = self._fit(rank)
-        return self._squared(self._kernel - _kernel_of(u, v, self.width))
+        return self._squared_error(*self._fit(rank))
 
     def output_error(self, rank: int) -> float:
         """The same, relative: the root of the share of `energy` that is lost."""
@@ -85,16 +85,29 @@ class SpatialProjection:
         return float(((flat @ self._seen) * flat).sum())
 
     def _fit(self, rank: int) -> tuple[Tensor, Tensor]:
+        """From the start, or from the weight's own factors where those would be better than what comes of it: the problem has
+        several minima.
+        """
         if rank not in self._found:
-            u, v = (t.double() for t in self._start.factors(rank)[:2])
-            if rank < min(self.stack.shape[1:]):
-                for _ in range(ROUNDS):
-                    v = self._best_v(u)
-                    u = self._best_u(u, v)
-                v = self._best_v(u)
+            best = self._improved_from(self._start.factors(rank)[:2], rank)
+            own = truncated_factors(self.stack, rank)
+            if self._squared_error(*best) > self._squared_error(*(t.to(best[0]) for t in own)):
+                best = self._improved_from(own, rank)
             self._found.clear()  # whoever asks for one rank asks for it again at once
-            self._found[rank] = u, v
+            self._found[rank] = best
         return self._found[rank]
+
+    def _improved_from(self, factors: tuple[Tensor, ...], rank: int) -> tuple[Tensor, Tensor]:
+        u, v = (t.to(self._kernel) for t in factors)
+        if rank < min(self.stack.shape[1:]):
+            for _ in range(ROUNDS):
+                v = self._best_v(u)
+                u = self._best_u(u, v)
+            v = self._best_v(u)
+        return u, v
+
+    def _squared_error(self, u: Tensor, v: Tensor) -> float:
+        return self._squared(self._kernel - _kernel_of(u, v, self.width))
 
     def _best_v(self, u: Tensor) -> Tensor:
         """Least squares on the features `(r, kw)` that `U` makes of a patch: `(groups, n·kw, r)`."""

@@ -1,0 +1,102 @@
+"""Ranks under a budget: kept to, and as good as an exact solver's."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.optimize import LinearConstraint, milp
+from torch import nn
+
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.errors import BudgetError
+from fxrank.passes.tracing.trace import trace
+from fxrank.plan import Budget
+from fxrank.policies.budget import Ladder, allocate, ranks_within
+
+
+def layers_of(widths):
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
+    return model, discover(trace(model, torch.randn(2, widths[0])), model)
+
+
+def spectrum(layer, decay):
+    return (decay ** torch.arange(layer.full_rank, dtype=torch.float64))[None]
+
+
+def exact(ladders, budget):
+    """The least loss, by branch and bound."""
+    options = [o for ladder in ladders.values() for o in ladder.options]
+    owners = np.concatenate([np.full(len(ladder.options), i) for i, ladder in enumerate(ladders.values())])
+    one_each = (owners[None] == np.arange(len(ladders))[:, None]).astype(float)
+    costs = np.array([[o.cost for o in options]])
+    rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(costs, -np.inf, budget)]
+    found = milp(
+        np.array([o.loss for o in options]), constraints=rules, integrality=np.ones(len(options)), bounds=(0, 1)
+    )
+    return found.fun
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(4, 24), min_size=3, max_size=6),
+    st.lists(st.floats(0.3, 0.99), min_size=5, max_size=5),
+    st.floats(0.05, 1.0),
+    st.sampled_from(["params", "macs"]),
+)
+def test_the_budget_is_kept_and_hardly_anything_better_fits(widths, decays, share, of):
+    _, layers = layers_of(widths)
+    ladders = {a.name: Ladder([(a, spectrum(a, d))], of) for a, d in zip(layers, decays, strict=False)}
+    least = sum(ladder.options[0].cost for ladder in ladders.values())
+    budget = max(least, share * sum(ladder.options[-1].cost for ladder in ladders.values()))
+    chosen = allocate(ladders, budget)
+    assert sum(o.cost for o in chosen.values()) <= budget * (1 + 1e-12)
+    # The relaxation is off by less than what the dearest step of one layer saves.
+    steps = max(a.loss - b.loss for ladder in ladders.values() for a, b in pairwise(hull(ladder)))
+    assert sum(o.loss for o in chosen.values()) <= exact(ladders, budget) + steps + 1e-9
+
+
+def hull(ladder):
+    return [ladder.options[i] for i in ladder.hull]
+
+
+def test_what_is_left_goes_to_the_ranks_that_save_most():
+    """The flat spectrum's way to its dense layer cannot be paid; the steep one does not take all for it."""
+    _, layers = layers_of([32, 32, 32])
+    ladders = {a.name: Ladder([(a, spectrum(a, d))], "params") for a, d in zip(layers, (0.98, 0.5), strict=True)}
+    chosen = allocate(ladders, 1024)
+    flat, steep = (chosen[a.name] for a in layers)
+    assert (flat.rank, steep.rank) == (13, 3)
+    assert flat.loss + steep.loss == pytest.approx(exact(ladders, 1024))
+    assert allocate(ladders, 2048) == {a.name: ladders[a.name].options[-1] for a in layers}  # dense again
+
+
+def test_of_several_forms_the_better_is_taken():
+    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    layers = discover(trace(model, torch.randn(1, 8, 9, 9)), model)
+    forms = {}
+    for layer, good in zip(layers, ("channel", "spatial"), strict=True):
+        in_forms = [layer, layer.in_form("spatial")]
+        forms[layer.name] = [(a, spectrum(a, 0.3 if a.form == good else 0.95)) for a in in_forms]
+    chosen, reached = ranks_within(Budget("params", 0.4, 0.0), layers, model, forms)
+    assert [chosen[a.name].layer.form for a in layers] == ["channel", "spatial"]
+    assert 0.35 < reached.reached <= 0.4
+
+
+def test_a_budget_out_of_reach_says_what_can_be_reached():
+    model, layers = layers_of([16, 16, 16])
+    forms = {a.name: [(a, spectrum(a, 0.9))] for a in layers}
+    with pytest.raises(
+        BudgetError,
+        match=r"target_params must be at least 0\.1765 here, where each of 2 layers has rank 1; got 0\.1\. Raise it",
+    ):
+        ranks_within(Budget("params", 0.1, 0.0), layers, model, forms)
+    chosen, reached = ranks_within(Budget("params", 0.1766, 0.0), layers, model, forms)
+    assert {o.rank for o in chosen.values()} == {1}
+    assert reached.reached == pytest.approx(96 / 544)
+    with pytest.raises(ValueError, match=r"target_params is a share in \(0, 1\]; got 1\.5"):
+        Budget("params", 1.5, 0.0)
+    with pytest.raises(ValueError, match="a budget's quantity must be one of 'macs', 'params'; got 'bytes'"):
+        Budget("bytes", 0.5, 0.0)
