@@ -4,6 +4,8 @@ from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
 from fxrank.oneshot import factorize, merge
 from fxrank.passes.errors import (
+    BudgetError,
+    CalibrationError,
     CheckpointError,
     FxrankError,
     NonFiniteWeightError,
@@ -19,7 +21,7 @@ from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.registry import register_pair
 from fxrank.passes.spectra.exact import stable_rank
 from fxrank.passes.tracing.trace import trace
-from fxrank.plan import LayerDecision, Plan
+from fxrank.plan import Budget, LayerDecision, Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.cuttlefish import Cuttlefish
 from fxrank.policies.fixed import FixedPlan, FullRank, Pufferfish, SpectralInit
@@ -30,6 +32,9 @@ from fxrank.switch.plan_of import plan_of
 from fxrank.training.report import Report
 
 __all__ = [
+    "Budget",
+    "BudgetError",
+    "CalibrationError",
     "CheckpointError",
     "Cuttlefish",
     "FactorPair",

@@ -70,6 +70,11 @@ class Fitting:
             else:
                 reason = f"rank {option.rank} of {option.layer.full_rank} {asked}"
                 decisions.append(self._decided(option.layer, option.rank, reason))
+        if budget.of == "params":
+            gained = sum(d.weight_shape[0] for d in decisions if d.gains_bias)
+            reached = replace(
+                reached, reached=reached.reached + gained / sum(p.numel() for p in self.model.parameters())
+            )
         return self._plan(decisions, reached)
 
     def fitted(self, plan: Plan, layers: Sequence[Layer]) -> Plan:

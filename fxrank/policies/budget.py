@@ -1,23 +1,28 @@
 """R under a budget: forms and ranks of all layers together, so that least is lost for what may be spent.
 
 Each layer has options: dense, with nothing lost, or a pair in some form and of some rank, at what it costs and with the share of the
-layer's energy that it leaves out. Choosing one for each within a sum of costs is a multiple-choice knapsack. Its relaxation keeps, of
-every layer, the options on the lower convex hull of (cost, loss), and buys the steps between them in order of loss saved per cost;
-from the first that cannot be paid in full, what is left goes to single ranks.
+layer's energy that it leaves out. Choosing one for each within a sum of costs is a multiple-choice knapsack, an integer program that
+scipy solves by branch and bound.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 import numpy as np
+from scipy import sparse
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import BudgetError
 from fxrank.plan import Budget
+
+RANKS = 96
+"""Of one layer in one form this many ranks are looked at, evenly spaced: the time for the solver grows with them."""
+GAP, SECONDS = 1e-3, 20.0
+"""How far, relative, the sum of losses may be from the least, and when the solver must answer with the best that it has."""
 
 
 class Option(NamedTuple):
@@ -83,60 +88,47 @@ class Ladder:
         total = float(energies.sum())
         tails = 1 - np.cumsum(energies) / total if total > 0 else np.zeros(len(energies))
         cost = layer.pair_parameters if self.of == "params" else layer.pair_macs
-        return [Option(cost(r), max(0.0, float(tail)), layer, r) for r, tail in enumerate(tails, 1)]
-
-    @cached_property
-    def hull(self) -> list[int]:
-        """Indices of the options on the lower convex hull, from the cheapest to the dense one."""
-        kept: list[int] = []
-        for i in range(len(self.options)):
-            while len(kept) > 1 and self.slope(kept[-2], kept[-1]) <= self.slope(kept[-1], i):
-                kept.pop()
-            kept.append(i)
-        return kept
-
-    def slope(self, a: int, b: int) -> float:
-        """Loss saved per cost from one option to a dearer one."""
-        return (self.options[a].loss - self.options[b].loss) / max(self.options[b].cost - self.options[a].cost, 1e-300)
+        step = -(-len(tails) // RANKS)
+        ranks = sorted({1, *range(step, len(tails) + 1, step)})
+        return [Option(cost(r), max(0.0, float(tails[r - 1])), layer, r) for r in ranks]
 
 
 def allocate(ladders: Mapping[str, Ladder], budget: float) -> dict[str, Option]:
-    """An option for each layer, with a sum of costs of at most `budget` and the least sum of losses that the relaxation finds. The
-    budget pays for the cheapest of each.
+    """An option for each layer, with a sum of costs of at most `budget` and the least sum of losses (to `GAP`). The budget pays for the
+    cheapest of each.
     """
-    chosen = {name: ladder.hull[0] for name, ladder in ladders.items()}
-    rest = budget - sum(ladder.options[chosen[name]].cost for name, ladder in ladders.items())
-    steps = [
-        (-ladder.slope(a, b), number, step, name, b)
-        for number, (name, ladder) in enumerate(ladders.items())
-        for step, (a, b) in enumerate(zip(ladder.hull, ladder.hull[1:], strict=False))
-    ]
-    for _, _, _, name, target in sorted(steps):
-        options = ladders[name].options
-        more = options[target].cost - options[chosen[name]].cost
-        if more > rest:
-            break
-        chosen[name], rest = target, rest - more
-    _spend(rest, ladders, chosen)
-    return {name: ladder.options[chosen[name]] for name, ladder in ladders.items()}
+    options = [(number, option) for number, ladder in enumerate(ladders.values()) for option in ladder.options]
+    if not options:
+        return {}
+    owners = [number for number, _ in options]
+    scale = max(budget, 1.0)
+    one_each = sparse.csr_array((np.ones(len(options)), (owners, range(len(options)))))
+    cost = sparse.csr_array(np.array([[option.cost / scale for _, option in options]]))
+    found = milp(
+        np.array([option.loss for _, option in options]),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost, -np.inf, budget / scale)],
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
+    picked = [ladder.options[0] for ladder in ladders.values()]  # if not even one way was found in time
+    for i in [] if found.x is None else np.flatnonzero(found.x > 0.5):
+        picked[options[i][0]] = options[i][1]
+    return _with_rest(dict(zip(ladders, picked, strict=True)), ladders, budget)
 
 
-def _spend(rest: float, ladders: Mapping[str, Ladder], chosen: dict[str, int]) -> None:
-    """Single ranks for what is left, the ones that save most first."""
-
-    def next_step(name: str) -> tuple[float, str] | None:
-        ladder, now = ladders[name], chosen[name]
-        return (-ladder.slope(now, now + 1), name) if now + 1 < len(ladder.options) else None
-
-    heap = [step for name in ladders if (step := next_step(name)) is not None]
-    heapify(heap)
-    while heap:
-        _, name = heappop(heap)
-        options = ladders[name].options
-        more = options[chosen[name] + 1].cost - options[chosen[name]].cost
-        if more > rest:
-            continue
-        chosen[name] += 1
-        rest -= more
-        if (step := next_step(name)) is not None:
-            heappush(heap, step)
+def _with_rest(chosen: dict[str, Option], ladders: Mapping[str, Ladder], budget: float) -> dict[str, Option]:
+    """With what `GAP` has left of the budget spent: calibration may see no loss where other data would."""
+    rest = budget - sum(option.cost for option in chosen.values())
+    while True:
+        steps = [
+            ((now.loss - option.loss) / (option.cost - now.cost), name, option)
+            for name, now in chosen.items()
+            for option in ladders[name].options
+            if now.cost < option.cost <= now.cost + rest
+        ]
+        if not steps:
+            return chosen
+        _, name, option = max(steps, key=lambda step: step[:2])
+        rest -= option.cost - chosen[name].cost
+        chosen[name] = option

@@ -1,13 +1,11 @@
 """Ranks under a budget: kept to, and as good as an exact solver's."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import LinearConstraint, milp
 from torch import nn
 
 from fxrank.passes.discovery.discover import discover
@@ -26,50 +24,35 @@ def spectrum(layer, decay):
     return (decay ** torch.arange(layer.full_rank, dtype=torch.float64))[None]
 
 
-def exact(ladders, budget):
-    """The least loss, by branch and bound."""
-    options = [o for ladder in ladders.values() for o in ladder.options]
-    owners = np.concatenate([np.full(len(ladder.options), i) for i, ladder in enumerate(ladders.values())])
-    one_each = (owners[None] == np.arange(len(ladders))[:, None]).astype(float)
-    costs = np.array([[o.cost for o in options]])
-    rules = [LinearConstraint(one_each, 1, 1), LinearConstraint(costs, -np.inf, budget)]
-    found = milp(
-        np.array([o.loss for o in options]), constraints=rules, integrality=np.ones(len(options)), bounds=(0, 1)
-    )
-    return found.fun
+def brute_force(ladders, budget):
+    """The least loss, by trying all."""
+    ways = product(*(ladder.options for ladder in ladders.values()))
+    return min(sum(o.loss for o in way) for way in ways if sum(o.cost for o in way) <= budget)
 
 
 @settings(deadline=None, max_examples=40)
 @given(
-    st.lists(st.integers(4, 24), min_size=3, max_size=6),
-    st.lists(st.floats(0.3, 0.99), min_size=5, max_size=5),
+    st.lists(st.integers(4, 12), min_size=3, max_size=4),
+    st.lists(st.floats(0.3, 0.99), min_size=3, max_size=3),
     st.floats(0.05, 1.0),
     st.sampled_from(["params", "macs"]),
 )
-def test_the_budget_is_kept_and_hardly_anything_better_fits(widths, decays, share, of):
+def test_the_budget_is_kept_and_nothing_better_fits(widths, decays, share, of):
     _, layers = layers_of(widths)
     ladders = {a.name: Ladder([(a, spectrum(a, d))], of) for a, d in zip(layers, decays, strict=False)}
     least = sum(ladder.options[0].cost for ladder in ladders.values())
     budget = max(least, share * sum(ladder.options[-1].cost for ladder in ladders.values()))
     chosen = allocate(ladders, budget)
     assert sum(o.cost for o in chosen.values()) <= budget * (1 + 1e-12)
-    # The relaxation is off by less than what the dearest step of one layer saves.
-    steps = max(a.loss - b.loss for ladder in ladders.values() for a, b in pairwise(hull(ladder)))
-    assert sum(o.loss for o in chosen.values()) <= exact(ladders, budget) + steps + 1e-9
+    assert sum(o.loss for o in chosen.values()) <= brute_force(ladders, budget) * 1.001 + 1e-6
 
 
-def hull(ladder):
-    return [ladder.options[i] for i in ladder.hull]
-
-
-def test_what_is_left_goes_to_the_ranks_that_save_most():
-    """The flat spectrum's way to its dense layer cannot be paid; the steep one does not take all for it."""
+def test_a_flat_spectrum_gets_more_ranks_than_a_steep_one():
     _, layers = layers_of([32, 32, 32])
     ladders = {a.name: Ladder([(a, spectrum(a, d))], "params") for a, d in zip(layers, (0.98, 0.5), strict=True)}
     chosen = allocate(ladders, 1024)
     flat, steep = (chosen[a.name] for a in layers)
     assert (flat.rank, steep.rank) == (13, 3)
-    assert flat.loss + steep.loss == pytest.approx(exact(ladders, 1024))
     assert allocate(ladders, 2048) == {a.name: ladders[a.name].options[-1] for a in layers}  # dense again
 
 
