@@ -1,4 +1,4 @@
-"""The `fxrank` command: demo, train, profile, inspect."""
+"""The `fxrank` command: demo, train, compress, profile, inspect."""
 
 import argparse
 import json
@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
 from fxrank.auto import train_lowrank
-from fxrank.cli.models import MODEL_HELP, build_model, called, example_for, on_meta_where_possible
+from fxrank.cli import compress
+from fxrank.cli.data import DATA_HELP, build_loaders
+from fxrank.cli.models import MODEL_HELP, build_model, example_for, on_meta_where_possible
 from fxrank.distributed.launch import in_shares, launched
 from fxrank.distributed.team import Team
 from fxrank.passes.discovery.discover import discover
@@ -28,38 +29,6 @@ from fxrank.profiling import profile
 from fxrank.training.options import RunOptions
 
 SELECT_HELP = "layer name, glob ('layer4.*'), or regular expression ('re:…'); may be repeated"
-
-
-def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tuple[Any, Any]:
-    """`(training, validation)` loaders for `--data`: digits, an image folder with train/ and val/ (or test/), or a callable that returns both."""
-    if spec == "digits":
-        from fxrank.demo import digits
-
-        return digits(seed)
-    folder = Path(spec)
-    if folder.is_dir():
-        from torchvision import datasets, transforms
-
-        held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
-        if not (folder / "train").is_dir() or held_out is None:
-            raise ValueError(
-                f"an image folder must hold train/ and val/ (or test/), one folder per class in each; {spec} does not."
-            )
-        normalize = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
-        augment = [transforms.RandomResizedCrop(image_size, scale=(0.35, 1.0)), transforms.RandomHorizontalFlip()]
-        plain = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
-        train = datasets.ImageFolder(str(folder / "train"), transforms.Compose(augment + normalize))
-        val = datasets.ImageFolder(str(held_out), transforms.Compose(plain + normalize))
-        make = torch.utils.data.DataLoader
-        return make(train, batch_size, shuffle=True, drop_last=True, num_workers=2), make(
-            val, batch_size, num_workers=2
-        )
-    if ":" in spec:
-        loaders = called(spec, tuple, "a tuple (training loader, validation loader)")
-        if len(loaders) != 2:
-            raise ValueError(f"{spec} must return (training loader, validation loader); got {len(loaders)} values.")
-        return loaders[0], loaders[1]
-    raise ValueError(f"--data must be digits, an image folder, or package.module:callable; got {spec!r}.")
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -177,6 +146,8 @@ def parser() -> argparse.ArgumentParser:
     _add_demo_options(demo)
     train = command("train", _train, "train a model with auto_lowrank")
     _add_train_options(train)
+    smaller = command("compress", compress.run, "factorize a trained model within a budget, without training")
+    compress.add_options(smaller)
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
     timing.add_argument(
         "--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)"
@@ -189,16 +160,18 @@ def parser() -> argparse.ArgumentParser:
         "inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights"
     )
     table.add_argument("spec", nargs="?", metavar="MODEL", help=MODEL_HELP)
-    for sub in (timing, table):
+    for sub in (timing, table, smaller):
         shape = "input shape, batch first, as 32x3x224x224 (default: the model's usual one, batch of 1)"
         sub.add_argument("--input", default=None, help=shape)
-        sub.add_argument("--json", action="store_true", help="print JSON")
-    for sub in (train, timing, table):
-        sub.add_argument("--model", required=sub is not table, help=MODEL_HELP)
+        if sub is not smaller:
+            sub.add_argument("--json", action="store_true", help="print JSON")
+    for sub in (train, timing, table, smaller):
+        if sub is not smaller:
+            sub.add_argument("--model", required=sub is not table, help=MODEL_HELP)
         sub.add_argument("--classes", type=int, default=None, help="number of classes for torchvision and timm models")
         sub.add_argument("--include", action="append", default=[], help=SELECT_HELP)
         sub.add_argument("--exclude", action="append", default=[], help=SELECT_HELP)
-    for sub in (train, timing):
+    for sub in (train, timing, smaller):
         sub.add_argument("--device", default=None, help="cpu, cuda, … (train: a GPU if there is one)")
     return top
 
@@ -216,8 +189,7 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--data",
         required=True,
-        help="digits, an image folder with train/ and val/, or package.module:callable that returns both loaders: that module "
-        "is imported and run, from the current folder first",
+        help=DATA_HELP,
     )
     train.add_argument("--epochs", type=int, default=None, help="default 30")
     train.add_argument("--batch-size", type=int, default=128)

@@ -1,0 +1,108 @@
+"""`fxrank compress`: a trained model made smaller without training."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from fxrank.cli.data import DATA_HELP, build_loaders
+from fxrank.cli.models import MODEL_HELP, build_model, example_for
+from fxrank.oneshot import RATIO, factorize
+from fxrank.passes.errors import CheckpointError
+from fxrank.passes.model.device import known_device
+from fxrank.saving.model_files import save
+from fxrank.switch.plan_of import plan_of
+from fxrank.training.batches import first_batch, model_inputs, run_batch, to_device
+from fxrank.training.measure import parameter_count, planned_macs
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Those of this command alone."""
+    parser.add_argument("spec", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "--weights", default=None, help="state dict of the trained model: .safetensors, or a file that torch.save wrote"
+    )
+    parser.add_argument("--target-params", type=float, default=None, help="share of all parameters to keep, as 0.5")
+    parser.add_argument("--target-macs", type=float, default=None, help="share of all multiply-adds to keep")
+    parser.add_argument(
+        "--rank", type=float, default=None, help=f"ratio of each layer's full rank (default {RATIO}, without a target)"
+    )
+    parser.add_argument("--form", default="auto", help="channel, spatial, qkv, … (default: whichever loses least)")
+    parser.add_argument("--data", default=None, help=f"to calibrate on, and to compare on: {DATA_HELP}")
+    parser.add_argument("--calibration-batches", type=int, default=8, help="(default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--image-size", type=int, default=224, help="for an image folder (default %(default)s)")
+    parser.add_argument("--output", default="run/small", help="folder for model and plan (default %(default)s)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Build, factorize, save, and print what became of every layer, and of the accuracy if there are data."""
+    model = build_model(options.spec, options.classes)
+    if options.weights is not None:
+        load_weights(model, options.weights)
+    device = known_device(options.device or "cpu")
+    model = model.to(device).eval()
+    train = val = None
+    if options.data is not None:
+        train, val = build_loaders(options.data, options.batch_size, options.image_size, seed=0)
+        example = to_device(model_inputs(model, first_batch(train)), device)
+    else:
+        example = to_device(example_for(options.spec, model, options.input), device)
+    small = factorize(
+        model,
+        example,
+        options.rank,
+        include=options.include,
+        exclude=options.exclude,
+        form=options.form,
+        target_params=options.target_params,
+        target_macs=options.target_macs,
+        calibration=train,
+        calibration_batches=None if train is None else options.calibration_batches,
+    )
+    save(small, options.output)
+    plan = plan_of(small)
+    before, after = parameter_count(model), parameter_count(small)
+    dense, planned = planned_macs(plan)
+    print(plan)
+    print(
+        f"\n{after:,} of {before:,} parameters ({after / before:.3f}), {planned / max(1, dense):.3f} of the multiply-adds"
+    )
+    if val is not None:
+        print(f"dense: {accuracy(model, val, device)}\ncompressed: {accuracy(small, val, device)}")
+    print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """A state dict from a file, names and shapes as the model has them. Raises `CheckpointError` for what is none."""
+    try:
+        if path.endswith(".safetensors"):
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state)
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, RuntimeError, AttributeError, TypeError, EOFError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"--weights must be a state dict of the model, {type(model).__name__}; {path} is not: {str(error).partition(chr(10))[0]}"
+        ) from error
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any], device: torch.device) -> str:
+    """Loss and accuracy over a loader, in words."""
+    loss, correct, predictions, examples = 0.0, 0, 0, 0
+    with torch.no_grad():
+        for batch in batches:
+            outcome = run_batch(model, to_device(batch, device), None)
+            loss += float(outcome.loss) * outcome.examples
+            examples += outcome.examples
+            correct += 0 if outcome.correct is None else int(outcome.correct)
+            predictions += int(outcome.predictions)
+    right = f", accuracy {100 * correct / predictions:.2f} %" if predictions else ""
+    return f"loss {loss / max(1, examples):.4f}{right} on {examples} examples"

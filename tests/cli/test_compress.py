@@ -1,0 +1,73 @@
+"""`fxrank compress`, as a shell calls it."""
+
+import re
+
+import pytest
+import safetensors.torch
+import torch
+
+import fxrank
+from fxrank.cli.main import main
+from fxrank.demo import DigitsNet
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    return DigitsNet().eval()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_a_trained_model_becomes_small_and_its_folder_loads(trained, tmp_path, capsys, kind):
+    weights = tmp_path / f"weights.{kind}"
+    if kind == "pt":
+        torch.save(trained.state_dict(), weights)
+    else:
+        safetensors.torch.save_file(trained.state_dict(), weights)
+    command = ["compress", "digits", "--weights", str(weights), "--target-params", "0.4", "--data", "digits"]
+    assert main([*command, "--calibration-batches", "2", "--output", str(tmp_path / "small")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"parameters \(0\.39\d|0\.400\)", printed)
+    assert re.search(r"dense: loss .* accuracy .* on 360 examples\ncompressed: loss", printed)
+    small = fxrank.load(DigitsNet(), tmp_path / "small").eval()
+    plan = fxrank.plan_of(small)
+    assert (plan.budget.of, plan.budget.target, plan.calibration_batches) == ("params", 0.4, 2)
+    assert any(d.form == "spatial" for d in plan.layers)
+    for name, tensor in small.state_dict().items():
+        if name.startswith("head"):
+            assert torch.equal(tensor, trained.state_dict()[name])
+
+
+def test_without_data_the_weights_alone_are_looked_at(tmp_path, capsys):
+    out = str(tmp_path / "small")
+    assert (
+        main(["compress", "digits", "--input", "2x1x8x8", "--target-macs", "0.5", "--form", "channel", "--output", out])
+        == 0
+    )
+    assert re.search(r"0\.(500|49\d) of the multiply-adds", capsys.readouterr().out)
+    assert fxrank.Plan.load(tmp_path / "small" / "plan.json").calibration_batches is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--weights", "none.pt"], "none.pt"),
+        (["--weights", "garbage.pt"], "--weights must be a state dict of the model, DigitsNet; garbage.pt is not"),
+        (["--weights", "garbage.safetensors"], "--weights must be a state dict of the model, DigitsNet"),
+        (["--weights", "other.pt"], "--weights must be a state dict of the model, DigitsNet; other.pt is not"),
+        (["--target-params", "0.0001"], "target_params must be at least 0."),
+        (["--target-params", "0.5", "--rank", "0.1"], "got target_params=0.5 and rank=."),
+        (["--form", "best"], "form must be one of"),
+    ],
+)
+def test_what_is_wrong_gets_one_line(tmp_path, monkeypatch, capsys, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "garbage.pt").write_bytes(b"not a pickle")
+    (tmp_path / "garbage.safetensors").write_bytes(b"not safetensors")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
+    assert main(["compress", "digits", "--input", "2x1x8x8", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("fxrank compress: ")
+    assert printed.count("\n") == 1
+    assert text in printed
+    assert not (tmp_path / "run").exists()
