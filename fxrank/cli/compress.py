@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
@@ -88,7 +89,7 @@ def load_weights(model: nn.Module, path: str) -> None:
         model.load_state_dict(state)
     except FileNotFoundError:
         raise
-    except (SafetensorError, RuntimeError, AttributeError, TypeError, EOFError, ValueError, OSError) as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, AttributeError, TypeError, EOFError, OSError) as error:
         raise CheckpointError(
             f"--weights must be a state dict of the model, {type(model).__name__}; {path} is not: {str(error).partition(chr(10))[0]}"
         ) from error
