@@ -18,9 +18,9 @@ from fxrank.passes.model.restored import randoms_put_back, restored, unwritten
 from fxrank.passes.pairs.base import FactorPair
 
 K = TypeVar("K")
-POSITIONS = 16384
-"""Vectors that one call of a layer adds at most, drawn evenly from all of its positions: that many tell the moments of a thousand
-channels to a few percent, and the draws of several batches add up.
+POSITIONS = 4096
+"""Vectors that one call of a layer adds at most, or four for each number of a vector, if these are more: drawn evenly from all of its
+positions. The draws of several batches add up.
 """
 ROUND_BYTES = 2**30
 """Memory for the moments of the layers that are watched in one round over the batches; more layers take more rounds."""
@@ -96,7 +96,8 @@ class _Batch:
             trailing = (1,) * (len(leading) - self.padding.ndim)
             kept = ~self.padding.cpu().reshape(*self.padding.shape, *trailing).expand(leading).flatten()
             drawn = drawn[kept[drawn]]
-        places = torch.unravel_index(drawn[:POSITIONS].to(vectors.device), leading)
+        at_most = max(POSITIONS, 4 * watch.shape[1])
+        places = torch.unravel_index(drawn[:at_most].to(vectors.device), leading)
         vectors = vectors[places] if leading else vectors[None]
         vectors = vectors.reshape(-1, *watch.shape).to(device=moments.mean.device, dtype=torch.float64)
         if not torch.isfinite(vectors).all():
