@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import fxrank
-from benchmarks import cifar10, compiled, convergence, faults, rank_tracking, switch_cost
+from benchmarks import cifar10, compiled, convergence, faults, oneshot, rank_tracking, switch_cost
 from benchmarks.subjects.data import MEAN, STD, Cifar, DeviceLoader
 from benchmarks.subjects.data import cifar10 as load_cifar10
 from benchmarks.subjects.models import build, handwritten_lowrank_resnet18
@@ -228,3 +228,29 @@ def test_every_row_of_the_fault_table_has_tests():
 def test_no_row_of_the_fault_table_takes_what_another_counts():
     files = [file for fault in faults.FAULTS for file in faults.files_of(fault)]
     assert len(files) == len(set(files))
+
+
+def test_the_one_shot_benchmark_has_a_row_for_each_way(tmp_path, monkeypatch, capsys):
+    x, y = images(160)
+    monkeypatch.setattr(oneshot, "cifar10", lambda root, source, cache: Cifar(x, y, x[:40], y[:40]))
+    command = [
+        "--epochs",
+        "1",
+        "--subset",
+        "128",
+        "--test-subset",
+        "40",
+        "--calibration",
+        "32",
+        "--budgets",
+        "0.5",
+        "--steps",
+        "1",
+    ]
+    path = oneshot.main([*command, "--weights", str(tmp_path / "weights.pt"), "--results", str(tmp_path)])
+    rows = json.loads(path.read_text())["results"]
+    assert rows[0]["form"] == "dense"
+    ways = [(r["form"], r["factors"], r["ranks"]) for r in rows[1:]]
+    assert len(set(ways)) == len(ways) == 10
+    assert all(abs(r["parameters"] / rows[0]["parameters"] - 0.5) < 0.02 for r in rows[1:])
+    assert "healed" in capsys.readouterr().out
