@@ -10,6 +10,7 @@ model's time for a forward call (medians of interleaved calls); seconds that the
 import argparse
 import copy
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,9 @@ def uniform(model: nn.Module, x: Tensor, share: float, form: str, calibration: A
     total = sum(p.numel() for p in model.parameters())
     for _ in range(12):
         ratio = (low + high) / 2
-        small = fxrank.factorize(model, x, ratio, form=form)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "ranks at or above break-even")
+            small = fxrank.factorize(model, x, ratio, form=form)
         fits = sum(p.numel() for p in small.parameters()) <= share * total
         low, high = (ratio, high) if fits else (low, ratio)
     return fxrank.factorize(model, x, low, form=form, calibration=calibration, recalibrate=False)
