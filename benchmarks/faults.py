@@ -61,6 +61,7 @@ FAULTS = (
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
+    Fault("random models, whose code asks, ties, derives, holds aside", ("random_models::*",)),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         p.error(f"--only must be part of a row's text; the rows are: {', '.join(f.what for f in FAULTS)}")
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        chosen = ["-m", "not zoo" if options.kills else "not zoo and not kills"]
+        chosen = ["-m", "not zoo and not random_models" + ("" if options.kills else " and not kills")]
         files = dict.fromkeys(str(file) for fault in faults for file in files_of(fault))
         command = [sys.executable, "-m", "pytest", "-q", "-n2", "--dist=loadfile", f"--junitxml={report}", *chosen]
         code = subprocess.run([*command, *files], cwd=TESTS.parent, stdout=subprocess.DEVNULL, check=False).returncode
