@@ -25,6 +25,7 @@ from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
+from fxrank.switch.trial import misfits, with_reasons
 from fxrank.switch.zero_weights import why_dead, without_zero_weights
 from fxrank.wrappers import outside_autocast
 
@@ -71,8 +72,11 @@ def factorize(
             layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
             for layer in layers
         ]
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm))
+        _named_ranks(layers, rank)  # those that were tried, too
     else:
         layers = candidates(layers, small, include=include, exclude=exclude)
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm))
         if not pairs_in(small):
             require_some(layers)
         chosen = {layer.name: rank for layer in layers if layer.reason is None}

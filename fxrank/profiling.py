@@ -19,6 +19,7 @@ from fxrank.passes.model.device import known_device
 from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
+from fxrank.switch.trial import misfits, with_reasons
 from fxrank.torch_private import pytree
 
 
@@ -122,6 +123,7 @@ def profile(
     found = [layer.if_in_form(form) for layer in discover(gm, model)]
     gm.let_go()
     layers = candidates(found, model, include=include, exclude=exclude)
+    layers = with_reasons(layers, misfits(layers, model, inputs, gm))
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))

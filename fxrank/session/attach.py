@@ -27,6 +27,7 @@ from fxrank.policies.scene import Clock, Scene
 from fxrank.switch.averages import averaged_in
 from fxrank.switch.freeze import frozen_names
 from fxrank.switch.optimizer import optimizers_of, refused_by
+from fxrank.switch.trial import misfits, with_reasons
 from fxrank.wrappers import check_not_graphed, own_forward
 
 
@@ -91,6 +92,10 @@ def examine(
         graph_module = trace(structure, team.example(example_inputs))
     found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
     layers = candidates(found, structure, include=include, exclude=exclude)
+    if policy.known_plan is None:  # else it was decided when the plan was made
+        with own_forward(structure):
+            reasons = misfits(layers, structure, team.example(example_inputs), graph_module)
+        layers = with_reasons(layers, team.agree(lambda: reasons))
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
     logger = team.logger(logger)
     _profile(scene, team, policy, amp, known=state is not None)
