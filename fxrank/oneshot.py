@@ -72,11 +72,11 @@ def factorize(
             layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
             for layer in layers
         ]
-        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm))
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
         _named_ranks(layers, rank)  # those that were tried, too
     else:
         layers = candidates(layers, small, include=include, exclude=exclude)
-        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm))
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
         if not pairs_in(small):
             require_some(layers)
         chosen = {layer.name: rank for layer in layers if layer.reason is None}

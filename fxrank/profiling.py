@@ -123,7 +123,7 @@ def profile(
     found = [layer.if_in_form(form) for layer in discover(gm, model)]
     gm.let_go()
     layers = candidates(found, model, include=include, exclude=exclude)
-    layers = with_reasons(layers, misfits(layers, model, inputs, gm))
+    layers = with_reasons(layers, misfits(layers, model, inputs, gm, []))
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))

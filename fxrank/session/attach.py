@@ -47,6 +47,8 @@ class Attachment:
     averages: tuple[nn.Module, ...]
     logger: Logger | None
     """What all processes call; the first one's writes."""
+    notes: tuple[str, ...] = ()
+    """What a report should say of what was examined."""
 
 
 def clock_of(total_steps: int, steps_per_epoch: int | None) -> Clock:
@@ -92,9 +94,10 @@ def examine(
         graph_module = trace(structure, team.example(example_inputs))
     found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
     layers = candidates(found, structure, include=include, exclude=exclude)
+    notes: list[str] = []
     if policy.known_plan is None:  # else it was decided when the plan was made
         with own_forward(structure):
-            reasons = misfits(layers, structure, team.example(example_inputs), graph_module)
+            reasons = misfits(layers, structure, team.example(example_inputs), graph_module, notes)
         layers = with_reasons(layers, team.agree(lambda: reasons))
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
     logger = team.logger(logger)
@@ -104,7 +107,9 @@ def examine(
         scene.monitor = RankMonitor(
             scene.layers, structure, detector, policy.interval(clock), seed=seed, agree=team.agree
         )
-    return Attachment(team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger)
+    return Attachment(
+        team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger, tuple(notes)
+    )
 
 
 def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], policy: Policy) -> list[Layer]:

@@ -57,7 +57,7 @@ class LowRankSession:
         self.graph_module, self.scene = attached.graph_module, attached.scene
         self.policy, self.clock = attached.policy, attached.clock
         self.plan: Plan | None = None
-        self.notes: list[str] = []
+        self.notes: list[str] = list(attached.notes)
         profiler = self.scene.profiler
         self.seconds = {"monitor": 0.0, "profile": profiler.seconds if profiler else 0.0, "switch": 0.0}
         self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}

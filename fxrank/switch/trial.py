@@ -7,7 +7,8 @@ found by halves, and stay dense.
 
 The pairs are exact without a decomposition, `V = P` and `U = Pᵀ W` with a signed permutation `P` (or the other way round, where the weight
 has more rows than columns); each layer's is another, as factors of two layers have nothing in common. The weight that they replace is
-NaN in the twin, so that nothing can go on with it unseen. Cost: the pairs' memory, and a few forward passes of two rows.
+NaN in the twin, so that nothing can go on with it unseen. Cost: the pairs' memory, and a few forward passes of two rows; nothing where the
+code of the model asks no such question (`asks`).
 """
 
 import copy
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from fxrank.decisions import take
 from fxrank.passes.discovery.layer import Layer, matrices_of
+from fxrank.passes.model.asks import may_ask
 from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import tensors_of
@@ -35,19 +37,21 @@ NOISE = 100
 """Outputs may differ by so many times what one more rounding of each weight makes of them."""
 
 
-def misfits(layers: Sequence[Layer], model: nn.Module, example: Example, gm: TracedModule) -> dict[str, str]:
+def misfits(
+    layers: Sequence[Layer], model: nn.Module, example: Example, gm: TracedModule, notes: list[str]
+) -> dict[str, str]:
     """Why to leave dense, by name, those of the layers without a reason with whose pairs the model computes something else, in its
-    present mode or the other, or fails. The model is left as it is; its graph's notes are told if it cannot be tried.
+    present mode or the other, or fails. The model, whose graph is `gm`, is left as it is. A note is added if it cannot be tried.
     """
     candidates = [layer for layer in layers if layer.reason is None]
-    if not candidates or without_data(model):
+    if not candidates or without_data(model) or not may_ask(model):
         return {}
     one_graph = gm.whole and gm.graphs.get(True) is gm.graphs.get(False)
     modes = (model.training,) if one_graph else (model.training, not model.training)
     try:
         trial = _Trial(model, example, modes)
     except Exception as error:
-        gm.notes.append(f"not tried with pairs in it: a copy of the model fails with {type(error).__name__}: {error}")
+        notes.append(f"not tried with pairs in it: a copy of the model fails with {type(error).__name__}: {error}")
         return {}
     trial.judge(candidates)
     return trial.reasons

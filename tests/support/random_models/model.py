@@ -89,9 +89,7 @@ class Model(nn.Module):
         return stage
 
     def forward(self, x, scale=None):
-        if isinstance(x, dict):
-            x = x["inputs"][0]
-        x = self.stem(x)
+        x = self.stem(x["inputs"][0] if self.way == "batch" else x)
         for stream, stage in zip(self.streams, self.stages, strict=True):
             x = to_stream(x, stream)
             for part in stage:
