@@ -163,8 +163,8 @@ def merge(model: nn.Module) -> nn.Module:
     The original is untouched; of what is compiled, the whole or parts, the copy is not.
 
     Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
-    The state dict fits the untouched original class, and layers that shared a weight share it again. A weight that
-    was derived from others (weight norm, standardization) is a plain one now.
+    The state dict fits the untouched original class, and layers that shared a weight share it again, if there is no extra
+    BatchNorm in them. A weight that was derived from others (weight norm, standardization) is a plain one now.
     """
     dense = copied(uncompiled(model))
     merged: dict[int, nn.Parameter] = {}
@@ -172,8 +172,9 @@ def merge(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for pair in pairs_in(dense).values():
             layer = pair.to_dense()
-            # Pairs that share their factors share the product again.
-            layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
+            # Pairs that share their factors share the product again, unless each has a BatchNorm of its own in it.
+            if pair.extra_norm is None:
+                layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
             layers.append((pair, layer))
         put_back(dense, layers)
     forget_plan(dense)

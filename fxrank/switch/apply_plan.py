@@ -80,9 +80,11 @@ def apply_plan(
     replacements: list[Replacement] = []
     layers: dict[int, nn.Module] = {}
     weights: list[tuple[nn.Module, str, FactorPair]] = []
+    norms = []  # of tied layers each has its own
     for site in found:
         pairs = _pairs(site, split, {} if factors is None else factors)
         replacements.append(Replacement(site.name, site.parameters, pairs[0], site.derived))
+        norms += [pair.extra_norm for pair in pairs]
         for place, pair in zip(site.places, pairs, strict=True):
             if place.attribute:
                 weights.append((place.owner, place.attribute, pair))
@@ -98,7 +100,7 @@ def apply_plan(
             module.use_nested_tensor = False
     if share is not None:
         share(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight))
-    calibrate_on(example, model, [r.pair.extra_norm for r in replacements], share)
+    calibrate_on(example, model, norms, share)
     remember_plan(model, plan)
     return replacements
 

@@ -16,9 +16,11 @@ A module that cannot be traced, because it asks for a tensor's data, becomes one
 own, from a real run's inputs, and stands in `regions`.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -138,8 +140,11 @@ def trace(
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     drawn = torch.random.fork_rng(devices=list(devices))
-    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model), observers_off(model, args, kwargs):
-        return _trace(model, args, kwargs, leaf_modules, verify)
+    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model), warnings.catch_warnings():
+        # what torch has to say, where warnings are errors, of a weight that is computed: it looks for its gradient
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        with observers_off(model, args, kwargs):
+            return _trace(model, args, kwargs, leaf_modules, verify)
 
 
 class _UntraceableError(TraceError):
@@ -219,6 +224,8 @@ def _graph(
                 for node in graph.nodes:
                     if node.target in constants:
                         node.meta["val"] = constants[node.target]
+                    elif node.op == "get_attr" and "val" not in node.meta:  # read out of a container, past the tracer
+                        node.meta["val"] = _without_numbers(values, attrgetter(str(node.target))(model))
                 return graph, constants, tracer.asked_mode
         except Exception as error:
             culprit = tracer.culprit(error)

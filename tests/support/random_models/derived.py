@@ -103,7 +103,7 @@ class DerivedInside(nn.Module):
     def __init__(self, draw, width):
         super().__init__()
         self.layer = nn.MultiheadAttention(width, 2, batch_first=True)
-        ANY[draw.choice(["weight_norm", "scaled", "spectral_norm", "pruned"])](self.layer.out_proj)
+        ANY[draw.choice(["weight_norm", "scaled", "spectral_norm"])](self.layer.out_proj)
 
     def forward(self, x):
         return self.layer(x, x, x)[0]
