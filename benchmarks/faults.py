@@ -42,6 +42,7 @@ FAULTS = (
     Fault("2 and 3 processes killed and resumed, also by torchrun", ("resume_team::*",)),
     Fault("resumed by another number of processes", ("resume_another_team::*", "session_team::*")),
     Fault("resumed with other loaders, optimizers, schedulers, precisions", ("resume_settings::*", "randoms::*")),
+    Fault("killed between the two writes of a checkpoint; long runs", ("grown::*", "long_runs::*")),
     Fault("resumed as another run (refused)", ("resume_refusals::*",)),
     Fault("stopped and gone on in a loop of one's own", ("session_state::*", "session_ends::*")),
     Fault("`DistributedDataParallel`, 2 and 4 processes", ("distributed::*",), "options_outlive_the_switch"),
@@ -61,6 +62,7 @@ FAULTS = (
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
+    Fault("code that asks what its parts are, or holds them aside", ("trial::*",)),
     Fault("random models, whose code asks, ties, derives, holds aside", ("random_models::*",)),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
