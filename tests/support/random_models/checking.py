@@ -265,7 +265,7 @@ def check_merge(model, low, examples):
             raise WrongError("merging changed a class", f"{path}: {original.__name__} to {type(module).__name__}")
     derived = any(is_derived(m) for m in model.modules() if isinstance(getattr(m, "weight", None), Tensor))
     folded = any(pair.extra_norm is not None for pair in pairs_in(low).values())  # which makes a bias
-    if not derived and not folded and list(dense.state_dict()) != list(model.state_dict()):
+    if not derived and not folded and dense.state_dict().keys() != model.state_dict().keys():
         raise WrongError("merging changed the names of the state dict")
     for example in examples:
         small, merged = copy.deepcopy(low), copied(dense)

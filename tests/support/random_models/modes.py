@@ -224,11 +224,11 @@ class AsksForData(nn.Module):
 
     def forward(self, x):
         if self.how == "if":
-            return self.a(x) if x.sum() > 0 else self.b(x)
+            return self.a(x) if x.flatten()[0] > 0 else self.b(x)
         if self.how == "item":
-            return self.b(self.a(x)) * round(float(x.detach().mean()), 1)
+            return self.b(self.a(x)) * round(1 + float(x.detach().flatten()[0]))
         rows = x.reshape(-1, x.shape[-1])
-        chosen = rows.mean(-1) > 0
+        chosen = rows[:, 0] > 0  # a mean, behind a norm, is rounding
         out = self.b(rows)
         out[chosen] = self.a(rows[chosen])
         return out.view_as(x)

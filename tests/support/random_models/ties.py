@@ -40,7 +40,7 @@ class SharedKernel(nn.Module):
         super().__init__()
         self.a = nn.Conv2d(width, width // 2, 3, padding=1)
         far = draw.choice([1, 2])
-        groups = draw.choice([1, 1, 2])
+        groups = draw.choice([1, 1, 2]) if width % 4 == 0 else 1
         self.b = nn.Conv2d(width * groups, width // 2, 3, padding=far, dilation=far, groups=groups, bias=False)
         self.b.weight = self.a.weight
 
