@@ -16,6 +16,7 @@ from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.errors import RankError
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import check_form
@@ -190,4 +191,7 @@ def copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return uncompile_parts(copy.deepcopy(model, memo))
+    twin = copy.deepcopy(model, memo)
+    # Python takes functions and weak references as they are: what they hold of the model would stay the original's.
+    change_held(twin, lambda value, where: memo.get(id(value), value))
+    return uncompile_parts(twin)
