@@ -77,3 +77,14 @@ def _place(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:  # of a subclass that holds other tensors
         return 0
+
+
+def memory_of(tensor: Tensor) -> tuple[str, int, int]:
+    """The device, and the first address that a tensor's numbers lie at and the one after the last; 0 and 0 if it has no memory of
+    its own, or no numbers.
+    """
+    if not _place(tensor) or not tensor.numel():
+        return "", 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (last + 1) * tensor.element_size()

@@ -11,6 +11,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 
 from fxrank.passes.discovery.found import Use, done, layer_from, merged, unsupported
+from fxrank.passes.discovery.holdings import held_elsewhere
 from fxrank.passes.discovery.inside import Found, first_shape, inside, joined
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.uses import uses
@@ -33,6 +34,8 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
         names.setdefault(id(module), []).append(path)
     found = {key: layer for key, (layer, _) in _Search(model, names).run(gm).items()}
     _check_owners(model, found)
+    for key, reason in held_elsewhere(model, found).items():
+        found[key] = replace(found[key], reason=reason, supported=False)
     layers = list(found.values())
     # Of a pair, and of a layer that derives its weight, one parameter stands for all.
     together = [
