@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxrank.decisions import keep, take
+from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
@@ -63,7 +64,7 @@ def factorize(
         apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
     gm = trace(small, example_inputs)
-    layers = [layer.if_in_form(form) for layer in discover(gm, small)]
+    layers = [layer.if_in_form(form) for layer in without_followed(discover(gm, small), small)]
     gm.let_go()
     layers = [_if_it_can_train(layer, small) for layer in layers]
     if isinstance(rank, Mapping):

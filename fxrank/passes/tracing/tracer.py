@@ -280,6 +280,8 @@ class ValueTracer(fx.Tracer):
             return a.node
         if type(a) is Mode:
             return bool(a)
+        if isinstance(a, Tensor) and (name := self._tensor_names.get(id(a))) is not None:
+            return self.create_proxy("get_attr", name, (), {}).node  # held in a list, say; fx's own node would have no value
         if issubclass(type(a), LowRankWeight):
             a = a.weight  # the product of its factors' proxies
             return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
