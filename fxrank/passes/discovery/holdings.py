@@ -5,7 +5,7 @@ parameter on the same memory (`nn.Parameter(a.weight.data)`), a view. Each would
 outside of the optimizer, so such a layer stays dense. Ties that are one parameter in several modules are `discover`'s.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +32,10 @@ class _Holding:
     memory: tuple[str, int, int]
 
 
-def held_elsewhere(model: nn.Module, found: Mapping[int, Layer]) -> dict[int, str]:
-    """The reasons to leave dense, by the key in `found`, of layers that have none so far. The model is walked once."""
+def held_elsewhere(model: nn.Module, found: Mapping[int, Layer], read_aside: Container[str]) -> dict[int, str]:
+    """The reasons to leave dense, by the key in `found`, of layers that have none so far. `read_aside`: the parameters that a
+    trace has seen read past their modules. The model is walked once.
+    """
     keys = _keys(model, found)
     holdings: list[_Holding] = []
 
@@ -49,6 +51,11 @@ def held_elsewhere(model: nn.Module, found: Mapping[int, Layer]) -> dict[int, st
     change_held(model, note)
 
     reasons: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        if name in read_aside and id(parameter) in keys:
+            reasons[keys[id(parameter)]] = (
+                "its weight is read past its layer, from a list, a global or parameters(), where no pair can take its place"
+            )
     for one in holdings:
         if one.aside and id(one.tensor) in keys:
             reasons[keys[id(one.tensor)]] = f"its weight is also held in {one.name!r}, where no pair can take its place"
