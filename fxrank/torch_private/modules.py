@@ -56,9 +56,8 @@ def become(module: nn.Module, other: nn.Module) -> None:
 
 def can_become(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module can `become` one of this class; tried on one without contents."""
-    blank = nn.Module.__new__(type(module))
     try:
-        object.__setattr__(blank, "__class__", kind)
+        object.__setattr__(nn.Module.__new__(type(module)), "__class__", kind)
     except TypeError:
         return False
     return True

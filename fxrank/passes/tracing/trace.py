@@ -155,11 +155,12 @@ def _trace(
         return _opaque(model, args, kwargs)
     leaves: dict[nn.Module, str] = {}
     notes: list[str] = []
+    aside: set[str] = set()
     graphs: dict[bool, fx.Graph] = {}
     mode = model.training
     values = Values()
     try:
-        graphs[mode], constants, asked_mode, aside = _graph(model, args, kwargs, types, leaves, values)
+        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values, aside)
     except _UntraceableError as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
@@ -169,14 +170,13 @@ def _trace(
         else:
             try:
                 with _in_mode(model, not mode):
-                    other, more, _, also = _graph(
-                        model, args, kwargs, types, dict(leaves), values, leaves_may_grow=False
+                    other, more, _ = _graph(
+                        model, args, kwargs, types, dict(leaves), values, aside, leaves_may_grow=False
                     )
             except TraceError as error:
                 notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
             else:
                 graphs[not mode] = other
-                aside |= also
                 constants |= _renamed(other, more)
                 if _listing(graphs[mode], constants) == _listing(other, constants):
                     graphs[not mode] = graphs[mode]
@@ -187,8 +187,7 @@ def _trace(
                 leaves = {model: problem}
                 traced.let_go()
                 traced = _opaque(model, args, kwargs)
-        traced.read_aside = aside
-    traced.notes = notes
+    traced.notes, traced.read_aside = notes, aside
     # A layer is one node anyhow; here it stands because its values had to be seen in a real run.
     leaves = {module: reason for module, reason in leaves.items() if not is_layer(module)}
     names = {module: path for path, module in model.named_modules()}
@@ -206,10 +205,11 @@ def _graph(
     types: tuple[type[nn.Module], ...],
     leaves: dict[nn.Module, str],
     values: Values,
+    aside: set[str],
     leaves_may_grow: bool = True,
-) -> tuple[fx.Graph, dict[str, Tensor], bool, set[str]]:
-    """One graph in the present mode, its constants, whether it may differ in the other mode, and what is read aside. A module that
-    cannot be traced joins `leaves`, with the reason, and the trace begins anew.
+) -> tuple[fx.Graph, dict[str, Tensor], bool]:
+    """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
+    traced joins `leaves`, with the reason, and the trace begins anew; what is read past its module joins `aside`.
     """
     first: str | None = (
         None  # no error itself: by its traceback it would hold this frame, and all that the trace has seen
@@ -225,7 +225,7 @@ def _graph(
                 for node in graph.nodes:
                     if node.target in constants:
                         node.meta["val"] = constants[node.target]
-                return graph, constants, tracer.asked_mode, tracer.read_aside
+                return graph, constants, tracer.asked_mode
         except Exception as error:
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
@@ -243,6 +243,7 @@ def _graph(
                 raise _UntraceableError(first) from error
             leaves[culprit] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
+            aside |= tracer.read_aside
             tracer.let_go()
 
 

@@ -238,3 +238,21 @@ def test_frozen_layers_of_the_same_shape_are_no_copies():
     for layer in zero:
         nn.init.zeros_(layer.weight)
     assert not any(layer.reason for layer in without_followed(layers_of(zero).values(), zero))
+
+
+class Raw(nn.Module):
+    """Raw parameters, one of which the forward finds in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.u, self.v = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+        self.weights = [self.u]
+
+    def forward(self, x):
+        return self.last(torch.tanh(torch.tanh(self.first(x)) @ self.weights[0]) @ self.v)
+
+
+def test_raw_parameters_in_a_list():
+    layers = layers_of(Raw())
+    assert layers["v"].reason is None and "where no pair can take its place" in layers["u"].reason

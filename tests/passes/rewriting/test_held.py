@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxrank
+from fxrank.passes.model.held import change_held
 from fxrank.passes.pairs.base import FactorPair
 
 X = torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
@@ -197,3 +198,106 @@ def test_saved_and_loaded(way, tmp_path):
     loaded = fxrank.load(net(*WAYS[way]), tmp_path)
     assert torch.equal(loaded(X), small(X))
     assert trains(loaded.b, loaded(X))
+
+
+# -- the walk
+
+
+def changed(model, change=lambda value, where: value):
+    seen = []
+    change_held(model, lambda value, where: seen.append((where, value)) or change(value, where))
+    return seen
+
+
+def test_what_does_not_change_stays_the_same_object():
+    model = net(*WAYS["mixed"])
+    model.more = [OrderedDict(a=(1, Named(2))), {"b": frozenset({3})}, functools.partial(max, [4]), lambda: model.b]
+    model.me = [model.more]
+    model.more.append(model.me)
+    before = [*model.more, model.more[0]["a"], model.held, model.held[0]]
+    changed(model)
+    assert all(
+        a is b for a, b in zip(before, [*model.more, model.more[0]["a"], model.held, model.held[0]], strict=True)
+    )
+
+
+def test_a_thing_that_many_hold_is_gone_through_once_and_stays_one():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    shared = ("x", [model[0]])
+    model[0].of, model[1].of = shared, [shared]
+    seen = changed(model, lambda value, where: model[1] if value is model[0] else value)
+    assert sum(value is shared for _, value in seen) == 2 and sum(value is shared[1] for _, value in seen) == 1
+    assert model[0].of is model[1].of[0] is shared and shared[1] == [model[1]]
+
+
+def test_deep_nests_and_strange_things_are_left():
+    model = nn.Sequential(nn.Linear(2, 2))
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    generator = (x for x in [model])
+    model.deep, model.things = deep, [generator, torch.optim.SGD(model.parameters()), functools, nn.Linear, iter([1])]
+    where = {name for name, value in changed(model) if isinstance(value, nn.Parameter)}
+    assert not where
+    while deep:  # freed level by level
+        deep = deep.pop()
+
+
+class Empty:
+    __slots__ = ("never",)
+
+
+def test_empty_slots_and_cells():
+    model = nn.Sequential(nn.Linear(2, 2))
+
+    def unfinished():
+        return later
+
+    if model is None:
+        later = 1
+    model.held = [Empty(), unfinished]
+    changed(model)
+
+
+def test_a_function_keeps_all_but_the_variable_that_changes():
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.Sequential(first)
+    count = 0
+
+    def run(x: int = 1, *, y: int = 2) -> object:
+        """Says what it has."""
+        nonlocal count
+        count += 1
+        return first, x, y
+
+    run.mark = "kept"
+    model.run = run
+    changed(model, lambda value, where: second if value is first else value)
+    made = model.run
+    assert made() == (second, 1, 2) and run() == (first, 1, 2) and count == 2
+    assert (made.__name__, made.__doc__, made.mark) == ("run", "Says what it has.", "kept")
+    assert made.__annotations__ == run.__annotations__ and not hasattr(made, "__wrapped__")
+
+
+def test_a_class_with_another_memory_stays_dense_with_the_reason():
+    class Slotted(nn.Linear):
+        __slots__ = ("extra",)
+
+    model = nn.Sequential(nn.Linear(16, 16), Slotted(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    small = fxrank.factorize(model, X, rank=0.25)
+    assert list(fxrank.plan_of(small).R) == ["2"]
+    assert (
+        "has no factor pair because objects of its class have another memory" in fxrank.plan_of(small).layer("1").reason
+    )
+
+
+def test_hooks_that_hold_a_layer_have_the_pair():
+    model = net(*WAYS["list"])
+    model.a.register_forward_hook(functools.partial(lambda module, args, out, layer: layer(out), layer=model.b))
+    expected = model(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # above break-even
+        small = fxrank.factorize(model, X, rank=1.0)
+    torch.testing.assert_close(small(X), expected, rtol=1e-4, atol=1e-5)
+    small(X).sum().backward()
+    assert model.b.weight.grad is None and small.b.u.weight.grad is not None
