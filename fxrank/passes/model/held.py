@@ -136,7 +136,8 @@ def _of_function(function: types.FunctionType) -> Parts:
             continue
     yield "defaults", function.__defaults__
     yield "kwdefaults", function.__kwdefaults__
-    yield "more", vars(function)
+    if "_parameters" not in vars(function):  # else `functools.wraps(module)` has put there what the module had, which nobody reads
+        yield "more", vars(function)
 
 
 def _of_object(value: Any) -> Parts:

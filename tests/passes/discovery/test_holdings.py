@@ -158,6 +158,7 @@ def test_what_is_nobody_elses_is_taken():
     model.other.weight = model.b.weight
     model.optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.best = {"b": model.b.weight.detach().clone()}
+    model.wrapped = functools.wraps(model.b)(lambda x: x)
     model.names = [name for name, _ in model.named_parameters()]
     assert layers_of(model)["b"].reason is None
     recurrent = nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 16))
