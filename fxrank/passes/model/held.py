@@ -136,7 +136,9 @@ def _of_function(function: types.FunctionType) -> Parts:
             continue
     yield "defaults", function.__defaults__
     yield "kwdefaults", function.__kwdefaults__
-    if "_parameters" not in vars(function):  # else `functools.wraps(module)` has put there what the module had, which nobody reads
+    if "_parameters" not in vars(
+        function
+    ):  # else `functools.wraps(module)` has put there what the module had, which nobody reads
         yield "more", vars(function)
 
 
