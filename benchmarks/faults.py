@@ -59,6 +59,10 @@ FAULTS = (
     Fault("several optimizers, hooks, CUDA graphs", ("several_optimizers::*",)),
     Fault("torch's schedulers", ("learning_rate::*",), "a_scheduler_sees_only*"),
     Fault("averages of the weights", ("averages::*",)),
+    Fault(
+        "layers and weights held elsewhere: containers, closures, second networks",
+        ("held::*", "holdings::*", "companions::*"),
+    ),
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),

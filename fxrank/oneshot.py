@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from fxrank.decisions import keep, take
+from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.errors import RankError
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import check_form
@@ -63,7 +65,7 @@ def factorize(
         apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
     gm = trace(small, example_inputs)
-    layers = [layer.if_in_form(form) for layer in discover(gm, small)]
+    layers = [layer.if_in_form(form) for layer in without_followed(discover(gm, small), small)]
     gm.let_go()
     layers = [_if_it_can_train(layer, small) for layer in layers]
     if isinstance(rank, Mapping):
@@ -195,4 +197,7 @@ def copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return uncompile_parts(copy.deepcopy(model, memo))
+    twin = copy.deepcopy(model, memo)
+    # Python takes functions and weak references as they are: what they hold of the model would stay the original's.
+    change_held(twin, lambda value, where: memo.get(id(value), value))
+    return uncompile_parts(twin)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
+from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
@@ -24,6 +25,7 @@ from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.policies.base import Policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.policies.scene import Clock, Scene
+from fxrank.session.companions import left_dense, shared_outside
 from fxrank.switch.averages import averaged_in
 from fxrank.switch.freeze import frozen_names
 from fxrank.switch.optimizer import optimizers_of, refused_by
@@ -117,6 +119,10 @@ def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], p
     finite, and where a switch is wanted and nothing is left for it.
     """
     known = policy.known_plan
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    layers = without_followed(layers, team.structure, held)
+    reasons = team.agree(lambda: shared_outside(layers, team.model))
+    layers = left_dense(layers, reasons)
     layers = refused_by(optimizers, team.refused(layers), team.model, () if known is None else known.R)
     for layer in layers:
         if layer.reason is None:

@@ -43,6 +43,26 @@ def made_of(
     return twin
 
 
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Let `module` be what `other` is, with its class and all that it holds, for everyone who holds it, however they do. `other` is
+    not to be used after. As torch does it: lazy modules become others with their first call, and `fully_shard` changes the class.
+
+    Raises `TypeError` where the classes differ in their memory, by `__slots__` say; nothing is changed then.
+    """
+    object.__setattr__(module, "__class__", type(other))
+    vars(module).clear()
+    vars(module).update(vars(other))
+
+
+def can_become(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module can `become` one of this class; tried on one without contents."""
+    try:
+        object.__setattr__(nn.Module.__new__(type(module)), "__class__", kind)
+    except TypeError:
+        return False
+    return True
+
+
 def pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """The hooks that are called before the forward, by key: who has no handle can take one off here only."""
     return module._forward_pre_hooks

@@ -11,6 +11,7 @@ import networkx as nx
 from torch import Tensor, fx, nn
 
 from fxrank.passes.discovery.found import Use, done, layer_from, merged, unsupported
+from fxrank.passes.discovery.holdings import held_elsewhere
 from fxrank.passes.discovery.inside import Found, first_shape, inside, joined
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.uses import uses
@@ -31,8 +32,11 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     names: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         names.setdefault(id(module), []).append(path)
-    found = {key: layer for key, (layer, _) in _Search(model, names).run(gm).items()}
+    search = _Search(model, names)
+    found = {key: layer for key, (layer, _) in search.run(gm).items()}
     _check_owners(model, found)
+    for key, reason in held_elsewhere(model, found, search.read_aside).items():
+        found[key] = replace(found[key], reason=reason, supported=False)
     layers = list(found.values())
     # Of a pair, and of a layer that derives its weight, one parameter stands for all.
     together = [
@@ -83,11 +87,13 @@ class _Search:
     def __init__(self, model: nn.Module, names: dict[int, list[str]]) -> None:
         self.model, self.names = model, names
         self.found: dict[int, tuple[Layer, bool]] = {}
+        self.read_aside: set[str] = set()
 
     def run(
         self, gm: TracedModule, prefix: str = "", first: bool = True, last: bool = True
     ) -> dict[int, tuple[Layer, bool]]:
         """Take in one part. `first`, `last`: whether no weight comes before, or after, this part."""
+        self.read_aside |= {joined(prefix, name) for name in gm.read_aside}
         graphs = [gm.graph, *(g for g in gm.graphs.values() if g is not gm.graph)]
         for graph in dict.fromkeys(graphs):
             self._one_graph(gm, graph, prefix, first, last)

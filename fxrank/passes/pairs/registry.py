@@ -7,7 +7,7 @@ from torch import nn
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.model.weights import computed_part, declare_plain, is_derived, standardizes, weight_of
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.torch_private.modules import own_parameters
+from fxrank.torch_private.modules import can_become, own_parameters
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {}
 """Dense layer class → form → pair class. A subclass counts as its base class if it inherits the forward; a subclass with
@@ -113,6 +113,8 @@ def _refusal(cls: type[FactorPair], dense: nn.Module) -> str | None:
     weight = own_parameters(dense).get("weight")
     if not is_derived(dense) and (weight is None or weight.ndim < 2):
         return "without a parameter 'weight' of two dimensions or more"
+    if not cls.is_parameter and not can_become(dense, cls):
+        return "because objects of its class have another memory, by __slots__ say"
     return cls.refusal(dense)
 
 

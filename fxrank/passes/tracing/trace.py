@@ -49,13 +49,15 @@ class TracedModule(fx.GraphModule):
 
     `leaves` maps the path of each module that could not be traced to the reason; the model itself is `""`, its graph
     then is one node. `regions` maps the paths of modules inside those to their own traces. `notes` says what else a
-    reader should know: a mode that could not be traced, a check that could not be made.
+    reader should know: a mode that could not be traced, a check that could not be made. `read_aside` has the names of parameters
+    that the code did not ask their module for, but found in a list, a global, or `parameters()`.
     """
 
     graphs: dict[bool, fx.Graph]
     leaves: dict[str, str]
     regions: dict[str, "TracedModule"]
     notes: list[str]
+    read_aside: set[str]
 
     def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: Mapping[str, Tensor] = {}) -> None:
         """`graphs` by `training`; one of them alone, or both the same, serves both modes. `constants` are tensors that
@@ -69,7 +71,7 @@ class TracedModule(fx.GraphModule):
             own(self).update(own(model))  # type: ignore[arg-type]
         self.training = model.training
         self.graphs = graphs
-        self.leaves, self.regions, self.notes = {}, {}, []
+        self.leaves, self.regions, self.notes, self.read_aside = {}, {}, [], set()
         self._select()
         empty.owning_module = None  # see `let_go`
 
@@ -158,11 +160,12 @@ def _trace(
         return _opaque(model, args, kwargs)
     leaves: dict[nn.Module, str] = {}
     notes: list[str] = []
+    aside: set[str] = set()
     graphs: dict[bool, fx.Graph] = {}
     mode = model.training
     values = Values()
     try:
-        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values)
+        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values, aside)
     except _UntraceableError as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
@@ -172,7 +175,9 @@ def _trace(
         else:
             try:
                 with _in_mode(model, not mode):
-                    other, more, _ = _graph(model, args, kwargs, types, dict(leaves), values, leaves_may_grow=False)
+                    other, more, _ = _graph(
+                        model, args, kwargs, types, dict(leaves), values, aside, leaves_may_grow=False
+                    )
             except TraceError as error:
                 notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
             else:
@@ -187,7 +192,7 @@ def _trace(
                 leaves = {model: problem}
                 traced.let_go()
                 traced = _opaque(model, args, kwargs)
-    traced.notes = notes
+    traced.notes, traced.read_aside = notes, aside
     # A layer is one node anyhow; here it stands because its values had to be seen in a real run.
     leaves = {module: reason for module, reason in leaves.items() if not is_layer(module)}
     names = {module: path for path, module in model.named_modules()}
@@ -205,10 +210,11 @@ def _graph(
     types: tuple[type[nn.Module], ...],
     leaves: dict[nn.Module, str],
     values: Values,
+    aside: set[str],
     leaves_may_grow: bool = True,
 ) -> tuple[fx.Graph, dict[str, Tensor], bool]:
     """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
-    traced joins `leaves`, with the reason, and the trace begins anew.
+    traced joins `leaves`, with the reason, and the trace begins anew; what is read past its module joins `aside`.
     """
     first: str | None = (
         None  # no error itself: by its traceback it would hold this frame, and all that the trace has seen
@@ -244,6 +250,7 @@ def _graph(
                 raise _UntraceableError(first) from error
             leaves[culprit] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
+            aside |= tracer.read_aside
             tracer.let_go()
 
 

@@ -59,6 +59,8 @@ class ValueTracer(fx.Tracer):
         self._leaf_types, self._leaves = leaf_types, leaves
         self._values = values
         self.asked_mode = False
+        self.read_aside: set[str] = set()
+        """Parameters and buffers, by name, that the code did not ask their module for: of a list, a global, or `parameters()`."""
         self.isinstance: tuple[Any, Any] | None = None
         """Python's own `isinstance`, and the one that is put in its place while tracing; see `python_asks_the_values`."""
         self._tensor_names: dict[int, str] = {}
@@ -83,7 +85,7 @@ class ValueTracer(fx.Tracer):
             vars(module)["training"] = Mode(module.training, self._note_mode)
         try:
             # No graph would write what the forward's own code writes into parameters: whose code that is becomes a leaf.
-            self._watched = Watched(tensors_of(root), fixed=True)
+            self._watched = Watched(tensors_of(root), fixed=True, read=self._note_read)
             with self._watched, python_asks_the_values(self) as patches:
                 return graph_by_fx(self, root, concrete_args, patches)
         finally:
@@ -97,6 +99,11 @@ class ValueTracer(fx.Tracer):
         yield module
         for name, child in module.named_children():
             yield from self._gone_through(child, f"{path}.{name}".lstrip("."))
+
+    def _note_read(self, tensor: Tensor) -> None:
+        """Of something that the code computes without a proxy, a penalty over `self.parameters()` say."""
+        if not self._evaluating and (name := self._tensor_names.get(id(tensor))) is not None:
+            self.read_aside.add(name)
 
     def _note_mode(self) -> None:
         self.asked_mode = True
@@ -280,6 +287,9 @@ class ValueTracer(fx.Tracer):
             return a.node
         if type(a) is Mode:
             return bool(a)
+        if isinstance(a, Tensor) and (name := self._tensor_names.get(id(a))) is not None:
+            self.read_aside.add(name)
+            return self.create_proxy("get_attr", name, (), {}).node  # fx's own would have no value
         if issubclass(type(a), LowRankWeight):
             a = a.weight  # the product of its factors' proxies
             return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
