@@ -18,7 +18,8 @@ from fxrank.passes.tracing.trace import TracedModule
 
 def shared_outside(layers: Sequence[Layer], model: nn.Module) -> dict[str, str]:
     """Reasons, by name, for the layers whose weight is a parameter of a module outside of the model too. fxrank's own
-    graphs of the model are no such modules. Looks at every object that Python knows, once.
+    graphs of the model are no such modules. Looks at every object that Python knows, once, and once more, after its collector
+    has run, if there is a suspect: a dead one does no harm.
     """
     weights = {
         id(p): layer.name
@@ -28,6 +29,14 @@ def shared_outside(layers: Sequence[Layer], model: nn.Module) -> dict[str, str]:
         if name != "bias"
     }
     inside = {id(module) for module in model.modules()}
+    reasons = _found_outside(weights, inside)
+    if reasons:
+        gc.collect()
+        reasons = _found_outside(weights, inside)
+    return reasons
+
+
+def _found_outside(weights: dict[int, str], inside: set[int]) -> dict[str, str]:
     there = gc.get_objects()
     kinds = {kind for kind in set(map(type, there)) if issubclass(kind, nn.Module) and not _is_own(kind)}
     reasons = {}
