@@ -3,8 +3,10 @@
 import inspect
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fxrank.passes.errors import unknown_name
+from fxrank.passes.model.beyond import beyond_weight, constraint, runs_others, written_by
 from fxrank.passes.model.weights import computed_part, declare_plain, is_derived, standardizes, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.torch_private.modules import own_parameters
@@ -104,6 +106,35 @@ def forms_of(dense: nn.Module) -> dict[str, type[FactorPair]]:
     if kind is None or computed_part(dense) is not None:
         return {}
     return {form: cls for form, cls in PAIRS[kind].items() if _refusal(cls, dense) is None}
+
+
+def beyond(layer: nn.Module) -> str | None:
+    """What a layer that has pairs does, or answers, beyond multiplying with its weight: a clause that follows its name."""
+    kind = dense_type(layer)
+    return None if kind is None else beyond_weight(layer, kind)
+
+
+def shows_forward(layer: nn.Module) -> bool:
+    """Whether a pair takes the place of the layer's weight alone, so that the layer stays, with all that it is `beyond` that: its
+    forward is gone through, like that of any module with a raw parameter.
+    """
+    if is_derived(layer) or computed_part(layer) is not None or beyond(layer) is None:
+        return False
+    return not runs_others(layer)
+
+
+def kept_dense(layer: nn.Module) -> str | None:
+    """Why a layer that has pairs stays dense all the same, None if a pair may take its whole place. It is asked when layers are
+    chosen; a plan or a file that names the layer is followed.
+    """
+    name = type(layer).__mro__[parametrize.is_parametrized(layer)].__name__
+    if (made := constraint(layer)) is not None:
+        return f"{name} has no factor pair that keeps what {made} makes of its weight"
+    if (more := beyond(layer)) is not None:
+        return f"a pair would be less: {name} {more}"
+    if (writer := written_by(layer, "weight")) is not None:
+        return f"{writer} may write into its weight, which the product of two factors does not allow"
+    return None
 
 
 def _refusal(cls: type[FactorPair], dense: nn.Module) -> str | None:
