@@ -76,7 +76,7 @@ def _difference(layer: Layer, module: nn.Module, attribute: str) -> str | None:
         other = _without_hooks(module, {attribute: pair}) if attribute else pair
         for training in (True, False):
             for x in _inputs(layer, dense):
-                with _in_mode(module, training), _in_mode(pair, training):
+                with _in_mode(bare, training), _in_mode(other, training):
                     try:
                         torch.manual_seed(0)
                         expected = _outputs_and_gradient(bare, x, training)

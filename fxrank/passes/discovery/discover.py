@@ -71,14 +71,15 @@ def _check_owners(model: nn.Module, found: dict[int, Layer]) -> None:
             layer = found.get(id(weight))
             if layer is None or layer.reason is not None:
                 continue
-            raw = weight_alone(model, layer.name)
-            whole = name == "weight" and dense_type(module) is not None and not raw
+            of_layer = name == "weight" and dense_type(module) is not None
+            alone = weight_alone(model, layer.name)
+            whole = of_layer and not alone
             cls = pair_class(module if whole else RawWeight(module, name), layer.form)
             own = joined(path, name).removesuffix(".weight").lstrip(".")
             known = {p.removesuffix(".weight") for p in layer.paths}
             dense = module if whole else RawWeight(module, name)
             fits = cls is not None and tuple(cls.unroll(dense, weight).shape) == layer.unrolled.matrices
-            if not fits or (own not in known and not whole) or (whole and shows_forward(module)):
+            if not fits or (own not in known and not of_layer) or (whole and shows_forward(module)):
                 reason = f"its weight is shared with {own_name(own)!r} ({type(module).__name__})"
                 found[id(weight)] = replace(layer, reason=reason, supported=False)
 

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.errors import NothingToFactorizeError
+from fxrank.passes.errors import NothingFactorizedWarning, NothingToFactorizeError
 from fxrank.passes.model.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
@@ -69,7 +69,7 @@ def require_some(layers: Sequence[Layer]) -> None:
     hint = "Name layers to take in with include=… ('*' takes everything)."
     if any(layer.guarded for layer in layers):
         text = f"nothing will be factorized, the model stays dense; 0 of {len(layers)} layers can be:{listing}\n{hint}"
-        warnings.warn(text, UserWarning, stacklevel=2)
+        warnings.warn(text, NothingFactorizedWarning, stacklevel=2)
         return
     raise NothingToFactorizeError(f"at least one layer must be factorizable; 0 of {len(layers)} are:{listing}\n{hint}")
 
