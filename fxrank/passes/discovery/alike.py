@@ -5,7 +5,7 @@ its input is not: its kernel may depend on the input, on the mode, on chance, or
 """
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MethodType
 
 import torch
@@ -16,13 +16,15 @@ from fxrank.passes.model.restored import randoms_put_back, restored, unwritten
 from fxrank.passes.model.weights import derives_weight, is_derived, numbers_of, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight
-from fxrank.passes.pairs.registry import PAIRS
+from fxrank.passes.pairs.registry import dense_type
 from fxrank.passes.tracing.compare import largest_difference
 from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import all_hooks, made_of, own_buffers, own_children, own_parameters, pre_hooks
 
 _ROWS = 2
 """Rows of the first random input; the second one has one more."""
+_PLACES = 4
+"""How many tokens it has, and how many kernels fit into it."""
 
 
 class Alike:
@@ -35,7 +37,7 @@ class Alike:
         """The layer, with the reason if its pair would not compute what it does. `module` is what is called: the layer itself, or
         the owner of the parameter `attribute`, which the pair would stand for.
         """
-        if layer.reason is not None or (type(module) in PAIRS and not attribute and _known_to_torch(module)):
+        if layer.reason is not None or (not attribute and _is_torchs(module)):
             return layer
         key = (
             type(module),
@@ -52,8 +54,10 @@ class Alike:
         return layer if reason is None else layer.kept_for(reason)
 
 
-def _known_to_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.") and not is_derived(module) and "forward" not in vars(module)
+def _is_torchs(layer: nn.Module) -> bool:
+    """Whether this is a layer of torch's, whatever it is called, with a parameter for its weight."""
+    kind = dense_type(layer)
+    return kind is not None and kind.__module__.startswith("torch.nn.") and not is_derived(layer)
 
 
 def _described(module: nn.Module) -> Hashable:
@@ -70,29 +74,38 @@ def _difference(layer: Layer, module: nn.Module, attribute: str) -> str | None:
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         return None
     dense = RawWeight(module, attribute) if attribute else module
-    with torch.random.fork_rng(), randoms_put_back(module), restored(module), unwritten(module), torch.enable_grad():
-        pair = _at_full_rank(layer, dense)
+    place = weight_of(dense).device
+    drawn = torch.random.fork_rng(devices=[place] if place.type == "cuda" else [])
+    plain = torch.autocast(place.type, enabled=False), torch.enable_grad()
+    with drawn, randoms_put_back(module), restored(module), unwritten(module), plain[0], plain[1]:
+        try:
+            pair = _at_full_rank(layer, dense)
+        except Exception as error:
+            return f"it cannot have a pair: {_said(error)}"
         bare = _without_hooks(module, {})
         other = _without_hooks(module, {attribute: pair}) if attribute else pair
         for training in (True, False):
-            for x in _inputs(layer, dense):
+            for x in _inputs(layer, dense, bare):
                 with _in_mode(bare, training), _in_mode(other, training):
                     try:
                         torch.manual_seed(0)
-                        expected = _outputs_and_gradient(bare, x, training)
+                        expected = _outputs_and_gradient(bare, x)
                     except Exception:
                         return None
                     try:
                         torch.manual_seed(0)
-                        found = _outputs_and_gradient(other, x, training)
+                        found = _outputs_and_gradient(other, x)
                         far = largest_difference(expected, found)
                     except Exception as error:
-                        text = str(error).partition("\n")[0]
-                        return f"its forward fails with a pair: {type(error).__name__}: {text}"
+                        return f"its forward fails with a pair: {_said(error)}"
                 if far > _tolerance(x if x.is_floating_point() else weight_of(dense)):
                     mode = "training" if training else "evaluation"
                     return f"it computes more than its weight: its pair differs by {far:.1g} in {mode} mode"
     return None
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _at_full_rank(layer: Layer, dense: nn.Module) -> FactorPair:
@@ -134,20 +147,34 @@ def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
             m.training = mode
 
 
-def _inputs(layer: Layer, dense: nn.Module) -> Iterator[Tensor]:
-    """Two small random inputs, of different sizes and scales."""
+def _inputs(layer: Layer, dense: nn.Module, module: nn.Module) -> Iterator[Tensor]:
+    """Two random inputs, of different sizes and scales: small ones, if the module takes them."""
     cls, weight = layer.unrolled.pair, weight_of(dense)
     assert cls is not None
     for scale, rows in ((1, _ROWS), (3, _ROWS + 1)):
-        shape = list(layer.input_shape)
-        batched = len(shape) > max(1, weight.ndim - 1)
-        if batched:
-            shape[0] = rows
-        x = cls.probe_input(dense, shape, weight.dtype, weight.device)
-        yield x * scale if x.is_floating_point() else x
+        for shape in (_small(layer, weight, rows), layer.input_shape):
+            x = cls.probe_input(dense, shape, weight.dtype, weight.device)
+            x = x * scale if x.is_floating_point() else x
+            with suppress(Exception), torch.no_grad():
+                module(x)
+                break
+        yield x
 
 
-def _outputs_and_gradient(module: nn.Module, x: Tensor, training: bool) -> list[Tensor]:
+def _small(layer: Layer, weight: Tensor, rows: int) -> tuple[int, ...]:
+    """The shape of the layer's input with so many rows, and few places for a kernel, or few tokens."""
+    shape = layer.input_shape
+    if weight.ndim > 2:
+        dims = weight.ndim - 2
+        kept = (*(() if len(shape) < weight.ndim else (rows,)), *shape[:-dims][-1:])
+        return *kept, *(
+            min(size, _PLACES * kernel) for size, kernel in zip(shape[-dims:], weight.shape[2:], strict=True)
+        )
+    lead = [rows, *(min(size, _PLACES) for size in shape[1:-1])] if len(shape) > 1 else []
+    return *lead, *shape[-1:]
+
+
+def _outputs_and_gradient(module: nn.Module, x: Tensor) -> list[Tensor]:
     """What the module returns, and the gradient of a random sum of it with respect to the input."""
     x = x.detach().clone().requires_grad_(x.is_floating_point())
     outputs = [t for t in pytree.tree_leaves(module(x)) if isinstance(t, Tensor)]

@@ -189,7 +189,7 @@ class _Search:
         if one.reason is None and (writer := written_by(owner, attribute)) is not None:
             one = one.kept_for(f"{writer} may write into it, which the product of two factors does not allow")
         if shows_forward(owner):
-            one = replace(one, is_table=next(iter(forms_of(owner).values())).is_table)
+            one = replace(one, is_table=any(cls.is_table for cls in forms_of(owner).values()))
         yield parameter, self.alike.checked(one, owner, attribute) if layer_like else one
 
 

@@ -25,7 +25,7 @@ def register_pair(dense_class: type[nn.Module], pair_class: type[FactorPair], fo
     From then on the class is a layer for everything in fxrank: `trace` keeps it as one node, and `factorize`, `profile`,
     `auto_lowrank`, `save`, `load`, `merge` and plans know it. The first form is the one that is taken unless another is asked for
     (`form=`). The layer must hold what it multiplies with as its parameter `weight`, of two or more dimensions, and may have a
-    parameter `bias`, which it adds last. `pair_class` is a subclass of `fxrank.FactorPair`, which says what it must define. A
+    parameter `bias`, which it adds last; a layer that computes anything else than its pair at full rank stays dense. `pair_class` is a subclass of `fxrank.FactorPair`, which says what it must define. A
     process that loads such a model registers the pair first.
 
     Raises `TypeError` for what is no such class, and `ValueError` for a form that has another class already, or whose name is
@@ -118,9 +118,9 @@ def shows_forward(layer: nn.Module) -> bool:
     """Whether a pair takes the place of the layer's weight alone, so that the layer stays, with all that it is `beyond` that: its
     forward is gone through, like that of any module with a raw parameter.
     """
-    if is_derived(layer) or computed_part(layer) is not None or beyond(layer) is None:
+    if beyond(layer) is None or is_derived(layer) or computed_part(layer) is not None or runs_others(layer):
         return False
-    return not runs_others(layer)
+    return own_parameters(layer).get("weight") is None or bool(forms_of(layer))
 
 
 def kept_dense(layer: nn.Module) -> str | None:

@@ -547,6 +547,9 @@ def test_a_plan_that_names_such_a_layer_is_followed(put, tmp_path):
     fxrank.save(small, tmp_path)
     again = fxrank.load(around(put(nn.Linear(WIDTH, WIDTH))), tmp_path)
     assert torch.equal(small.eval()(x), again.eval()(x))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, total_steps=1, policy=plan)
+    assert isinstance(model[1], LowRankLinear)
 
 
 def test_a_plan_that_names_a_layer_with_methods_of_its_own_is_followed(tmp_path):
@@ -598,7 +601,7 @@ def test_a_layer_whose_hook_writes_into_its_weight_stays_dense(put, name):
 
 def test_hooks_that_look_on_do_not_see_the_comparison():
     seen = []
-    layer = Renamed(WIDTH, WIDTH)
+    layer = parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
     layer.register_forward_hook(lambda m, args, out: seen.append(out.shape))
     model = around(layer)
     gm = fxrank.trace(model, randn(3, WIDTH))
@@ -725,7 +728,7 @@ def test_each_kind_of_layer_is_compared_once_and_each_instance_that_differs_by_i
     calls.clear()
     layers = {a.name: a.reason is None for a in discover(gm, model)}
     assert layers == {"0": True, "1": True, "2": True, "3": False, "4": False}
-    assert calls.count(1) == 4  # two inputs in two modes
+    assert calls.count(1) == 8  # two inputs in two modes, each tried and compared
 
 
 def test_the_comparison_leaves_nothing_in_the_model(register):
