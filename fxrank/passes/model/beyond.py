@@ -86,13 +86,12 @@ def written_by(owner: nn.Module, attribute: str) -> str | None:
 
     The code is looked at for the parameter and for operations in place. What makes a weight anew (`init…`, `reset…`) does not count.
     """
-    about = {attribute, "parameters", "named_parameters"}
     used = names(type(owner).forward)
     for cls, name, value in _additions(type(owner), nn.Module):
-        if name != "forward" and name not in used and any(writes(f, about) for f in functions(value)):
+        if name != "forward" and name not in used and any(writes(f, attribute) for f in functions(value)):
             return f"{cls.__name__}.{name}"
     for hook in (*pre_hooks(owner).values(), *post_hooks(owner).values()):
-        if not derives_weight(hook) and any(writes(f, about) for f in functions(hook)):
+        if not derives_weight(hook) and any(writes(f, attribute) for f in functions(hook)):
             return f"the hook {getattr(hook, '__name__', type(hook).__name__)}"
     return None
 

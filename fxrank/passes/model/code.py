@@ -2,9 +2,10 @@
 
 import dis
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from fxrank.torch_private.modules import own_buffers
 
 _LONG = 1000
 """Containers with more items than this are data, and not looked through."""
+_MANY = 20_000
+"""How many things are looked at behind one function."""
 
 
 def functions(value: Any) -> Iterator[types.FunctionType]:
@@ -41,20 +44,22 @@ def names(function: Any) -> set[str]:
     return {name for f in functions(function) for code in _codes(f.__code__) for name in code.co_names}
 
 
-def writes(function: types.FunctionType, about: Iterable[str]) -> bool:
-    """Whether the code names one of these things, and something is done in place."""
+def writes(function: types.FunctionType, attribute: str) -> bool:
+    """Whether the code names a parameter, or all of them, and something is done in place."""
     named = names(function)
-    if named.isdisjoint(about):
-        return False
-    if any(n.endswith("_") and not n.endswith("__") and (hasattr(Tensor, n) or hasattr(nn.init, n)) for n in named):
-        return True
-    steps = (step for code in _codes(function.__code__) for step in dis.get_instructions(code))
-    return any(
-        step.opname == "STORE_SUBSCR"
-        or (step.opname == "STORE_ATTR" and step.argval in ("data", *about))
-        or (step.opname == "BINARY_OP" and step.argrepr.endswith("="))
-        for step in steps
-    )
+    steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
+    stored = {step.argval for step in steps if step.opname == "STORE_ATTR"}
+    in_place = "data" in stored or any(_is_in_place(name) for name in named)
+    if attribute not in named:
+        return in_place and not named.isdisjoint(("parameters", "named_parameters"))
+    augmented = any(step.opname == "BINARY_OP" and step.argrepr.endswith("=") for step in steps)
+    return in_place or augmented or attribute in stored or any(step.opname == "STORE_SUBSCR" for step in steps)
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether torch has a function of this name that writes numbers."""
+    writes_itself = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+    return writes_itself and (hasattr(Tensor, name) or hasattr(nn.init, name))
 
 
 _OWN = set(vars(nn.Module()))
@@ -65,14 +70,18 @@ def is_function(value: Any) -> bool:
     return isinstance(value, (types.FunctionType, types.MethodType, partial))
 
 
-def held_by(function: Callable[..., Any], depth: int = 3) -> Iterator[Any]:
+def held_by(function: Callable[..., Any]) -> Iterator[Any]:
     """What a function, a bound method, a partial or a callable object holds: in its closure, defaults and arguments, among the
-    globals that it names, and in containers and objects there.
+    globals that it names, and in containers and objects there, three levels deep.
     """
-    for thing in _directly_held(function):
+    return islice(_held(function, 3), _MANY)
+
+
+def _held(holder: Any, depth: int) -> Iterator[Any]:
+    for thing in _directly_held(holder):
         yield thing
         if depth and not isinstance(thing, (Tensor, nn.Module, types.ModuleType, type)):
-            yield from held_by(thing, depth - 1)
+            yield from _held(thing, depth - 1)
 
 
 def _directly_held(thing: Any) -> list[Any]:

@@ -298,6 +298,49 @@ def test_a_layer_that_shares_its_weight_with_one_that_does_more_stays_dense():
     same(model, small)
 
 
+@pytest.mark.parametrize("selector", ["1", "1.weight", "re:^1", Penalized])
+def test_such_a_layer_is_named_as_before(selector):
+    model, x = around(Penalized(WIDTH, WIDTH)), randn(3, WIDTH)
+    small = fxrank.factorize(model, x, rank=2, include=selector)
+    assert fxrank.plan_of(small).R == {"1.weight": 2}
+    with pytest.raises(fxrank.NothingToFactorizeError):
+        fxrank.factorize(model, x, rank=2, exclude=selector)
+    again = fxrank.factorize(small, x, rank={"0": 2})
+    assert fxrank.plan_of(again).R == {"0": 2, "1.weight": 2} and isinstance(again[1].weight, LowRankWeight)
+    assert largest_difference(fxrank.merge(again)(x), again(x)) <= ROUNDING
+
+
+def test_nothing_writes_into_the_product_in_silence():
+    weight = fxrank.factorize(around(Penalized(WIDTH, WIDTH)), randn(3, WIDTH), rank={"1": 2})[1].weight
+    for write in (lambda: weight.data.clamp_(-1, 1), lambda: nn.init.zeros_(weight), lambda: weight.mul_(2)):
+        with pytest.raises(RuntimeError, match="cannot write into it"):
+            write()
+    with pytest.raises(RuntimeError, match="so its data cannot be set; change the pair's"):
+        weight.data = torch.zeros(WIDTH, WIDTH)
+
+
+def test_the_output_projection_of_an_attention_that_does_more_stays_dense():
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+            self.attention.out_proj.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0] * self.attention.out_proj.scale
+
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), Attends(), nn.Linear(WIDTH, 4)).double(), randn(2, 3, WIDTH)
+    small = full(model, x)
+    assert "holds scale beside its weight" in fxrank.plan_of(small).layer("1.attention.out_proj").reason
+    assert largest_difference(model(x), small(x)) <= ROUNDING
+
+
+def test_a_profile_of_nothing_warns():
+    model = around(parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH)))
+    with pytest.warns(fxrank.NothingFactorizedWarning, match="keeps what Orthogonal makes"):
+        assert fxrank.profile(model, randn(3, WIDTH)).stacks == ()
+
+
 @pytest.mark.parametrize("name", ["gain", "_gain"])
 def test_what_the_user_has_put_on_a_plain_layer_answers_on_its_pair(name):
     model = around(nn.Linear(WIDTH, WIDTH))
