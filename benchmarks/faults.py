@@ -61,7 +61,7 @@ FAULTS = (
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
-    Fault("layers that do more than their weight, or keep it constrained", ("beyond::*",)),
+    Fault("layers that do more than their weight, or keep it constrained", ("beyond::*", "guarded::*", "alike::*")),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 
