@@ -14,7 +14,7 @@ from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.weights import computed_part
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight, form_when_read
-from fxrank.passes.pairs.registry import dense_type, forms_of, kept_dense, why_none
+from fxrank.passes.pairs.registry import PAIRS, dense_type, forms_of, kept_dense, why_none
 from fxrank.torch_private.modules import weight_names
 
 Found = Iterable[tuple[Tensor, Layer]]
@@ -76,6 +76,7 @@ def _raw(owner: nn.Module, name: str, path: str, use: Use) -> tuple[Tensor, Laye
 
 
 def _of_others(module: nn.Module, path: str, node: fx.Node) -> Found:
+    does_more = isinstance(module, tuple(PAIRS)) and dense_type(module) is None
     for name, parameter in module.named_parameters():
         if parameter.ndim >= 2 and not isinstance(module.get_submodule(name.rpartition(".")[0]), FactorPair):
             own = joined(path, name).removesuffix(".weight")
@@ -87,7 +88,7 @@ def _of_others(module: nn.Module, path: str, node: fx.Node) -> Found:
             else:
                 reason = f"{type(module).__name__} has no factor pair{why_none(module)}"
             layer = unsupported(own, type(module).__name__, parameter, reason, node.name)
-            yield parameter, replace(layer, guarded=computed or parametrize.is_parametrized(module))
+            yield parameter, replace(layer, guarded=computed or does_more or parametrize.is_parametrized(module))
     for name, child in module.named_modules():
         if isinstance(child, FactorPair):
             yield child.u.weight, done(joined(path, name), child, node.name)

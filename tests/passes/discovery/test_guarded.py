@@ -1,12 +1,15 @@
 """Weights that are computed, of which something is kept true, or that hooks know: they stay as they are, with the reason."""
 
 import functools
+import operator
+import re
 
 import pytest
 import torch
+import torch.ao.nn.intrinsic.qat
 import torch.nn.functional as F
 from exact import full, randn
-from middle import ROUNDING, WIDTH, around, check
+from middle import ROUNDING, WIDTH, around, check, decision
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -147,6 +150,24 @@ COMPUTED = {
 @pytest.mark.parametrize("kind", COMPUTED)
 def test_a_computed_kernel_is_left_dense_and_a_forward_around_a_product_is_kept(kind):
     check(kind(WIDTH, WIDTH), COMPUTED[kind])
+
+
+QAT = ["nn.qat.Conv2d", "nn.intrinsic.qat.ConvReLU2d", "nn.intrinsic.qat.ConvBn2d", "nn.intrinsic.qat.ConvBnReLU2d"]
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max to specify the range for observers")
+@pytest.mark.parametrize("name", QAT)
+def test_a_layer_of_quantization_aware_training_stays_as_it_is(name):
+    kind = operator.attrgetter(name)(torch.ao)
+    layer = kind(4, 4, 3, padding=1, qconfig=torch.ao.quantization.get_default_qat_qconfig("fbgemm"))
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), layer, nn.Conv2d(4, 2, 1)), torch.randn(2, 3, 6, 6)
+    model(x)
+    model.eval().apply(torch.ao.quantization.disable_observer)
+    small = full(model, x)
+    assert type(small[1]) is kind and re.search("it is read by|Conv2d has no factor pair$", decision(small).reason)
+    assert isinstance(small[0], fxrank.FactorPair)
+    assert largest_difference(model(x), small(x)) <= 1e-2  # float32, rounded to 8 bits inside
 
 
 # -- what is kept true of a weight
