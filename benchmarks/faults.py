@@ -68,6 +68,7 @@ FAULTS = (
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
     Fault("code that asks what its parts are, or holds them aside", ("trial::*",)),
     Fault("random models, whose code asks, ties, derives, holds aside", ("random_models::*",)),
+    Fault("layers that do more than their weight, or keep it constrained", ("beyond::*", "guarded::*", "alike::*")),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 

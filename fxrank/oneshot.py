@@ -55,7 +55,8 @@ def factorize(
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
-    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`. A weight of zeros stays dense, whoever names it in a plan: factors of
+    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`; where nothing is left because of what the layers do, the copy is dense, with
+    a `NothingFactorizedWarning`. A weight of zeros stays dense, whoever names it in a plan: factors of
     zeros would never train.
     """
     check_form(form)

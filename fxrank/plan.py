@@ -111,11 +111,9 @@ class Plan:
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     def layer(self, name: str) -> LayerDecision:
-        """The decision about one layer. Raises `KeyError`."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        """The decision about one layer, whether it is about the layer or about its weight alone (`"fc.weight"`). Raises `KeyError`."""
+        by_name = {layer.name: layer for layer in self.layers}
+        return by_name[name if name in by_name or f"{name}.weight" not in by_name else f"{name}.weight"]
 
     def with_layers(self, changed: Iterable[LayerDecision]) -> "Plan":
         """The plan with some decisions replaced, by name."""

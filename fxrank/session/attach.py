@@ -118,16 +118,19 @@ def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], p
     """The layers, with a reason for those that the engine or an optimizer does not let go. Raises for weights that are not
     finite, and where a switch is wanted and nothing is left for it.
     """
-    known = policy.known_plan
+    known = {} if policy.known_plan is None else policy.known_plan.R
     held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     layers = without_followed(layers, team.structure, held)
     reasons = team.agree(lambda: shared_outside(layers, team.model))
     layers = left_dense(layers, reasons)
-    layers = refused_by(optimizers, team.refused(layers), team.model, () if known is None else known.R)
+    layers = refused_by(optimizers, team.refused(layers), team.model, known)
     for layer in layers:
         if layer.reason is None:
             check_finite(stack_of(layer, team.structure), layer.name)
-    if policy.may_switch:
+    followed = any(
+        layer.guarded and layer.name in known for layer in layers
+    )  # in a plan that was made before it was guarded
+    if policy.may_switch and not followed:
         require_some(layers)
     return layers
 

@@ -105,7 +105,7 @@ class LowRankSession:
 
         Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
-        `NothingToFactorizeError`.
+        `NothingToFactorizeError`; where nothing is left because of what the layers do, it warns with `NothingFactorizedWarning`.
         """
         chosen, clock = as_policy(policy), clock_of(total_steps, steps_per_epoch)
         attached = examine(

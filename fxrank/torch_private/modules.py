@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
 
 COMPILED = "_orig_mod"
 """The child in which `torch.compile(module)` holds the module; it is in the names of parameters."""
@@ -75,6 +76,11 @@ def post_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
 
 WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """Where a parameter has the hooks on its gradient: dicts, which a factor takes over as they are, so that handles stay valid."""
+
+
+def keeps_nothing(step: nn.Module) -> bool:
+    """Whether a step of a parametrization can make any matrix: weight norm, which takes a direction and a length."""
+    return isinstance(step, _WeightNorm)
 
 
 def all_hooks(module: nn.Module) -> dict[str, Any]:

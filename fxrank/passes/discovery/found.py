@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.model.beyond import masks_gradient
 from fxrank.passes.model.names import own_name
 from fxrank.passes.model.weights import is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair, Unrolled
@@ -71,6 +72,8 @@ def layer_from(
         reason=reason,
         supported=reason is None,
     )
+    if layer.reason is None and masks_gradient(weight):
+        layer = layer.kept_for("a hook on its gradient holds something of the weight's shape, which fits no factor")
     return _standing_for(dense, weight), layer
 
 
@@ -143,6 +146,7 @@ def merged(known: Layer, again: Layer) -> Layer:
         is_table=known.is_table or again.is_table,
         reason=reason,
         supported=known.supported and again.supported and not unlike,
+        guarded=known.guarded or again.guarded,
     )
 
 

@@ -44,8 +44,14 @@ class Layer:
     """Why this layer cannot be factorized at all; None if it can."""
     supported: bool = True
     """Whether the layer's kind has a factor pair, whatever `reason` says about this one."""
+    guarded: bool = False
+    """Whether it stays dense for what it does, or keeps true, beside multiplying with a matrix."""
     boundary: str | None = None
     """`"first"` if no other weight comes before it in the graph, `"last"` if none comes after."""
+
+    def kept_for(self, reason: str) -> "Layer":
+        """The layer, `guarded` for this reason."""
+        return replace(self, reason=reason, supported=False, guarded=True)
 
     @property
     def form(self) -> str:

@@ -2,6 +2,7 @@
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -9,7 +10,7 @@ from difflib import get_close_matches
 from torch import nn
 
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.errors import NothingToFactorizeError
+from fxrank.passes.errors import NothingFactorizedWarning, NothingToFactorizeError
 from fxrank.passes.model.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
@@ -56,15 +57,21 @@ def listed(selectors: Iterable[Selector] | Selector) -> tuple[Selector, ...]:
 
 
 def require_some(layers: Sequence[Layer]) -> None:
-    """Raise `NothingToFactorizeError`, with each layer's reason, if all have one."""
-    if all(layer.reason for layer in layers):
-        listing = (
-            "".join(f"\n  {layer.name} ({layer.kind}): {layer.reason}" for layer in layers)
-            or "\n  (no weight matrix at all)"
-        )
-        raise NothingToFactorizeError(
-            f"at least one layer must be factorizable; 0 of {len(layers)} are:{listing}\nName layers to take in with include=… ('*' takes everything)."
-        )
+    """Raise `NothingToFactorizeError`, with each layer's reason, if all have one. It is a warning where some are `guarded`: the
+    model is what it should be then, as it stands.
+    """
+    if any(layer.reason is None for layer in layers):
+        return
+    listing = (
+        "".join(f"\n  {layer.name} ({layer.kind}): {layer.reason}" for layer in layers)
+        or "\n  (no weight matrix at all)"
+    )
+    hint = "Name layers to take in with include=… ('*' takes everything)."
+    if any(layer.guarded for layer in layers):
+        text = f"nothing will be factorized, the model stays dense; 0 of {len(layers)} layers can be:{listing}\n{hint}"
+        warnings.warn(text, NothingFactorizedWarning, stacklevel=2)
+        return
+    raise NothingToFactorizeError(f"at least one layer must be factorizable; 0 of {len(layers)} are:{listing}\n{hint}")
 
 
 def _selected(

@@ -89,6 +89,12 @@ def derives_weight(hook: object) -> bool:
     return isinstance(hook, (WeightNorm, SpectralNorm))
 
 
+def spectral_norm_of(layer: nn.Module) -> SpectralNorm | None:
+    """The hook by which older torch divides the layer's weight by its norm, None if there is none."""
+    hook = _old_norm(layer)
+    return hook if isinstance(hook, SpectralNorm) else None
+
+
 def _old_norm(layer: nn.Module) -> Any:
     norms = (WeightNorm, SpectralNorm)
     hooks = pre_hooks(layer).values()

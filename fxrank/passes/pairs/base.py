@@ -55,6 +55,10 @@ class Unrolled:
         return replace(self, positions=(self.positions[0] + positions[0], self.positions[1] + positions[1]))
 
 
+_OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl", "_reversed_padding_repeated_twice"}
+"""What torch puts on modules for itself."""
+
+
 def whole_number(dense: nn.Module, name: str) -> int:
     """An attribute of a layer that is a whole number."""
     value = getattr(dense, name)
@@ -126,7 +130,7 @@ class FactorPair(nn.Module):
 
     def _carry(self, dense: nn.Module) -> tuple[str, ...]:
         """Answer for what the user has put on the layer, `layer.gain = 0.5` say. Returns the names."""
-        taken = [n for n in vars(dense) if not n.startswith("_") and n not in vars(self) and not hasattr(type(self), n)]
+        taken = [n for n in vars(dense) if n not in _OF_TORCH and n not in vars(self) and not hasattr(type(self), n)]
         self.__dict__.update({name: vars(dense)[name] for name in taken})
         return tuple(taken)
 

@@ -19,7 +19,7 @@ from torch.nn.modules import transformer
 from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.registry import dense_type
+from fxrank.passes.pairs.registry import dense_type, shows_forward
 from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.patches import graph_by_fx, python_asks_the_values
@@ -31,7 +31,8 @@ from fxrank.torch_private.writes import Watched
 
 def is_layer(module: nn.Module) -> bool:
     """Whether this is a layer itself, not something made of layers: what a trace never looks into."""
-    return dense_type(module) is not None or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    layer = dense_type(module) is not None and not shows_forward(module)
+    return layer or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
 
 
 def _reads_mode(module: nn.Module) -> bool:
@@ -274,8 +275,10 @@ class ValueTracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self._kept_whole(m) or dense_type(m) is not None or _reads_mode(m):
+        if self._kept_whole(m):
             return True
+        if dense_type(m) is not None or _reads_mode(m):
+            return not shows_forward(m)
         above = module_qualified_name.rpartition(".")[0]
         if isinstance(m, FactorPair) or isinstance(self.root.get_submodule(above), FactorPair):
             return not isinstance(m, FactorPair)  # a pair shows as its children
