@@ -36,6 +36,7 @@ from fxrank.session.hooks import StepHooks
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
 from fxrank.switch.averages import averaged_in, check_averages
+from fxrank.switch.freeze import as_in_training
 from fxrank.switch.plan_of import has_plan, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast
 
@@ -244,10 +245,12 @@ class LowRankSession:
             raise
 
     def _install(self, plan: Plan, split: bool) -> None:
-        replacements = put_pairs(self._attached, self._averages, plan, split=split)
-        self.plan = plan
-        regimes, notes = hand_over(self._attached, plan, replacements, lambda: self.clock.step, split=split)
+        with as_in_training(p for held in self._hooks.trained.values() for p in held):
+            replacements = put_pairs(self._attached, self._averages, plan, split=split)
+            self.plan = plan
+            regimes, notes = hand_over(self._attached, plan, replacements, lambda: self.clock.step, split=split)
         self._hooks.regimes.update(regimes)
+        self._hooks.trained = {}
         self.notes += notes
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
 
