@@ -10,11 +10,12 @@ from dataclasses import replace
 import networkx as nx
 from torch import Tensor, fx, nn
 
-from fxrank.passes.discovery.found import Use, done, layer_from, merged, unsupported
+from fxrank.passes.discovery.found import QUANTIZED, Use, done, layer_from, merged, unsupported
 from fxrank.passes.discovery.inside import Found, first_shape, inside, joined
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.uses import uses
 from fxrank.passes.model.names import own_name
+from fxrank.passes.model.quantized import packs_its_weight
 from fxrank.passes.model.weights import is_derived
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight, form_when_read
@@ -40,11 +41,8 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     ]
     in_pairs = {id(p) for m in together for p in m.parameters()}
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) and hasattr(
-            module, "_packed_params"
-        ):
-            reason = "its weight is quantized; factorize before quantizing"
-            layers.append(Layer(path, type(module).__name__, (), paths=(path,), reason=reason, supported=False))
+        if packs_its_weight(module):
+            layers.append(Layer(path, type(module).__name__, (), paths=(path,), reason=QUANTIZED, supported=False))
         for name, weight in module.named_parameters(recurse=False):
             if weight.ndim >= 2 and id(weight) not in found and id(weight) not in in_pairs:
                 own = path if name == "weight" else f"{path}.{name}".lstrip(".")

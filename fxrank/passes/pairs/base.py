@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrank.passes.errors import RankError
+from fxrank.passes.model.quantized import numbers_in
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.factored_weight import FactoredWeight
 from fxrank.passes.pairs.products import factored, whole_product
@@ -297,7 +298,7 @@ class FactorPair(nn.Module):
         take that exactly: rows scaled, as BatchNorm is folded in, which is put into `v`, or, without a `norm`, any product of their
         rank. Raises `RankError` else, and changes nothing then.
         """
-        u, v = self.unfold_u(self.u.weight), self.unfold_v(self.v.weight)
+        u, v = self.unfold_u(numbers_in(self.u)), self.unfold_v(numbers_in(self.v))
         if issubclass(type(u), fx.Proxy):
             return self.fold_dense(v @ u)  # the product in full, while being traced
         if self.multiplies_when_read:
@@ -356,7 +357,7 @@ class FactorPair(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The dense layer's own bias parameter, or None."""
-        bias: Tensor | None = getattr(self.v, "bias", None)
+        bias: Tensor | None = numbers_in(self.v, "bias")
         return bias
 
     @property
