@@ -10,6 +10,7 @@ from dataclasses import replace
 import networkx as nx
 from torch import Tensor, fx, nn
 
+from fxrank.passes.discovery.adapters import ADAPTER, in_adapter
 from fxrank.passes.discovery.found import QUANTIZED, Use, done, layer_from, merged, unsupported
 from fxrank.passes.discovery.inside import Found, first_shape, inside, joined
 from fxrank.passes.discovery.layer import Layer
@@ -34,6 +35,9 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
         names.setdefault(id(module), []).append(path)
     found = {key: layer for key, (layer, _) in _Search(model, names).run(gm).items()}
     _check_owners(model, found)
+    for key, layer in found.items():
+        if layer.reason is None and any(in_adapter(model, path) for path in layer.paths):
+            found[key] = replace(layer, reason=ADAPTER, supported=False)
     layers = list(found.values())
     # Of a pair, and of a layer that derives its weight, one parameter stands for all.
     together = [
