@@ -35,6 +35,7 @@ from fxrank.session.attach import Attachment, clock_of, examine
 from fxrank.session.hooks import StepHooks
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
+from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
 from fxrank.switch.averages import ListedAverage, averaged_in, check_averages
 from fxrank.switch.freeze import as_in_training
 from fxrank.switch.plan_of import has_plan, remember_plan
@@ -66,6 +67,8 @@ class LowRankSession:
         self._attached, self._listener = attached, listener or (lambda *_: None)
         self._averages, self._logger = list(attached.averages), attached.logger
         self._hooks = StepHooks(self.optimizers)
+        self._elsewhere = StepsElsewhere(self.optimizers, self._say)
+        self._end_watch: Callable[[], None] = lambda: None
         self._watch = Stopwatch(next(self.model.parameters()).device)
         self._broken: BaseException | None = None
 
@@ -136,6 +139,8 @@ class LowRankSession:
         elif self.scene.monitor is not None:
             self._observe(exact=True)
         self._hooks.put_on(self._before_step, self._after_step)
+        self._end_watch = self._elsewhere.watch()
+        expect_end(self)
         try:
             if state is None:
                 self._consider_switch()
@@ -168,9 +173,15 @@ class LowRankSession:
         if self.plan is None and self.policy.may_switch:
             self.team.check()
 
+    def _say(self, note: str) -> None:
+        self.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=2)
+
     def _after_step(self) -> None:
         self._watch.mark()
         self.clock = Clock(self.clock.step + 1, self.clock.total_steps, self.clock.steps_per_epoch)
+        if (wrong := check_length(self.clock)) is not None:
+            self._say(wrong)
         monitor = self.scene.monitor
         if self.phase == FULL and (monitor is None or monitor.due(self.clock.step)):
             self.step()
@@ -291,6 +302,8 @@ class LowRankSession:
     def detach(self) -> None:
         """Take the hooks off without an end of the training, as of one that was broken off."""
         self._hooks.take_off()
+        self._end_watch()
+        has_ended(self)
 
     def __enter__(self) -> "LowRankSession":
         return self
