@@ -61,6 +61,12 @@ FAULTS = (
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
+    Fault("toggled optimizers, several Lightning callbacks", ("toggled::*", "integrations_lightning_gans::*")),
+    Fault("averages as lists of tensors", ("listed_averages::*",)),
+    Fault("adapters (PEFT, loralib) beside factors", ("adapters::*", "integrations_adapters::*")),
+    Fault("BatchNorm folded into pairs, projections fused, weights written", ("fused_*::*",)),
+    Fault("quantized after factorizing", ("quantized::*",)),
+    Fault("an optimizer built anew, wrong lengths, wrappers (refused)", ("truth::*", "wrapping_optimizers::*")),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 
