@@ -69,6 +69,12 @@ FAULTS = (
     Fault("code that asks what its parts are, or holds them aside", ("trial::*",)),
     Fault("random models, whose code asks, ties, derives, holds aside", ("random_models::*",)),
     Fault("layers that do more than their weight, or keep it constrained", ("beyond::*", "guarded::*", "alike::*")),
+    Fault("toggled optimizers, several Lightning callbacks", ("toggled::*", "integrations_lightning_gans::*")),
+    Fault("averages as lists of tensors", ("listed_averages::*",)),
+    Fault("adapters (PEFT, loralib) beside factors", ("adapters::*", "integrations_adapters::*")),
+    Fault("BatchNorm folded into pairs, projections fused, weights written", ("fused_*::*",)),
+    Fault("quantized after factorizing", ("quantized::*",)),
+    Fault("an optimizer built anew, wrong lengths, wrappers (refused)", ("truth::*", "wrapping_optimizers::*")),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 

@@ -19,6 +19,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
+from fxrank.passes.model.quantized import check_not_quantized
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
@@ -167,8 +168,10 @@ def merge(model: nn.Module) -> nn.Module:
 
     Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
     The state dict fits the untouched original class, and layers that shared a weight share it again, if there is no extra
-    BatchNorm in them. A weight that was derived from others (weight norm, standardization) is a plain one now.
+    BatchNorm in them. A weight that was derived from others (weight norm, standardization) is a plain one now. Raises `TypeError`
+    for a model that is quantized.
     """
+    check_not_quantized(model, "merging")
     dense = copied(uncompiled(model))
     merged: dict[int, nn.Parameter] = {}
     layers: list[tuple[FactorPair, nn.Module]] = []

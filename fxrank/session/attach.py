@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.team import Team
@@ -26,7 +25,7 @@ from fxrank.policies.base import Policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.policies.scene import Clock, Scene
 from fxrank.session.companions import left_dense, shared_outside
-from fxrank.switch.averages import averaged_in
+from fxrank.switch.averages import Average, averaged_in
 from fxrank.switch.freeze import frozen_names
 from fxrank.switch.optimizer import optimizers_of, refused_by
 from fxrank.switch.trial import misfits, with_reasons
@@ -46,7 +45,7 @@ class Attachment:
     example: Example
     graph_module: TracedModule
     scene: Scene
-    averages: tuple[nn.Module, ...]
+    averages: tuple[Average, ...]
     logger: Logger | None
     """What all processes call; the first one's writes."""
     notes: tuple[str, ...] = ()
@@ -75,7 +74,7 @@ def examine(
     amp: torch.dtype | None = None,
     seed: int = 0,
     logger: Logger | None = None,
-    followers: Iterable[nn.Module] = (),
+    followers: Iterable[object] = (),
     state: dict[str, Any] | None = None,
 ) -> Attachment:
     """Check all that `LowRankSession.attach` is given, trace the model, list its layers and, without a `state` that has the

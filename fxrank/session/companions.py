@@ -7,7 +7,6 @@ the loop's) shows in the first step after the switch, by its gradient; see `Fact
 
 import gc
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from torch import nn
 
@@ -55,4 +54,4 @@ def _is_own(kind: type[nn.Module]) -> bool:
 
 def left_dense(layers: Iterable[Layer], reasons: dict[str, str]) -> list[Layer]:
     """The layers, with these reasons."""
-    return [replace(x, reason=reasons.get(x.name)) if x.reason is None else x for x in layers]
+    return [x.kept_for(reasons[x.name]) if x.reason is None and x.name in reasons else x for x in layers]

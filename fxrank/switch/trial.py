@@ -13,7 +13,6 @@ code of the model asks no such question (`asks`).
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ def misfits(
 
 def with_reasons(layers: Sequence[Layer], reasons: Mapping[str, str]) -> list[Layer]:
     """The layers, those that are named with their reasons to stay dense."""
-    return [replace(a, reason=reasons[a.name], supported=False) if a.name in reasons else a for a in layers]
+    return [a.kept_for(reasons[a.name]) if a.name in reasons else a for a in layers]
 
 
 class _Trial:

@@ -10,7 +10,6 @@ themselves have a cosine near 0, and an average stays near what it follows.
 """
 
 from collections.abc import Container, Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +54,7 @@ def without_followed(layers: Iterable[Layer], model: nn.Module, trained: Contain
             at = candidates.get(id(weight))
             if at is not None and layers[at].reason is None:
                 reason = f"{what}: an average of it, it seems, and factors cannot be averaged with a weight. Hold the copy outside of the model, and give it as followers="
-                layers[at] = replace(layers[at], reason=reason)
+                layers[at] = layers[at].kept_for(reason)
     return layers
 
 

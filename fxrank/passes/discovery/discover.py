@@ -10,14 +10,16 @@ from dataclasses import replace
 import networkx as nx
 from torch import Tensor, fx, nn
 
+from fxrank.passes.discovery.adapters import ADAPTER, in_adapter
 from fxrank.passes.discovery.alike import Alike
-from fxrank.passes.discovery.found import Use, done, layer_from, merged, unsupported
+from fxrank.passes.discovery.found import QUANTIZED, Use, done, layer_from, merged, unsupported
 from fxrank.passes.discovery.holdings import held_elsewhere
 from fxrank.passes.discovery.inside import Found, checked, first_shape, inside, joined
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.uses import uses
 from fxrank.passes.model.beyond import written_by
 from fxrank.passes.model.names import own_name
+from fxrank.passes.model.quantized import packs_its_weight
 from fxrank.passes.model.weights import is_derived
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import weight_alone
@@ -41,7 +43,10 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     found = {key: layer for key, (layer, _) in search.run(gm).items()}
     _check_owners(model, found)
     for key, reason in held_elsewhere(model, found, search.read_aside).items():
-        found[key] = replace(found[key], reason=reason, supported=False)
+        found[key] = found[key].kept_for(reason)
+    for key, layer in found.items():
+        if layer.reason is None and any(in_adapter(model, path) for path in layer.paths):
+            found[key] = replace(layer, reason=ADAPTER, supported=False)
     layers = list(found.values())
     # Of a pair, and of a layer that derives its weight, one parameter stands for all.
     together = [
@@ -49,11 +54,8 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     ]
     in_pairs = {id(p) for m in together for p in m.parameters()}
     for path, module in model.named_modules():
-        if type(module).__module__.startswith(("torch.ao.nn", "torch.nn.quantized")) and hasattr(
-            module, "_packed_params"
-        ):
-            reason = "its weight is quantized; factorize before quantizing"
-            layers.append(Layer(path, type(module).__name__, (), paths=(path,), reason=reason, supported=False))
+        if packs_its_weight(module):
+            layers.append(Layer(path, type(module).__name__, (), paths=(path,), reason=QUANTIZED, supported=False))
         for name, weight in module.named_parameters(recurse=False):
             if weight.ndim >= 2 and id(weight) not in found and id(weight) not in in_pairs:
                 own = path if name == "weight" else f"{path}.{name}".lstrip(".")

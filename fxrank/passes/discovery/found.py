@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.beyond import masks_gradient
 from fxrank.passes.model.names import own_name
+from fxrank.passes.model.quantized import is_quantized
 from fxrank.passes.model.weights import is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair, Unrolled
 from fxrank.passes.pairs.registry import forms_of
 
+QUANTIZED = "its weight is quantized; factorize before quantizing"
 _TIED = "tied "
 """What stands before the kind of a table that a layer of another kind shares."""
 
@@ -89,6 +91,8 @@ def _unrolled(dense: nn.Module, form: str, pair: type[FactorPair], use: Use) -> 
 
 
 def _refused_numbers(weight: Tensor) -> str | None:
+    if is_quantized(weight):
+        return QUANTIZED
     if weight.is_complex() or not weight.is_floating_point():
         kind = str(weight.dtype).removeprefix("torch.")
         return f"its weight is {kind}; only real floating-point weights have a low-rank split here"

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrank.passes.pairs.factored_weight import PRODUCTS, CompiledWeight, Factored, FactoredWeight, in_torchscript_trace
+from fxrank.passes.pairs.factored_weight import (
+    PRODUCTS,
+    CompiledWeight,
+    Factored,
+    FactoredWeight,
+    ProductWeight,
+    in_torchscript_trace,
+)
 from fxrank.torch_private.kernels import GROUPED
 
 
@@ -24,6 +31,15 @@ def factored(u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False
     if torch.compiler.is_dynamo_compiling() or in_torchscript_trace():
         return CompiledWeight(u, v, shape, flipped)
     return FactoredWeight(u, v, shape, flipped)
+
+
+def whole_product(u: Tensor, v: Tensor, shape: tuple[int, ...], fold: Callable[[Tensor], Tensor]) -> Tensor:
+    """`fold(V U)`, which knows that it is a product."""
+    if torch.compiler.is_dynamo_compiling() or in_torchscript_trace():
+        return fold(v @ u)
+    result = ProductWeight(u, v, shape)
+    result.fold = fold
+    return result
 
 
 def _times(x: Tensor, w: Factored) -> Tensor:
@@ -270,7 +286,11 @@ def _unbind(w: Any, dim: int = 0) -> Any:
 
 
 def _detached(w: Any) -> Any:
-    return factored(w.u.detach(), w.v.detach(), tuple(w.shape), w.flipped)
+    u, v, shape = w.u.detach(), w.v.detach(), tuple(w.shape)
+    result = whole_product(u, v, shape, w.fold) if isinstance(w, ProductWeight) else factored(u, v, shape, w.flipped)
+    if isinstance(result, FactoredWeight):
+        result.write = w.write
+    return result
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
@@ -318,6 +338,7 @@ PRODUCTS.update(
         **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
     }
 )
+ProductWeight.products.update(dict.fromkeys((torch.detach, Tensor.detach, _getter("data")), _detached))
 PRODUCTS.update(
     dict.fromkeys(GROUPED[:1], _grouped_mm)
     | dict.fromkeys(GROUPED[1:], lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs))
