@@ -4,15 +4,16 @@ Everything here works on *stacks of matrices* of shape `(groups, rows, cols)`: a
 convolution is a stack of one, a grouped convolution has one matrix per group. One stack gets one number (the mean
 over its groups), because the factor pair of a grouped layer has one rank for all groups.
 
-Exact spectra come from the Gram matrix of the short side, `G = W Wᵀ` (or `Wᵀ W`), whose eigenvalues are `σ²`: for
-an `m × n` matrix that costs `m²n + O(m³)` with a small constant instead of the full SVD's. In float64 the relative
-error of `σ_max` is about 1e-15, of a singular value `σ` about `1e-16 · (σ_max/σ)²`. The truncated factors do not
-depend on that accuracy: they are a *projection* `Q (Qᵀ W)`, so at full rank the product is `W` up to rounding
-whatever the eigenvalues were.
+A float32 weight, or a narrower one, has 24 bits; its spectrum comes from the Gram matrix of the short side in float64, `G = W
+Wᵀ` (or `Wᵀ W`), whose eigenvalues are `σ²`: for an `m × n` matrix that costs `m²n + O(m³)` with a small constant instead of the
+full SVD's. A Gram matrix squares, so that directions below `√eps · σ_max` are noise: 1.5e-8 in float64, below the rounding of the
+weight itself; in float32 it would be 3e-4, which is the better part of many trained weights. A float64 weight goes through QR
+and SVD, which do not square. The truncated factors are a *projection* `Q (Qᵀ W)`, so at full rank the product is `W` up to
+rounding whatever the eigenvalues were.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,108 +50,121 @@ def check_finite(stack: Tensor, name: str = "weight") -> None:
         )
 
 
-def gram(stack: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Gram matrices of the short side, `(groups, s, s)` with `s = min(rows, cols)`, in `dtype`."""
-    wide = stack if stack.shape[1] <= stack.shape[2] else stack.transpose(1, 2)
-    wide = wide.to(dtype)
-    if wide.device.type != "cpu":
-        return wide @ wide.transpose(1, 2)
-    syrk = scipy.linalg.blas.dsyrk if dtype == torch.float64 else scipy.linalg.blas.ssyrk
-    # syrk does half the work of a product. BLAS is column-major, so the C-ordered (s, n) matrix is passed as its transpose, uncopied.
-    grams = [syrk(1.0, matrix.contiguous().numpy().T, trans=1, lower=1) for matrix in wide]
-    return torch.from_numpy(np.stack([g + np.tril(g, -1).T for g in grams]))
+BLOCK = 1 << 19
+"""Numbers of a weight that are lifted to float64 at a time: no copy of the whole weight in twice its size."""
+
+
+def gram(stack: Tensor) -> Tensor:
+    """Gram matrices of the short side, `(groups, s, s)` with `s = min(rows, cols)`, in float64."""
+    size = min(stack.shape[1:])
+    if stack.device.type != "cpu":
+        grams = stack.new_zeros(len(stack), size, size, dtype=torch.float64)
+        for group, _, block in _blocks(stack):
+            grams[group].addmm_(block.t(), block)
+        return grams
+    # syrk does half the work of a product, in one triangle. BLAS is column-major, so that a C-ordered block is passed as its transpose, uncopied.
+    lower = [np.zeros((size, size), order="F") for _ in stack]
+    for group, _, block in _blocks(stack):
+        lower[group] = scipy.linalg.blas.dsyrk(
+            1.0, block.contiguous().numpy().T, beta=1.0, c=lower[group], lower=1, overwrite_c=1
+        )
+    for matrix in lower:
+        above = np.triu_indices(size, 1)
+        matrix[above] = matrix.T[above]
+    return torch.from_numpy(np.stack(lower))
+
+
+def _blocks(stack: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """The matrices with their long side down, `(n, s)`, in float64, a few rows of one at a time: its number, that of the first
+    row, the rows.
+    """
+    tall = stack if stack.shape[1] > stack.shape[2] else stack.transpose(1, 2)
+    rows = max(1, BLOCK // tall.shape[2])
+    for group, matrix in enumerate(tall):
+        for start in range(0, len(matrix), rows):
+            yield group, start, matrix[start : start + rows].double()
 
 
 def singular_values(stack: Tensor) -> Tensor:
     """All singular values, `(groups, min(rows, cols))`, descending, float64, on the CPU.
 
-    The spectrum is computed in float64 from the Gram matrix on the weight's own device, whatever the weight's
-    dtype. Source: Cuttlefish §3.1 takes a full SVD; the Gram route is exact to 1e-14 for the metrics below.
+    Accurate to 1.5e-8 of the largest for a float32 stack or a narrower one, to 1e-15 of it for float64. Source: Cuttlefish §3.1
+    takes a full SVD.
     """
-    matrices = gram(stack)
-    if matrices.device.type == "cpu":
-        eigenvalues = torch.from_numpy(
-            np.stack(
-                [
-                    scipy.linalg.eigh(g.numpy(), eigvals_only=True, check_finite=False, overwrite_a=True)
-                    for g in matrices
-                ]
-            )
-        )
-    else:
-        eigenvalues = torch.linalg.eigvalsh(matrices).cpu()
-    return eigenvalues.flip(-1).clamp_(min=0).sqrt_()
+    if stack.dtype == torch.float64:
+        sigma: Tensor = torch.linalg.svdvals(_square(stack))
+        return sigma.cpu()
+    squares: Tensor = torch.linalg.eigvalsh(gram(stack))
+    return squares.cpu().flip(-1).clamp_(min=0).sqrt_()
+
+
+def _square(stack: Tensor) -> Tensor:
+    """Matrices `(groups, s, s)` with the same singular values, and the same singular vectors of the short side on the left."""
+    wide = stack if stack.shape[1] <= stack.shape[2] else stack.transpose(1, 2)
+    if wide.shape[1] == wide.shape[2]:
+        return wide
+    triangle: Tensor = torch.linalg.qr(wide.transpose(1, 2), mode="r")[1]
+    return triangle.transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Spectrum and leading subspaces of a stack from one eigendecomposition; made by `decompose`.
+    """Spectrum and leading subspaces of a stack from one decomposition; made by `decompose`.
 
-    `sigma` `(groups, s)` descending, float64, on the CPU, `s = min(rows, cols)`; `σ_max` is a Rayleigh quotient in float64
-    and `Σ σ²` is `‖W‖_F²` in float64, so the stable rank is exact to 1e-6; the others carry an error of at most about `3e-4 σ_max` for a float32 stack (the square root of its rounding), far less where they
-    matter to a rank.
+    `sigma` `(groups, s)` descending, float64, on the CPU, `s = min(rows, cols)`, as accurate as `singular_values`.
     """
 
     sigma: Tensor
     _stack: Tensor
     _vectors: Tensor
+    """Singular vectors of the short side, one a column, `(groups, s, s)`, float64."""
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best rank-`rank` factors with the singular values split evenly, `W ≈ V U`.
 
         Returns `U` `(groups, rank, cols)` and `V` `(groups, rows, rank)` in float64 if the stack is float64, else float32, on
         its device, with `‖u_i‖ = ‖v_i‖ = √σ_i` (Cuttlefish §3.3, Pufferfish Alg. 1). The product is the projection of `W` on its
-        leading singular subspace, so its error is Eckart-Young's optimum up to rounding (excess about 1e-12 relative), and at
+        leading singular subspace, made in float64: its error is Eckart-Young's optimum up to one rounding of the factors, and at
         `rank = s` it is `W` itself.
         """
-        stack = self._stack
-        tall = stack.shape[1] > stack.shape[2]
-        wide = stack.transpose(1, 2) if tall else stack
-        basis = self._vectors[..., :rank]  # (groups, s, rank)
-        image = _exact_matmul(basis.transpose(1, 2), wide)  # (groups, rank, n): rows are σ_i · right singular vectors
-        sigma = torch.linalg.vector_norm(image, dim=2, keepdim=True)
-        root = sigma.sqrt()
-        image = torch.where(sigma > 0, image / root.clamp(min=torch.finfo(stack.dtype).tiny), torch.zeros_like(image))
-        basis = basis * root.transpose(1, 2)
-        return (basis.transpose(1, 2), image.transpose(1, 2)) if tall else (image, basis)
+        return balanced_factors(self._stack, self._vectors[..., :rank])
+
+
+def balanced_factors(stack: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The projection of a stack on an orthonormal `basis` `(groups, s, rank)` of its short side, float64, as `U` and `V`; see
+    `Decomposition.factors`.
+    """
+    dtype = torch.float64 if stack.dtype == torch.float64 else torch.float32
+    image = basis.new_empty(len(stack), max(stack.shape[1:]), basis.shape[2], dtype=dtype)
+    squares = basis.new_zeros(len(stack), 1, basis.shape[2])
+    # In units of the largest number: the square of 1e-200 is zero.
+    unit = torch.stack([torch.stack(matrix.aminmax()).abs().amax() for matrix in stack]).double()
+    unit = torch.where(unit > 0, unit, 1.0)[:, None, None]
+    for group, start, block in _blocks(stack):
+        product = block @ basis[group]  # columns are σ_i · singular vectors
+        image[group, start : start + len(block)] = product
+        squares[group] += product.div_(unit[group]).square_().sum(0)
+    sigma = squares.sqrt() * unit
+    root = torch.where(sigma > 0, sigma, 1.0).sqrt()
+    image = image.div_(root.to(dtype))
+    basis = (basis * torch.where(sigma > 0, root, 0.0)).to(dtype)
+    if stack.shape[1] > stack.shape[2]:
+        return basis.transpose(1, 2), image
+    return image.transpose(1, 2), basis
 
 
 def decompose(stack: Tensor) -> Decomposition:
-    """All singular values and singular vectors of the short side, from one Gram matrix and one symmetric eigendecomposition.
+    """All singular values and singular vectors of the short side, in float64, on the stack's device.
 
-    Float64 for a float64 stack, else float32, on the stack's device (the Gram matrix on a GPU in float64: float32 products there
-    may run in TF32, with 10 bits of mantissa). About ten times cheaper than a full SVD (benchmarks/results).
+    Of a float32 stack, or a narrower one, from one Gram matrix and one symmetric eigendecomposition, six times cheaper than a
+    full SVD of a weight four times as long as wide (benchmarks/results); of a float64 stack by QR and SVD.
     """
-    dtype = torch.float64 if stack.dtype == torch.float64 else torch.float32
-    stack = stack.detach().to(dtype)
-    on_cpu = stack.device.type == "cpu"
-    matrices = gram(stack, dtype if on_cpu else torch.float64)
-    if on_cpu:
-        pairs = [scipy.linalg.eigh(g.numpy(), driver="evd", check_finite=False, overwrite_a=True) for g in matrices]
-        values = torch.from_numpy(np.stack([p[0] for p in pairs]))
-        vectors = torch.from_numpy(np.stack([p[1] for p in pairs]))
-    else:
-        values, vectors = torch.linalg.eigh(matrices)
-    vectors = vectors.flip(-1).to(dtype)
-    wide = stack if stack.shape[1] <= stack.shape[2] else stack.transpose(1, 2)
-    # Rayleigh: an error e in the vector is an error e² here. On a CPU float32 sums are good for 1e-7; a GPU may use TF32.
-    exact = dtype if on_cpu else torch.float64
-    top = [
-        torch.linalg.vector_norm(m.to(exact).t() @ q.to(exact), dtype=torch.float64)
-        / torch.linalg.vector_norm(q, dtype=torch.float64)
-        for m, q in zip(wide, vectors[..., 0], strict=True)
-    ]
-    leader = torch.stack(top).cpu()
-    squares = values.flip(-1).double().cpu().clamp(min=0).minimum(leader.square()[:, None])
-    squares[:, 0] = leader.square()
-    # ‖W‖_F² is known exactly: the rest of the spectrum is scaled to sum up to it.
-    rest = torch.linalg.vector_norm(stack, dim=(1, 2), dtype=torch.float64).square().cpu() - squares[:, 0]
-    found = squares[:, 1:].sum(1)
-    squares[:, 1:] *= torch.where(found > 0, rest.clamp(min=0) / found.clamp(min=torch.finfo(torch.float64).tiny), 1.0)[
-        :, None
-    ]
-    sigma = squares.sqrt().minimum(leader[:, None])
-    return Decomposition(sigma, stack, vectors)
+    stack = stack.detach()
+    if stack.dtype == torch.float64:
+        vectors, sigma, _ = torch.linalg.svd(_square(stack), full_matrices=False)
+        return Decomposition(sigma.cpu(), stack, vectors)
+    values, vectors = torch.linalg.eigh(gram(stack))
+    return Decomposition(values.cpu().flip(-1).clamp_(min=0).sqrt_(), stack, vectors.flip(-1))
 
 
 def truncated_factors(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -158,19 +172,19 @@ def truncated_factors(stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return decompose(stack).factors(rank)
 
 
-def _exact_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """`a @ b` without TF32: the result is written into the user's weights."""
-    if a.device.type == "cpu" or a.dtype == torch.float64:
-        return a @ b
-    return (a.double() @ b.double()).to(a.dtype)
-
-
 def truncation_error(sigma: Tensor, rank: int) -> float:
     """Relative Frobenius error of the best rank-`rank` approximation, `√(Σ_{i>rank} σ_i² / Σ σ_i²)`, for `sigma`
     `(groups, s)`.
     """
+    sigma = _unscaled(sigma)
     total = float(sigma.square().sum())
     return math.sqrt(float(sigma[:, rank:].square().sum()) / total) if total > 0 else 0.0
+
+
+def _unscaled(sigma: Tensor) -> Tensor:
+    """Over the largest of them, whose square may be no number any more: 1e-200 in float64."""
+    top = sigma.max()
+    return sigma / top if top > 0 else sigma
 
 
 def stable_rank(weight: Tensor) -> float:
@@ -210,7 +224,7 @@ def energy(sigma: Tensor, share: float = 0.9) -> float:
     """Least `r` whose squared singular values hold `share` of `‖W‖_F²`: the truncation error is then at most
     `√(1-share)`.
     """
-    return float(_least_covering(sigma.square(), share))
+    return float(_least_covering(_unscaled(sigma).square(), share))
 
 
 def entropy(sigma: Tensor) -> float:
