@@ -109,7 +109,7 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
 def _given(layer: Layer, rank: int | float, extra_bn: bool) -> LayerDecision:
     whole = whole_given_rank(layer.name, layer.full_rank, rank)
     reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
-    return take(layer, whole, reason, extra_bn=extra_bn)
+    return take(layer, whole, reason if layer.unsaving is None else f"{reason}; {layer.unsaving}", extra_bn=extra_bn)
 
 
 def _if_it_can_train(layer: Layer, model: nn.Module) -> Layer:

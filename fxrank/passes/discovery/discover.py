@@ -144,7 +144,8 @@ class _Search:
         weight = getattr(owner, attribute, None)
         if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
             return
-        products, others = uses(node)
+        found = uses(node)
+        products, others = found.products, found.others
         if not products and not others:
             return
         whole = attribute == "weight" and bool(forms_of(owner))
@@ -160,10 +161,15 @@ class _Search:
         kernel = next((p.input_shape for p in products if p.convolution), None)
         form = next(iter(forms_of(layer))) if whole else form_when_read(weight, kernel is not None)
         shape = forms_of(layer)[form].shape_when_read(layer, positions) if kernel is None else kernel
-        use = Use(nodes[0], shape, positions=positions)
+        use = Use(nodes[0], shape, positions=positions, made=found.made)
         paths = tuple(self.names.get(id(owner), [name])) if whole else ()
         parameter, one = layer_from(layer, name, use, form=form, paths=paths, reason=reason)
-        yield parameter, replace(one, nodes=nodes)
+        unsaving = None
+        if one.unrolled.whole:
+            mixed = any(p.mixes for p in products)
+            why = "its matrices are mixed before they multiply" if mixed else "it is used as a whole"
+            unsaving = f"{why}, by {', '.join(nodes)}: the product of its factors would be made in every call"
+        yield parameter, replace(one, nodes=nodes, unsaving=unsaving)
 
 
 def _by_own_names(layer: Layer) -> Layer:
