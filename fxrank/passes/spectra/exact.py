@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -55,23 +54,22 @@ BLOCK = 1 << 19
 
 
 def gram(stack: Tensor) -> Tensor:
-    """Gram matrices of the short side, `(groups, s, s)` with `s = min(rows, cols)`, in float64."""
+    """Gram matrices of the short side, `(groups, s, s)` with `s = min(rows, cols)`, in float64; of each the lower triangle, which
+    is all that an eigendecomposition reads.
+    """
     size = min(stack.shape[1:])
+    grams = torch.zeros(len(stack), size, size, dtype=torch.float64, device=stack.device)
     if stack.device.type != "cpu":
-        grams = stack.new_zeros(len(stack), size, size, dtype=torch.float64)
         for group, _, block in _blocks(stack):
             grams[group].addmm_(block.t(), block)
         return grams
-    # syrk does half the work of a product, in one triangle. BLAS is column-major, so that a C-ordered block is passed as its transpose, uncopied.
-    lower = [np.zeros((size, size), order="F") for _ in stack]
+    # syrk does half the work of a product. BLAS is column-major: a C-ordered block is passed as its transpose, and the upper triangle there is
+    # the lower one here, uncopied.
     for group, _, block in _blocks(stack):
-        lower[group] = scipy.linalg.blas.dsyrk(
-            1.0, block.contiguous().numpy().T, beta=1.0, c=lower[group], lower=1, overwrite_c=1
+        scipy.linalg.blas.dsyrk(
+            1.0, block.contiguous().numpy().T, beta=1.0, c=grams[group].numpy().T, lower=0, overwrite_c=1
         )
-    for matrix in lower:
-        above = np.triu_indices(size, 1)
-        matrix[above] = matrix.T[above]
-    return torch.from_numpy(np.stack(lower))
+    return grams
 
 
 def _blocks(stack: Tensor) -> Iterator[tuple[int, int, Tensor]]:

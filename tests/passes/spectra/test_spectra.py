@@ -137,14 +137,15 @@ def test_as_stack():
 @pytest.mark.parametrize("shape", [(1, 3, 5), (2, 5, 3), (3, 4, 4)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("block", [1, 10, 1 << 19])
-def test_gram_is_of_the_short_side_symmetric_and_in_float64(shape, dtype, block, monkeypatch):
+def test_gram_is_of_the_short_side_and_in_float64(shape, dtype, block, monkeypatch):
     monkeypatch.setattr(exact, "BLOCK", block)
     stack = torch.randn(shape, dtype=dtype)
     found = gram(stack)
     wide = (stack if shape[1] <= shape[2] else stack.mT).double()
     assert found.dtype is torch.float64
-    assert torch.equal(found, found.mT)
-    torch.testing.assert_close(found, wide @ wide.mT, rtol=0, atol=1e-14)  # sums of at most 5 numbers of order 1
+    torch.testing.assert_close(
+        found.tril(), (wide @ wide.mT).tril(), rtol=0, atol=1e-14
+    )  # sums of at most 5 numbers of order 1
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "channels_last", "gradient"])
