@@ -15,7 +15,9 @@ rounding whatever the eigenvalues were.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import scipy.linalg
 import torch
 from torch import Tensor
@@ -50,8 +52,10 @@ def check_finite(stack: Tensor, name: str = "weight") -> None:
         )
 
 
-BLOCK = 1 << 19
-"""Numbers of a weight that are lifted to float64 at a time: no copy of the whole weight in twice its size."""
+BLOCK, SHARE = 1 << 16, 16
+"""So many numbers of a weight, or such a part of it, whichever is more, are lifted to float64 at a time: there is no copy of the whole
+in twice its size.
+"""
 
 
 def gram(stack: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ def _blocks(stack: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     row, the rows.
     """
     tall = stack if stack.shape[1] > stack.shape[2] else stack.transpose(1, 2)
-    rows = max(1, BLOCK // tall.shape[2])
+    rows = max(1, BLOCK // tall.shape[2], tall.shape[1] // SHARE)
     for group, matrix in enumerate(tall):
         for start in range(0, len(matrix), rows):
             yield group, start, matrix[start : start + rows].double()
@@ -116,7 +120,9 @@ class Decomposition:
     sigma: Tensor
     _stack: Tensor
     _vectors: Tensor
-    """Singular vectors of the short side, one a column, `(groups, s, s)`, float64."""
+    """Singular vectors of the short side, one a column, `(groups, s, s)`, that of the largest value last, and no wider than the
+    factors: what they lose of being orthonormal is made up for when some of them are used.
+    """
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """The best rank-`rank` factors with the singular values split evenly, `W ≈ V U`.
@@ -126,7 +132,8 @@ class Decomposition:
         leading singular subspace, made in float64: its error is Eckart-Young's optimum up to one rounding of the factors, and at
         `rank = s` it is `W` itself.
         """
-        return balanced_factors(self._stack, self._vectors[..., :rank])
+        basis: Tensor = torch.linalg.qr(self._vectors[..., -rank:].flip(-1).double())[0]
+        return balanced_factors(self._stack, basis)
 
 
 def balanced_factors(stack: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,15 +162,29 @@ def balanced_factors(stack: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 def decompose(stack: Tensor) -> Decomposition:
     """All singular values and singular vectors of the short side, in float64, on the stack's device.
 
-    Of a float32 stack, or a narrower one, from one Gram matrix and one symmetric eigendecomposition, six times cheaper than a
-    full SVD of a weight four times as long as wide (benchmarks/results); of a float64 stack by QR and SVD.
+    Of a float32 stack, or a narrower one, from one Gram matrix and one symmetric eigendecomposition, several times
+    cheaper than a full SVD; of a float64 stack by QR and SVD.
     """
     stack = stack.detach()
     if stack.dtype == torch.float64:
         vectors, sigma, _ = torch.linalg.svd(_square(stack), full_matrices=False)
-        return Decomposition(sigma.cpu(), stack, vectors)
-    values, vectors = torch.linalg.eigh(gram(stack))
-    return Decomposition(values.cpu().flip(-1).clamp_(min=0).sqrt_(), stack, vectors.flip(-1))
+        return Decomposition(sigma.cpu(), stack, vectors.flip(-1))
+    if stack.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(gram(stack))
+        return Decomposition(values.cpu().flip(-1).clamp_(min=0).sqrt_(), stack, vectors.float())
+    pairs = [_eigh_in_place(gram(stack[group : group + 1])[0]) for group in range(len(stack))]
+    values, vectors = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
+    return Decomposition(values.flip(-1).clamp_(min=0).sqrt_(), stack, vectors)
+
+
+def _eigh_in_place(lower: Tensor) -> tuple[Any, Any]:
+    """Eigenvalues, ascending, and eigenvectors in float32. The matrix is written over: what LAPACK needs beside it is gone again
+    afterwards.
+    """
+    values, vectors = scipy.linalg.eigh(
+        lower.numpy().T, lower=False, driver="evd", check_finite=False, overwrite_a=True
+    )
+    return values, vectors.astype(np.float32)
 
 
 class Spectrum:
