@@ -61,6 +61,9 @@ FAULTS = (
     Fault("accumulation, clipping, scaling, checkpointing", ("loops::*", "session::*")),
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
+    Fault("spectra over many orders of magnitude, tiny and huge weights", ("graded::*",)),
+    Fault("large layers, without a decomposition in full", ("leading::*",)),
+    Fault("weights read by code: what is counted and timed, what is mixed", ("made::*",)),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 

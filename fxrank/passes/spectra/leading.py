@@ -22,7 +22,7 @@ SPARE = 8
 """Columns of the block beyond the rank, at least: the last of them converge slowly, and make the gap."""
 BLOCKS, COLUMNS = 5, 200
 """What the basis has at most, whichever is more, before it is pressed into half of it."""
-MAX_STEPS = 40
+MAX_STEPS = 80
 UNSCALED = (1e-12, 1e12)
 """Norms for which float32 needs no scaling here."""
 
