@@ -46,7 +46,7 @@ def factorize(
 
     `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
     full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
-    layers, a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
+    layers (one whose pair would be multiplied out in every call stays dense, with a warning), a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
     returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
@@ -68,7 +68,9 @@ def factorize(
     if isinstance(rank, Mapping):
         chosen = _named_ranks(layers, rank)
         layers = [
-            layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
+            layer
+            if layer.name in chosen or layer.reason
+            else replace(layer, reason=layer.unsaving or "not named in rank=")
             for layer in layers
         ]
     else:
@@ -131,6 +133,14 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
         layer = by_path[name]
         if layer.reason is not None:
             raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
+        if layer.unsaving:
+            warnings.warn(
+                f"a pair must save work where its weight is used; {layer.name!r} stays dense: {layer.unsaving}. Name it in include= to have "
+                "its parameters saved all the same.",
+                UserWarning,
+                stacklevel=4,
+            )
+            continue
         chosen[layer.name] = rank
     return chosen
 

@@ -46,7 +46,7 @@ class Layer:
     supported: bool = True
     """Whether the layer's kind has a factor pair, whatever `reason` says about this one."""
     unsaving: str | None = None
-    """Why its pair would save no work, so that it is left dense unless it is named; None if it would."""
+    """Why its pair would save no work, so that it is left dense unless it is included; None if it would."""
     made: tuple[Made, ...] = ()
     """The products with it, where code of the model's own makes them all."""
     boundary: str | None = None

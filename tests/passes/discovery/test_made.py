@@ -118,7 +118,7 @@ def test_the_products_of_a_raw_weight_are_counted_as_they_are_made(name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_weight_that_is_used_as_a_whole_stays_dense_unless_it_is_named(name):
+def test_a_weight_that_is_used_as_a_whole_stays_dense_unless_it_is_included(name):
     shape, size, use = WHOLE[name]
     model, x = Uses(size, use), torch.randn(shape)
     layer = layer_of(model, x)
@@ -130,11 +130,14 @@ def test_a_weight_that_is_used_as_a_whole_stays_dense_unless_it_is_named(name):
     assert layer.reason is None and re.match(rf"{why}, by \w+: the product of its factors", layer.unsaving)
     with pytest.raises(fxrank.NothingToFactorizeError, match=why):
         fxrank.factorize(nn.Sequential(nn.Linear(shape[-1], shape[-1]), model, Summed()), x, rank=0.5)
-    named = fxrank.factorize(model, x, rank={"w": 2})
+    with pytest.warns(UserWarning, match=rf"'w' stays dense: {why}"):
+        still = fxrank.factorize(model, x, rank={"w": 2})
+    assert fxrank.plan_of(still).layer("w").rank is None and why in fxrank.plan_of(still).layer("w").reason
+    named = fxrank.factorize(model, x, rank=2, include="w")
     decision = fxrank.plan_of(named).layer("w")
     assert (decision.macs, decision.pair_macs) == (counted(model, x), counted(named, x)) and why in decision.reason
     assert decision.pair_macs >= decision.macs
-    full = fxrank.factorize(model, x, rank={"w": layer.full_rank})
+    full = fxrank.factorize(model, x, rank=1.0, include="w")
     assert largest_difference(model(x), full(x)) < 1e-5  # float32, sums of 96
 
 

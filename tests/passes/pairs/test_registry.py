@@ -315,7 +315,7 @@ def test_a_pair_without_any_bias(register, tmp_path):
     model, x = ReadsIt(), randn(3, 6)
     with pytest.raises(fxrank.NothingToFactorizeError, match="it is used as a whole, by matmul"):
         fxrank.factorize(model, x, rank=2)  # its pair does not multiply when it is read
-    small = fxrank.factorize(model, x, rank={"b": 2})
+    small = fxrank.factorize(model, x, rank=2, include="b")
     assert largest_difference(small(x), fxrank.merge(small)(x)) <= ROUNDING
     fxrank.save(small, tmp_path)
     assert largest_difference(small(x), fxrank.load(ReadsIt(), tmp_path)(x)) == 0
