@@ -75,6 +75,9 @@ FAULTS = (
     Fault("BatchNorm folded into pairs, projections fused, weights written", ("fused_*::*",)),
     Fault("quantized after factorizing", ("quantized::*",)),
     Fault("an optimizer built anew, wrong lengths, wrappers (refused)", ("truth::*", "wrapping_optimizers::*")),
+    Fault("spectra over many orders of magnitude, tiny and huge weights", ("graded::*",)),
+    Fault("large layers, without a decomposition in full", ("leading::*",)),
+    Fault("weights read by code: what is counted and timed, what is mixed", ("made::*",)),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
 )
 

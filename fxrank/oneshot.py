@@ -50,7 +50,7 @@ def factorize(
 
     `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
     full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
-    layers, a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
+    layers (one whose pair would be multiplied out in every call stays dense, with a warning), a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
     returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
@@ -73,7 +73,9 @@ def factorize(
     if isinstance(rank, Mapping):
         chosen = _named_ranks(layers, rank)
         layers = [
-            layer if layer.name in chosen or layer.reason else replace(layer, reason="not named in rank=")
+            layer
+            if layer.name in chosen or layer.reason
+            else replace(layer, reason=layer.unsaving or "not named in rank=")
             for layer in layers
         ]
         layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
@@ -117,7 +119,7 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
 def _given(layer: Layer, rank: int | float, extra_bn: bool) -> LayerDecision:
     whole = whole_given_rank(layer.name, layer.full_rank, rank)
     reason = f"rank {whole} as given" if isinstance(rank, int) else f"rank {whole}, {rank:g} of full rank as given"
-    return take(layer, whole, reason, extra_bn=extra_bn)
+    return take(layer, whole, reason if layer.unsaving is None else f"{reason}; {layer.unsaving}", extra_bn=extra_bn)
 
 
 def _if_it_can_train(layer: Layer, model: nn.Module) -> Layer:
@@ -139,6 +141,14 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
         layer = by_path[name]
         if layer.reason is not None:
             raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
+        if layer.unsaving:
+            warnings.warn(
+                f"a pair must save work where its weight is used; {layer.name!r} stays dense: {layer.unsaving}. Name it in include= to have "
+                "its parameters saved all the same.",
+                UserWarning,
+                stacklevel=4,
+            )
+            continue
         chosen[layer.name] = rank
     return chosen
 

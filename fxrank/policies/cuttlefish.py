@@ -7,10 +7,9 @@ from typing import Any
 from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import Policy
-from fxrank.policies.forms import decomposition_of, in_best_form
+from fxrank.policies.forms import in_best_form, spectrum_of
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
@@ -200,12 +199,12 @@ class Cuttlefish(Policy):
         return decisions
 
     def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
-        spectrum = decomposition_of(layer, scene.model)
-        sigma, rank_now = spectrum.sigma, mean_over_groups(stable, spectrum.sigma)
+        spectrum = spectrum_of(layer, scene.model)
+        rank_now = spectrum.stable_rank
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)
-        value = rank_rule(self.rank_metric)(Evidence(sigma, xi, self.share, self.ratio))
+        value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio))
         full_rank = layer.full_rank
         rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
         known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
@@ -218,7 +217,6 @@ class Cuttlefish(Policy):
                 **known,
             )
         layer, rank, spectrum = in_best_form(layer, rank, self, scene.model, spectrum)
-        sigma = spectrum.sigma
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
             return replace(
@@ -232,7 +230,7 @@ class Cuttlefish(Policy):
         decision = take(layer, rank, why, extra_bn=self.extra_bn)
         return replace(
             decision,
-            truncation_error=round(truncation_error(sigma, rank), 6),
+            truncation_error=round(spectrum.truncation_error(rank), 6),
             speedup=None if speedup is None else round(speedup, 4),
             **known,
         )

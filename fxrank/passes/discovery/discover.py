@@ -168,7 +168,8 @@ class _Search:
         weight = getattr(owner, attribute, None)
         if not isinstance(weight, nn.Parameter) or weight.ndim < 2:
             return
-        products, others = uses(node)
+        found = uses(node)
+        products, others = found.products, found.others
         if not products and not others:
             return
         whole = attribute == "weight" and bool(forms_of(owner)) and not shows_forward(owner)
@@ -187,10 +188,15 @@ class _Search:
         kernel = next((p.input_shape for p in products if p.convolution), None)
         form = next(iter(forms_of(layer))) if whole else form_when_read(weight, kernel is not None)
         shape = forms_of(layer)[form].shape_when_read(layer, positions) if kernel is None else kernel
-        use = Use(nodes[0], shape, positions=positions)
+        use = Use(nodes[0], shape, positions=positions, made=found.made)
         paths = tuple(own_names) if whole else (name, *own_names)
         parameter, one = layer_from(layer, name, use, form=form, paths=paths, reason=reason)
         one = replace(one, nodes=nodes, guarded=one.guarded or (layer_like and reason is not None))
+        if one.unrolled.whole:
+            mixed = any(p.mixes for p in products)
+            why = "its matrices are mixed before they multiply" if mixed else "it is used as a whole"
+            unsaving = f"{why}, by {', '.join(nodes)}: the product of its factors would be made in every call"
+            one = replace(one, unsaving=unsaving)
         if whole:
             yield parameter, checked(one, owner)
             return

@@ -25,7 +25,8 @@ def candidates(
     exclude: Iterable[Selector] | Selector = (),
 ) -> list[Layer]:
     """The same layers, with a `reason` on those that are left alone by rule: the first, the last, embeddings and
-    decoders tied to them, those that no rank makes smaller (depthwise convolutions), and what `exclude` names.
+    decoders tied to them, those that no rank makes smaller (depthwise convolutions), those whose pair would be multiplied out
+    in every call, and what `exclude` names.
 
     The first and the last layer (by position in the graph: nothing with a weight before, or after) stay dense
     because they are small, see raw inputs or produce the logits, and lose accuracy soonest (Pufferfish §3;
@@ -45,6 +46,8 @@ def candidates(
                 reason = f"{layer.boundary} layer of the graph, left dense by default"
             elif layer.is_table:
                 reason = f"{layer.kind}, left dense by default"
+            elif layer.unsaving:
+                reason = layer.unsaving
             elif layer.break_even_rank <= 1:
                 reason = f"a pair of rank 1 would not save anything: break-even is {layer.break_even_rank:.1f}"
         result.append(replace(layer, reason=reason))

@@ -34,7 +34,8 @@ Layers = tuple[nn.Module, Norm | None, nn.Module]
 class Unrolled:
     """One weight as a pair class reads it: `groups` matrices of `(rows, cols)`, in this `form`.
 
-    `positions` is how often each number of `U`, and of `V`, is used in one call of the model at the example's sizes.
+    `positions` is how often each number of `U`, and of `V`, is used in one call of the model at the example's sizes, and `whole`
+    how many multiply-adds are made with the whole matrix even so.
     """
 
     pair: "type[FactorPair] | None" = None
@@ -43,6 +44,7 @@ class Unrolled:
     rows: int = 0
     cols: int = 0
     positions: tuple[float, float] = (0.0, 0.0)
+    whole: int = 0
 
     @property
     def full_rank(self) -> int:
@@ -53,9 +55,10 @@ class Unrolled:
         """`(groups, rows, cols)`."""
         return self.groups, self.rows, self.cols
 
-    def also_used(self, positions: tuple[float, float]) -> "Unrolled":
+    def also_used(self, again: "Unrolled") -> "Unrolled":
         """The same weight, used at another site too."""
-        return replace(self, positions=(self.positions[0] + positions[0], self.positions[1] + positions[1]))
+        of_u, of_v = (a + b for a, b in zip(self.positions, again.positions, strict=True))
+        return replace(self, positions=(of_u, of_v), whole=self.whole + again.whole)
 
 
 _OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl", "_reversed_padding_repeated_twice"}
@@ -210,7 +213,7 @@ class FactorPair(nn.Module):
     def pair_macs(cls, weight: Unrolled, rank: int) -> int:
         """Multiply-adds of both factors in one call of the model at the example's sizes."""
         of_u, of_v = weight.positions
-        return round(weight.groups * rank * (weight.cols * of_u + weight.rows * of_v))
+        return weight.whole + round(weight.groups * rank * (weight.cols * of_u + weight.rows * of_v))
 
     @classmethod
     def break_even_rank(cls, weight: Unrolled) -> float:

@@ -154,7 +154,9 @@ def _conv(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """One factored operand of two: its letters are shared out to the factors, with a new letter for the rank."""
+    """One factored operand of two, whose rows or columns are summed against the other: its letters are shared out to the factors,
+    with a new letter for the rank.
+    """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     factored = [i for i, o in enumerate(operands) if isinstance(o, Factored)]
@@ -167,16 +169,22 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     stacked = weight.ndim == 3
     if not arrow or not weight.is_matrix or (not stacked and len(weight.u) != 1) or len(set(letters)) < weight.ndim:
         return NotImplemented
-    rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
     batch, row, col = list(letters) if stacked else ["", *letters]
     if weight.flipped:
         row, col = col, row
+    if (row in rest) == (col in rest) or {row, col} & set(rest) & set(output):
+        return (
+            NotImplemented  # nothing is multiplied with its rows or columns: numbers are picked, or matrices are mixed
+        )
+    rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
     u, v = (weight.u, weight.v) if stacked else (weight.u[0], weight.v[0])
     factors = [(f"{batch}{row}{rank}", v), (f"{batch}{rank}{col}", u)]
     if row not in rest:
         factors.reverse()  # the factor that shares the summed letter goes first, so that the middle is thin
-    names = ",".join([rest, *(name for name, _ in factors)])
-    return torch.einsum(f"{names}->{output}", other, *(factor for _, factor in factors))
+    (first, one), (second, two) = factors
+    # Two at a time: torch has its own order for three.
+    middle = "".join(c for c in dict.fromkeys(rest + first) if c in output + second)
+    return torch.einsum(f"{middle},{second}->{output}", torch.einsum(f"{rest},{first}->{middle}", other, one), two)
 
 
 # -- views: what stays factored

@@ -17,8 +17,8 @@ def largest_difference(a: Any, b: Any) -> float:
     """Largest `|a - b|` over the tensors of two nests of the same structure, relative to the largest finite `|a|` of
     each tensor.
 
-    NaN and infinity differ infinitely from anything but themselves. Tensors without floating-point numbers must be
-    equal (difference 0 or infinity); of tensors on the meta device the shapes are. Raises `ValueError` if the structures or shapes differ.
+    NaN and infinity differ infinitely from anything but themselves. Complex numbers count by their absolute value. Tensors of
+    whole numbers or truth values must be equal (difference 0 or infinity); of tensors on the meta device the shapes are. Raises `ValueError` if the structures or shapes differ.
     """
     leaves_a, spec_a = pytree.tree_flatten(a)
     leaves_b, spec_b = pytree.tree_flatten(b)
@@ -34,10 +34,11 @@ def largest_difference(a: Any, b: Any) -> float:
             raise ValueError(f"both outputs must have one shape; got {describe(x)} and {describe(y)}.")
         if x.is_meta or y.is_meta:
             continue  # no numbers to compare
-        if not x.is_floating_point():
+        if not (x.is_floating_point() or x.is_complex()):
             worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
         elif x.numel():
-            x, y = x.detach().double(), y.detach().double()
+            exact = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+            x, y = x.detach().to(exact), y.detach().to(exact)
             same = (x == y) | (x.isnan() & y.isnan())
             # A NaN would pass unseen: max(0.0, nan) is 0.0.
             difference = float(
