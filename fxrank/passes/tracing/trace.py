@@ -30,12 +30,13 @@ from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.model.restored import randoms_put_back, restored
-from fxrank.passes.tracing.compare import seeded_outputs
+from fxrank.passes.tracing.compare import alone, seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
 from fxrank.passes.tracing.proof import differs, observers_off, without_data
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 from fxrank.torch_private import pytree
+from fxrank.torch_private.kernels import is_of_functorch
 from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
 
 WHOLE = "whole_model"
@@ -70,6 +71,11 @@ class TracedModule(fx.GraphModule):
         self.leaves, self.regions, self.notes = {}, {}, []
         self._select()
         empty.owning_module = None  # see `let_go`
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the graph of the present mode. Gradients that it has switched off are on again also when it fails."""
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return super().__call__(*inputs, **named)
 
     def train(self, mode: bool = True) -> "TracedModule":
         """Set the mode of all modules, and take the graph of that mode."""
@@ -157,7 +163,7 @@ def _trace(
     mode = model.training
     values = Values()
     try:
-        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values)
+        graphs[mode], constants, asked_mode, asked_gradients = _graph(model, args, kwargs, types, leaves, values)
     except _UntraceableError as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
@@ -167,7 +173,7 @@ def _trace(
         else:
             try:
                 with _in_mode(model, not mode):
-                    other, more, _ = _graph(model, args, kwargs, types, dict(leaves), values, leaves_may_grow=False)
+                    other, more, *_ = _graph(model, args, kwargs, types, dict(leaves), values, leaves_may_grow=False)
             except TraceError as error:
                 notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
             else:
@@ -177,7 +183,7 @@ def _trace(
                     graphs[not mode] = graphs[mode]
         traced = TracedModule(model, graphs, constants)
         if verify:
-            problem = differs(traced, model, args, kwargs, notes)
+            problem = differs(traced, model, args, kwargs, notes, asked_gradients)
             if problem is not None:
                 leaves = {model: problem}
                 traced.let_go()
@@ -201,8 +207,8 @@ def _graph(
     leaves: dict[nn.Module, str],
     values: Values,
     leaves_may_grow: bool = True,
-) -> tuple[fx.Graph, dict[str, Tensor], bool]:
-    """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
+) -> tuple[fx.Graph, dict[str, Tensor], bool, bool]:
+    """One graph in the present mode, its constants, and whether it may differ in the other mode, or without gradients. A module that cannot be
     traced joins `leaves`, with the reason, and the trace begins anew.
     """
     first: str | None = (
@@ -219,7 +225,7 @@ def _graph(
                 for node in graph.nodes:
                     if node.target in constants:
                         node.meta["val"] = constants[node.target]
-                return graph, constants, tracer.asked_mode
+                return graph, constants, tracer.asked_mode, tracer.asked_gradients
         except Exception as error:
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
@@ -322,12 +328,17 @@ def _calls_inside(
     """
     begun: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    transformed: set[nn.Module] = set()  # called in a `vmap`, `grad` or `jvp`, on tensors that are none outside
 
     def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        begun[module] = inputs, named
+        begun[module] = pytree.tree_map_only(Tensor, alone, (inputs, named))
 
     def end(module: nn.Module, *_: Any) -> None:
-        seen.setdefault(module, begun[module])  # a call that raised, and was caught by the forward, does not count
+        call = begun[module]  # one that raised, and was caught by the forward, does not come here
+        if any(map(is_of_functorch, pytree.tree_leaves(call))):
+            transformed.add(module)
+        else:
+            seen.setdefault(module, call)
 
     below = (m for leaf in leaves for child in leaf.children() for m in child.modules())
     inside = dict.fromkeys(m for m in below if not isinstance(m, torch.jit.ScriptModule))  # those take no hooks
@@ -342,6 +353,8 @@ def _calls_inside(
         for handle in handles:
             handle.remove()
     names = {module: path for path, module in model.named_modules()}
+    if unseen := sorted(names[m] for m in transformed if m not in seen and [*m.parameters()]):
+        notes.append(f"not looked into, because torch.func (vmap, grad, jvp) calls them: {', '.join(unseen)}")
     covered: set[nn.Module] = set()
     for leaf in leaves:
         todo = list(leaf.children())
