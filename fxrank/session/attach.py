@@ -81,6 +81,7 @@ def examine(
     )
     model = team.model
     check_not_graphed(model)
+    _check_trains(model)
     optimizers = optimizers_of(optimizer, model)
     averages = tuple(averaged_in(follower, model) for follower in followers)
     frozen_names(model, policy.training.freeze)
@@ -100,6 +101,16 @@ def examine(
             scene.layers, structure, detector, policy.interval(clock), seed=seed, agree=team.agree
         )
     return Attachment(team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger)
+
+
+def _check_trains(model: nn.Module) -> None:
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    name = next((name for name, parameter in trained if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"a weight that is trained must be made outside of torch.inference_mode(); {name!r} was made in it. "
+            "Build the model outside, or train a copy that is made there: copy.deepcopy(model)."
+        )
 
 
 def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], policy: Policy) -> list[Layer]:

@@ -149,7 +149,8 @@ class Profiler:
         source = dense_at(self._model, layer.name)
         cls = pair_class(source, layer.form)
         assert cls is not None
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
+        drawn = torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+        with drawn, torch.inference_mode(False), torch.enable_grad():
             pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
             for pair in pairs:
                 _own_weights(pair, self._device)

@@ -30,6 +30,7 @@ from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.model.restored import randoms_put_back, restored
+from fxrank.passes.model.weights import made_in_inference
 from fxrank.passes.tracing.compare import alone, seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
@@ -144,7 +145,16 @@ def trace(
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     drawn = torch.random.fork_rng(devices=list(devices))
-    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model), observers_off(model, args, kwargs):
+    mode = torch.inference_mode(made_in_inference(model) is not None)  # where it was made it can run, and nowhere else
+    with (
+        mode,
+        turn(),
+        restored(model),
+        eagerly(model),
+        drawn,
+        randoms_put_back(model),
+        observers_off(model, args, kwargs),
+    ):
         return _trace(model, args, kwargs, leaf_modules, verify)
 
 
