@@ -62,6 +62,9 @@ FAULTS = (
     Fault("`torch.compile`, whole models and parts", ("compile::*", "wrapped_parts::*")),
     Fault("exported (`torch.export`, ONNX, TorchScript)", ("export::*",)),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
+    Fault("gradients switched off, reversed, invented; inference mode", ("trace_gradients::*", "made_in_inference::*")),
+    Fault("odd models, odd options", ("odd_models::*", "odd_parts::*")),
+    Fault("traces and sessions in several threads", ("threads::*", "session_threads::*")),
 )
 
 

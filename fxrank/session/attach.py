@@ -5,10 +5,11 @@ Nothing of the user's is changed here. What is found is an `Attachment`, with wh
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.team import Team
@@ -51,7 +52,8 @@ class Attachment:
 def clock_of(total_steps: int, steps_per_epoch: int | None) -> Clock:
     """The clock of a training that begins; without `steps_per_epoch` it is one epoch. Raises `ValueError`."""
     steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
-    if not (total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
+    numbers = isinstance(total_steps, Real) and isinstance(steps_per_epoch, Real)
+    if not (numbers and total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
         raise ValueError(
             f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
         )
@@ -81,8 +83,9 @@ def examine(
     )
     model = team.model
     check_not_graphed(model)
-    _check_trains(model)
     optimizers = optimizers_of(optimizer, model)
+    if not isinstance(followers, Iterable) or isinstance(followers, (nn.Module, Tensor)):
+        raise TypeError(f"followers are several averages of the model; got {type(followers).__name__}. Give a list.")
     averages = tuple(averaged_in(follower, model) for follower in followers)
     frozen_names(model, policy.training.freeze)
     if policy.known_plan is not None:
@@ -90,6 +93,7 @@ def examine(
     structure = team.structure
     with own_forward(structure):
         graph_module = trace(structure, team.example(example_inputs))
+    _check_trains(model)
     found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
     layers = candidates(found, structure, include=include, exclude=exclude)
     scene = Scene(structure, _checked(layers, team, optimizers, policy))

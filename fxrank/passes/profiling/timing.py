@@ -116,6 +116,8 @@ class Profiler:
         rounds: int = 11,
         budget_ms: float = 200.0,
     ) -> None:
+        if amp is not None and not (isinstance(amp, torch.dtype) and amp.is_floating_point):
+            raise TypeError(f"amp must be a floating-point dtype or None; got {amp!r}. torch.bfloat16 is one.")
         self._model, self._device, self._amp = model, device, amp
         self._rounds, self._budget_ms = rounds, budget_ms
         self.seconds = 0.0

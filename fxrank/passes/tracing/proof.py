@@ -74,7 +74,7 @@ def differs(
     """What is wrong with the graph of the present mode, None if it computes what the model does and gradients come by the same
     parameters. Both are run as in training, and `also_without_gradients`.
     """
-    problem = None
+    problem, traced = None, _Plainly(traced)
     for last, (call_args, call_kwargs) in enumerate((at_other_batch_size(args, kwargs), (args, kwargs))):
         inputs = [leaf for leaf in pytree.tree_leaves((call_args, call_kwargs)) if isinstance(leaf, Tensor)]
         try:
@@ -111,6 +111,17 @@ def differs(
         notes.append(f"not verified: the model is on the meta device ({problem})")
         return None
     return problem
+
+
+class _Plainly(nn.Module):
+    """A graph that fails here is no news: fx's own call would print it."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *inputs: Any) -> Any:
+        return nn.Module.__call__(self.traced, *inputs)
 
 
 def _as_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:

@@ -19,6 +19,7 @@ from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.registry import dense_type
+from fxrank.passes.tracing.code import write_any_name
 from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.gradients import NEEDED, OFF, function_around, needs_gradient, switch_as_the_forward
@@ -90,6 +91,7 @@ class ValueTracer(fx.Tracer):
             with self._watched, torch.enable_grad(), python_asks_the_values(self) as patches:
                 graph = graph_by_fx(self, root, concrete_args, patches)
             switch_as_the_forward(graph, root)
+            write_any_name(graph)
             return graph
         finally:
             for module, training in zip(marked, before, strict=True):
