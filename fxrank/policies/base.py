@@ -59,11 +59,11 @@ class Policy(ABC):
     def __post_init__(self) -> None:
         for option in fields(self):
             value = getattr(self, option.name)
-            _check_kind(option.name, option.type, value)
             if isinstance(value, float) and math.isnan(value):  # every comparison with it is false
                 raise ValueError(
                     f"an option must be a number or say what it means; {option.name} is {value}. Leave it out, or give a number."
                 )
+            _check_kind(option.name, option.type, value)
         _ = self.training  # which has the rules for its options
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))

@@ -137,8 +137,9 @@ def _noted(tracer: Any) -> Callable[[], bool]:
     """`torch.is_grad_enabled` that tells the tracer who asks, but for torch's own `no_grad` and the like."""
 
     def noted() -> bool:
-        frame = inspect.currentframe()
-        asking = frame.f_back.f_back if frame is not None and frame.f_back is not None else None
+        asking = inspect.currentframe()
+        for _ in range(2):  # past the stand-in; and a frame that held itself would hold the trace
+            asking = None if asking is None else asking.f_back
         if asking is None or asking.f_globals is not vars(grad_mode):
             tracer.asked_gradients = True
         return is_grad_enabled()
