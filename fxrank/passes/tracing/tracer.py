@@ -228,8 +228,8 @@ class ValueTracer(fx.Tracer):
         self._visits[leaf] += 1
         try:
             return self._values.of_module(leaf, args, kwargs)
-        except Exception:  # it asks for data, or takes derivatives
-            if not self._kept_whole(leaf):
+        except Exception as error:  # it asks for data, or takes derivatives
+            if not self._kept_whole(leaf) or isinstance(error, RecursionError):  # its parts hold each other
                 raise
             if leaf not in self._returned:
                 self._returned[leaf] = self._really_returned(leaf)
