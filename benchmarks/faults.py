@@ -79,6 +79,9 @@ FAULTS = (
     Fault("large layers, without a decomposition in full", ("leading::*",)),
     Fault("weights read by code: what is counted and timed, what is mixed", ("made::*",)),
     Fault("damaged, foreign and newer files", ("checkpoint*::*", "plan::*", "plainfile::*")),
+    Fault("gradients switched off, reversed, invented; inference mode", ("trace_gradients::*", "made_in_inference::*")),
+    Fault("odd models, odd options", ("odd_models::*", "odd_parts::*")),
+    Fault("traces and sessions in several threads", ("threads::*", "session_threads::*")),
 )
 
 

@@ -133,10 +133,10 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
     by_path = {path: layer for layer in layers for path in layer.paths}
     chosen = {}
     for given, rank in ranks.items():
-        if (name := own_name(given)) not in by_path:
+        if (name := own_name(str(given))) not in by_path or not isinstance(given, str):
             known = ", ".join(layer.name for layer in layers if layer.reason is None)
             raise ValueError(
-                f"each name in rank= must be a layer of the model; {name!r} is none. Layers that can be factorized: {known}."
+                f"each name in rank= must be a layer of the model; {given!r} is none. Layers that can be factorized: {known}."
             )
         layer = by_path[name]
         if layer.reason is not None:
@@ -211,7 +211,16 @@ def copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    twin = copy.deepcopy(model, memo)
+    for parameter in model.parameters():
+        if parameter.layout is not torch.strided:  # torch copies it as if it were
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(
+            f"a model must be one that copy.deepcopy copies; of this {type(model).__name__} it said: {error}. Take out what cannot be "
+            "copied, or give its class a __deepcopy__."
+        ) from error
     # Python takes functions and weak references as they are: what they hold of the model would stay the original's.
     change_held(twin, lambda value, where: memo.get(id(value), value))
     return uncompile_parts(twin)

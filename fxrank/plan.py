@@ -75,6 +75,10 @@ class Training:
             raise TypeError(
                 f"freeze takes a tuple of globs of parameter names; got the string {self.freeze!r}. Write ({self.freeze!r},)."
             )
+        if not isinstance(self.freeze, (tuple, list)) or not all(isinstance(glob, str) for glob in self.freeze):
+            raise TypeError(
+                f"freeze takes a tuple of globs of parameter names; got {self.freeze!r}. () freezes nothing."
+            )
         if not 0 <= self.rewarmup < 1:
             raise ValueError(f"rewarmup is a share of the run in [0, 1); got {self.rewarmup}. 0 switches it off.")
 

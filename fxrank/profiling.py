@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -111,13 +112,14 @@ def profile(
     `TraceError`, `NothingToFactorizeError`, `ValueError` for an unknown form. Source: Cuttlefish Alg. 2, per stack.
     """
     check_form(form)
-    if not 0 < probe_ratio <= 1 or math.isnan(speedup_threshold):
+    numbers = isinstance(probe_ratio, Real) and isinstance(speedup_threshold, Real)
+    if not numbers or not 0 < probe_ratio <= 1 or math.isnan(speedup_threshold):
         raise ValueError(
             f"probe_ratio must be above 0 and at most 1, and speedup_threshold a number; got {probe_ratio} and {speedup_threshold}."
         )
     model = uncompiled(model)
-    place = next(model.parameters()).device if device is None else known_device(device)
-    here = next(model.parameters()).device
+    here = next((p.device for p in model.parameters()), torch.device("cpu"))
+    place = here if device is None else known_device(device)
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
     gm = trace(model, inputs)
     found = [layer.if_in_form(form) for layer in discover(gm, model)]

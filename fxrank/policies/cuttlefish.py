@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from fxrank.decisions import keep, take
@@ -84,6 +85,10 @@ class Cuttlefish(Policy):
         if not isinstance(self.samples, str) and self.samples < 1:
             raise ValueError(f"samples must be at least 1; got {self.samples}.")
         scales = self.xi.values() if isinstance(self.xi, Mapping) else () if isinstance(self.xi, str) else (self.xi,)
+        if not all(isinstance(scale, Real) for scale in scales):
+            raise TypeError(f"xi must be a number, a dict of numbers, 'init' or 'random'; got {self.xi!r}.")
+        if self.test is not None and not isinstance(self.test, Detector):
+            raise TypeError(f"test must be a Detector, whose settled() says it; got {type(self.test).__name__}.")
         if any(scale <= 0 for scale in scales):
             raise ValueError(f"xi must be above 0; got {self.xi}. 1.0 leaves the stable rank unscaled.")
         if self.epsilon <= 0 or self.window < 2:

@@ -88,9 +88,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _warn_not_finite(model: nn.Module) -> None:
-    names = [
-        n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(local(p.detach())).all()
-    ]
+    floats = ((n, local(p.detach())) for n, p in model.named_parameters() if p.is_floating_point())
+    # torch asks no number of 8 bits
+    names = [n for n, p in floats if not torch.isfinite(p.float() if p.dtype.itemsize < 2 else p).all()]
     if names:
         warnings.warn(
             f"a model should be finite to be of use; {names[0]!r} and {len(names) - 1} more parameters of the one that is saved hold NaN or infinity.",

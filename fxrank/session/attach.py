@@ -5,9 +5,11 @@ Nothing of the user's is changed here. What is found is an `Attachment`, with wh
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.team import Team
@@ -55,7 +57,8 @@ class Attachment:
 def clock_of(total_steps: int, steps_per_epoch: int | None) -> Clock:
     """The clock of a training that begins; without `steps_per_epoch` it is one epoch. Raises `ValueError`."""
     steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
-    if not (total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
+    numbers = isinstance(total_steps, Real) and isinstance(steps_per_epoch, Real)
+    if not (numbers and total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
         raise ValueError(
             f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
         )
@@ -86,6 +89,8 @@ def examine(
     model = team.model
     check_not_graphed(model)
     optimizers = optimizers_of(optimizer, model)
+    if not isinstance(followers, Iterable) or isinstance(followers, (nn.Module, Tensor)):
+        raise TypeError(f"followers are several averages of the model; got {type(followers).__name__}. Give a list.")
     averages = tuple(averaged_in(follower, model) for follower in followers)
     frozen_names(model, policy.training.freeze)
     if policy.known_plan is not None:
@@ -93,6 +98,7 @@ def examine(
     structure = team.structure
     with own_forward(structure):
         graph_module = trace(structure, team.example(example_inputs))
+    _check_trains(model)
     found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
     layers = candidates(found, structure, include=include, exclude=exclude)
     notes: list[str] = []
@@ -111,6 +117,16 @@ def examine(
     return Attachment(
         team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger, tuple(notes)
     )
+
+
+def _check_trains(model: nn.Module) -> None:
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    name = next((name for name, parameter in trained if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"a weight that is trained must be made outside of torch.inference_mode(); {name!r} was made in it. "
+            "Build the model outside, or train a copy that is made there: copy.deepcopy(model)."
+        )
 
 
 def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], policy: Policy) -> list[Layer]:

@@ -111,6 +111,8 @@ class LowRankSession:
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
         `NothingToFactorizeError`; where nothing is left because of what the layers do, it warns with `NothingFactorizedWarning`.
         """
+        if listener is not None and not callable(listener):
+            raise TypeError(f"a listener is called at each event; got {type(listener).__name__}. Give a function.")
         chosen, clock = as_policy(policy), clock_of(total_steps, steps_per_epoch)
         attached = examine(
             Team.of(model, keep_comm_hooks),

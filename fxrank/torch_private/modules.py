@@ -74,6 +74,11 @@ def post_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether something is called with the gradients of the module's inputs and outputs."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """Where a parameter has the hooks on its gradient: dicts, which a factor takes over as they are, so that handles stay valid."""
 

@@ -54,6 +54,9 @@ def layer_from(
     pair = pairs[form]
     if not weight.numel():
         return _standing_for(dense, weight), unsupported(name, pair.kind, weight, "its weight has no numbers", use.node)
+    if not all(isinstance(size, int) for size in (*use.input_shape, *(use.output_shape or ()))):
+        why = "its input is a nested tensor, whose rows differ in size"
+        return _standing_for(dense, weight), unsupported(name, pair.kind, weight, why, use.node)
     reason = _refused_numbers(weight) or reason
     others = [f for f, other in pairs.items() if f != form and other.suits(dense) and use.allows(other)]
     use = _measured(dense, use, [pairs[f] for f in (form, *others)])
@@ -118,6 +121,10 @@ def _refused_numbers(weight: Tensor) -> str | None:
     if weight.is_complex() or not weight.is_floating_point():
         kind = str(weight.dtype).removeprefix("torch.")
         return f"its weight is {kind}; only real floating-point weights have a low-rank split here"
+    if weight.dtype.itemsize < 2:
+        return (
+            f"its weight is {str(weight.dtype).removeprefix('torch.')}, with which nothing computes; convert it before"
+        )
     if weight.layout != nn.Parameter().layout:
         return f"its weight is {str(weight.layout).removeprefix('torch.')}; only dense memory has a low-rank split"
     return None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import NothingFactorizedWarning, NothingToFactorizeError
@@ -55,8 +55,14 @@ def candidates(
 
 
 def listed(selectors: Iterable[Selector] | Selector) -> tuple[Selector, ...]:
-    """What a user gives for `include` or `exclude`, one or several, as several."""
-    return (selectors,) if isinstance(selectors, (str, re.Pattern, type, nn.Module)) else tuple(selectors)
+    """What a user gives for `include` or `exclude`, one or several, as several. Raises `TypeError` for what is neither."""
+    if isinstance(selectors, (str, re.Pattern, type, nn.Module)):
+        return (selectors,)
+    if not isinstance(selectors, Iterable) or isinstance(selectors, Tensor):
+        raise TypeError(
+            f"include and exclude take a selector or several; got {type(selectors).__name__}. Pass () for none."
+        )
+    return tuple(selectors)
 
 
 def require_some(layers: Sequence[Layer]) -> None:
@@ -89,6 +95,10 @@ def _selected(
             hits = {a.name for a in layers if any(p == pattern or fnmatch.fnmatchcase(p, pattern) for p in a.paths)}
         elif isinstance(selector, (str, re.Pattern)):
             expression = _expression(selector, argument) if isinstance(selector, str) else selector
+            if not isinstance(expression.pattern, str):
+                raise TypeError(
+                    f"{argument} is matched with names; {selector!r} is an expression of bytes. Drop its b."
+                )
             hits = {a.name for a in layers if any(expression.search(p) for p in a.paths)}
         elif isinstance(selector, type):
             hits = {a.name for a in layers if isinstance(_owner(modules, a.name), selector)}

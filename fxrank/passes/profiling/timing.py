@@ -117,6 +117,8 @@ class Profiler:
         rounds: int = 11,
         budget_ms: float = 200.0,
     ) -> None:
+        if amp is not None and not (isinstance(amp, torch.dtype) and amp.is_floating_point):
+            raise TypeError(f"amp must be a floating-point dtype or None; got {amp!r}. torch.bfloat16 is one.")
         self._model, self._device, self._amp = model, device, amp
         self._rounds, self._budget_ms = rounds, budget_ms
         self.seconds = 0.0
@@ -150,7 +152,8 @@ class Profiler:
         source = dense_at(self._model, layer.name)
         cls = pair_class(source, layer.form)
         assert cls is not None
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
+        drawn = torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+        with drawn, torch.inference_mode(False), torch.enable_grad():
             pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
             for pair in pairs:
                 _own_weights(pair, self._device)

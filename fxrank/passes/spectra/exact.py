@@ -33,6 +33,8 @@ def as_stack(weight: Tensor) -> Tensor:
     kh, kw)`, is unrolled to `(1, out, in·kh·kw)` (Cuttlefish §3.1; spec of the unrolling: Pufferfish §2.2). Raises
     `ValueError` below two dimensions.
     """
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"a weight is a tensor; got {type(weight).__name__}. Pass a layer's .weight.")
     if weight.ndim < 2:
         raise ValueError(
             f"a weight needs at least 2 dimensions to have a rank; got shape {tuple(weight.shape)}. Pass a matrix or a kernel."

@@ -61,9 +61,39 @@ def output_difference(model: nn.Module, other: nn.Module, example: Example) -> f
 def seeded_outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the model returns, without gradients, from a fixed seed; random state, parameters and buffers are put back, and the
     inputs are copies.
+
+    A forward that takes derivatives itself, as one that gives forces by an energy, and fails without gradients is run with them.
     """
-    with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), torch.no_grad(), warnings.catch_warnings():
+    try:
+        with torch.no_grad():
+            return _run(model, args, kwargs)
+    except RuntimeError:
+        with torch.enable_grad():
+            outputs = _run(model, args, kwargs)
+        return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def differentiable_outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the model returns as in training, with all that autograd has recorded but the activations: it can be looked
+    through, and no backward can be run. Else as `seeded_outputs`.
+    """
+
+    def lost(_: Any) -> Any:
+        raise RuntimeError("a forward that takes derivatives itself needs its activations")
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lost):
+        return _run(model, args, kwargs)
+
+
+def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), warnings.catch_warnings():
         # what reentrant checkpointing has to say of every run without gradients
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         torch.manual_seed(0)
-        return model(*copy.deepcopy(list(args)), **copy.deepcopy(dict(kwargs)))
+        own_args, own_kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, alone, (list(args), dict(kwargs))))
+        return model(*own_args, **own_kwargs)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A tensor without what it was computed from, which could not be copied with it."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
