@@ -79,7 +79,9 @@ def factorize(
             for layer in layers
         ]
         layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
-        _named_ranks(layers, rank)  # those that were tried, too
+        for layer in layers:
+            if layer.name in chosen:
+                _check_named(layer.name, layer)
     else:
         layers = candidates(layers, small, include=include, exclude=exclude)
         layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
@@ -139,8 +141,7 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
                 f"each name in rank= must be a layer of the model; {given!r} is none. Layers that can be factorized: {known}."
             )
         layer = by_path[name]
-        if layer.reason is not None:
-            raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
+        _check_named(name, layer)
         if layer.unsaving:
             warnings.warn(
                 f"a pair must save work where its weight is used; {layer.name!r} stays dense: {layer.unsaving}. Name it in include= to have "
@@ -151,6 +152,11 @@ def _named_ranks(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> d
             continue
         chosen[layer.name] = rank
     return chosen
+
+
+def _check_named(name: str, layer: Layer) -> None:
+    if layer.reason is not None:
+        raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
 
 
 def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:

@@ -101,6 +101,8 @@ def examine(
     _check_trains(model)
     found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
     layers = candidates(found, structure, include=include, exclude=exclude)
+    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    layers = without_followed(layers, structure, held)
     notes: list[str] = []
     if policy.known_plan is None:  # else it was decided when the plan was made
         with own_forward(structure):
@@ -134,8 +136,6 @@ def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], p
     finite, and where a switch is wanted and nothing is left for it.
     """
     known = {} if policy.known_plan is None else policy.known_plan.R
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    layers = without_followed(layers, team.structure, held)
     reasons = team.agree(lambda: shared_outside(layers, team.model))
     layers = left_dense(layers, reasons)
     layers = refused_by(optimizers, team.refused(layers), team.model, known)

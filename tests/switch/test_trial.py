@@ -98,7 +98,9 @@ def test_a_layer_that_is_asked_about_stays_dense_and_the_others_do_not(kind, tra
     plan = fxrank.plan_of(small)
     assert set(plan.R) >= {"a", "c"}
     assert "b" not in plan.R
-    assert plan.layer("b").reason.startswith("with a pair in its place the model ")
+    assert plan.layer("b").reason.startswith(
+        ("with a pair in its place the model ", "its weight is read past its layer")
+    )
     for mode in (True, False):
         torch.testing.assert_close(small.train(mode)(x), model.train(mode)(x), rtol=1e-12, atol=1e-12)  # float64
 
@@ -112,7 +114,7 @@ def test_a_session_leaves_it_dense_too(kind):
     )
     assert "b" not in session.plan.R
     assert "c" in session.plan.R
-    assert session.plan.layer("b").reason.startswith("with a pair in its place")
+    assert session.plan.layer("b").reason.startswith(("with a pair in its place", "its weight is read past its layer"))
     model(x).sum().backward()
     assert model.b.weight.grad is not None
 
@@ -135,9 +137,9 @@ def test_a_layer_that_is_named_is_refused_with_the_reason():
 
 
 def test_the_profile_names_it_too():
-    found = fxrank.profile(ByState(), torch.randn(5, 8), include="*")
+    found = fxrank.profile(ByClass(), torch.randn(5, 8), include="*")
     (reason,) = (layer.reason for layer in found.layers if layer.name == "b")
-    assert "fails with KeyError: 'weight'" in reason
+    assert reason.startswith("with a pair in its place the model computes something else: its outputs differ by")
 
 
 CALLS = []

@@ -45,7 +45,7 @@ def discover(gm: TracedModule, model: nn.Module) -> list[Layer]:
     for key, reason in held_elsewhere(model, found, search.read_aside).items():
         found[key] = found[key].kept_for(reason)
     for key, layer in found.items():
-        if layer.reason is None and any(in_adapter(model, path) for path in layer.paths):
+        if any(in_adapter(model, path) for path in layer.paths):  # which says more than what else speaks against it
             found[key] = replace(layer, reason=ADAPTER, supported=False)
     layers = list(found.values())
     # Of a pair, and of a layer that derives its weight, one parameter stands for all.

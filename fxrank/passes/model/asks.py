@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxrank.torch_private.modules import all_hooks, own_parameters
+from fxrank.torch_private.modules import all_hooks
 
 ASKING = {
     *("isinstance", "issubclass", "type", "hasattr", "getattr", "setattr", "vars", "dir", "repr", "str", "format"),
@@ -28,7 +28,7 @@ def may_ask(model: nn.Module) -> bool:
     """Whether the code of the model's own classes, of its hooks, or of what is held in attributes names any of `ASKING`, or a
     parameter and something that works in place; or an attribute holds what a layer may be hidden in.
     """
-    weights = frozenset(name for module in model.modules() for name in own_parameters(module))
+    weights = frozenset(name for module in model.modules() for name, _ in module.named_parameters(recurse=False))
     seen: set[Any] = set()
     for module in model.modules():
         hooks = [hook for held in all_hooks(module).values() if isinstance(held, dict) for hook in held.values()]

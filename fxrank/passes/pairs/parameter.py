@@ -180,14 +180,6 @@ class LowRankWeight(FactorPair):
                 raise
             return getattr(self.weight, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            raise RuntimeError(
-                "the weight of a factor pair is the product of two parameters, so its data cannot be set; change the pair's u.weight and "
-                "v.weight, or merge the pair first."
-            )
-        super().__setattr__(name, value)
-
     def __getitem__(self, index: Any) -> Tensor:
         part: Tensor = self.weight[index]
         return part

@@ -140,7 +140,7 @@ COMPUTED = {
     Masked: "read by mul",
     Equalized: "read by mul",
     MaxNorm: "read by renorm",
-    OwnBackward: "its forward fails with a pair: ",
+    OwnBackward: "no layer multiplies with it; it is read by by_function",
     Scaled: "weight",
     SometimesScaled: "weight",
     LoraLike: "weight",
