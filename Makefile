@@ -12,7 +12,7 @@ test: .venv/installed
 	$(PYTEST)
 
 test-all: .venv/installed
-	$(PYTEST) -m "not zoo"
+	$(PYTEST) -m "not zoo and not random_models"
 
 # What uses torch's private names, on the oldest torch of pyproject.toml, without the extras.
 test-oldest: .venv-oldest/installed

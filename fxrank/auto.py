@@ -83,7 +83,7 @@ def auto_lowrank(
     `output_dir/checkpoint.safetensors`, to the same result, or starts if there is none yet. One is written at the
     start, at the end of each epoch, right after the switch, and every `checkpoint_every` steps. It stays after the
     run, whose result the same call then returns at once. Weights that are NaN or infinite are never written over it: the run stops,
-    and the last good one and the one before it (`checkpoint.before.safetensors`) stay. Of the model, and of a `loss_fn` that is a module, the state
+    and the last good one and the one before it (`checkpoint.before.safetensors`) stay, with what grows with the epochs beside them (`checkpoint.grown.jsonl`). Of the model, and of a `loss_fn` that is a module, the state
     dict goes on, and so do all random numbers: torch's, numpy's, Python's, and those of generators that are
     attributes of the loaders, their data sets and samplers, the model or the loss, or of their parts. Generators
     elsewhere (global ones, in closures) do not, nor what else a sampler or a data set remembers from epoch to epoch,

@@ -9,10 +9,10 @@ from fxrank.decisions import keep, take
 from fxrank.passes.calibration.evidence import Evidence
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.pairs.registry import AUTO
-from fxrank.passes.spectra.exact import Decomposition, truncation_error
+from fxrank.passes.spectra.exact import Spectrum
 from fxrank.plan import Budget, LayerDecision, Plan
 from fxrank.policies.budget import ranks_within
-from fxrank.policies.forms import decomposition_of
+from fxrank.policies.forms import spectrum_of
 from fxrank.switch.apply_plan import Factors
 
 
@@ -33,7 +33,7 @@ class Fitting:
     evidence: Evidence
     extra_bn: bool = False
     factors: Factors = field(default_factory=dict)
-    _decomposed: dict[tuple[str, str], Decomposition] = field(default_factory=dict)
+    _spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
 
     def plan_at(self, layers: Sequence[Layer], ranks: dict[str, tuple[int, str]], form: str) -> Plan:
         """The plan with these ranks, of the layers' present forms, and the reasons for them. Where several forms are open it is the one
@@ -91,27 +91,27 @@ class Fitting:
 
     def _sigma(self, layer: Layer) -> Tensor:
         known = self.evidence.known.get((layer.name, layer.form))
-        return self._decomposition(layer).sigma if known is None else known.sigma
+        return self._spectrum(layer).sigma if known is None else known.sigma
 
     def _loss(self, layer: Layer, rank: int) -> float:
         """Relative."""
         known = self.evidence.known.get((layer.name, layer.form))
         if known is None:
-            return truncation_error(self._decomposition(layer).sigma, rank)
+            return self._spectrum(layer).truncation_error(rank)
         return known.output_error(rank)
 
-    def _decomposition(self, layer: Layer) -> Decomposition:
+    def _spectrum(self, layer: Layer) -> Spectrum:
         key = layer.name, layer.form
-        if key not in self._decomposed:
-            self._decomposed[key] = decomposition_of(layer, self.model)
-        return self._decomposed[key]
+        if key not in self._spectra:
+            self._spectra[key] = spectrum_of(layer, self.model)
+        return self._spectra[key]
 
     def _decided(self, layer: Layer, rank: int, reason: str) -> LayerDecision:
         decision = take(layer, rank, reason, extra_bn=self.extra_bn)
-        found = self._decomposed.get((layer.name, layer.form))
+        found = self._spectra.get((layer.name, layer.form))
         if found is not None and (layer.name, layer.form) not in self.evidence.known:
             self.factors[layer.name] = found.factors(rank)
-            decision = replace(decision, truncation_error=round(truncation_error(found.sigma, rank), 6))
+            decision = replace(decision, truncation_error=round(found.truncation_error(rank), 6))
         return self._with_data(decision, layer)
 
     def _with_data(self, decision: LayerDecision, layer: Layer) -> LayerDecision:

@@ -12,13 +12,16 @@ from torch import nn
 from fxrank.fitting import Fitting, variants
 from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather
+from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.errors import RankError
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
+from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
+from fxrank.passes.model.quantized import check_not_quantized
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import AUTO, check_form
 from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
@@ -27,6 +30,7 @@ from fxrank.plan import Budget, LayerDecision, Plan
 from fxrank.policies.ranks import ratio_rank
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
+from fxrank.switch.trial import misfits, with_reasons
 from fxrank.switch.zero_weights import why_dead, without_zero_weights
 from fxrank.training.batches import calls_of
 from fxrank.wrappers import outside_autocast
@@ -56,7 +60,7 @@ def factorize(
 
     `rank`: a float in (0, 1] is a ratio of each layer's full rank (rounded down, at least 1; `1.0` makes exact
     full-rank pairs), an int is a rank for all layers, a dict gives one or the other by layer name and names its own
-    layers, a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
+    layers (one whose pair would be multiplied out in every call stays dense, with a warning), a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
     returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
@@ -72,7 +76,8 @@ def factorize(
     lost, and the reason which layers' factors are made of the weight alone.
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
-    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`. A weight of zeros stays dense, whoever names it in a plan: factors of
+    `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`; where nothing is left because of what the layers do, the copy is dense, with
+    a `NothingFactorizedWarning`. A weight of zeros stays dense, whoever names it in a plan: factors of
     zeros would never train. `BudgetError` for a target out of reach, `CalibrationError` for data that yield nothing, or activations
     that are not finite, `ValueError` for a rank beside a target, or two targets.
     """
@@ -91,13 +96,17 @@ def factorize(
         rank = without_zero_weights(small, rank)
         layers = _as_planned(layers, rank)
     else:
-        layers = [_if_it_can_train(layer.if_in_form(form), small) for layer in layers]
+        layers = [_if_it_can_train(layer.if_in_form(form), small) for layer in without_followed(layers, small)]
         if isinstance(rank, Mapping):
-            layers = _only_named(layers, rank)
+            layers, named = _only_named(layers, rank)
         else:
-            layers = candidates(layers, small, include=include, exclude=exclude)
-            if not pairs_in(small):
-                require_some(layers)
+            layers, named = candidates(layers, small, include=include, exclude=exclude), set()
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
+        for layer in layers:
+            if layer.name in named:
+                _check_named(layer.name, layer)
+        if not isinstance(rank, Mapping) and not pairs_in(small):
+            require_some(layers)
     absorbed = before_batchnorm(gm.graph, small, layers) if recalibrate else frozenset()
     gm.let_go()
     evidence = Evidence()
@@ -149,12 +158,10 @@ def _given(layers: Sequence[Layer], rank: int | float | Mapping[str, int | float
         asked = {layer.name: rank for layer in layers if layer.reason is None}
     found = {}
     for layer in layers:
-        if (one := asked.get(layer.name)) is not None:
+        if (one := asked.get(layer.name)) is not None and layer.reason is None:
             whole = whole_given_rank(layer.name, layer.full_rank, one)
-            found[layer.name] = (
-                whole,
-                f"rank {whole}" + ("" if isinstance(one, int) else f", {one:g} of full rank") + " as given",
-            )
+            reason = f"rank {whole}" + ("" if isinstance(one, int) else f", {one:g} of full rank") + " as given"
+            found[layer.name] = whole, reason if layer.unsaving is None else f"{reason}; {layer.unsaving}"
     return found
 
 
@@ -165,19 +172,29 @@ def _if_it_can_train(layer: Layer, model: nn.Module) -> Layer:
     return replace(layer, reason=why_dead(stack_of(layer, model)))
 
 
-def _only_named(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> list[Layer]:
-    """The layers, with a reason on those that `rank=` does not name."""
+def _only_named(layers: Sequence[Layer], ranks: Mapping[str, int | float]) -> tuple[list[Layer], set[str]]:
+    """The layers, with a reason on those that `rank=` does not name, or whose pairs would save nothing, and the names of the rest."""
     by_path = {path: layer for layer in layers for path in layer.paths}
+    named = set()
     for given in ranks:
-        if (name := own_name(given)) not in by_path:
+        if (name := own_name(str(given))) not in by_path or not isinstance(given, str):
             known = ", ".join(layer.name for layer in layers if layer.reason is None)
             raise ValueError(
-                f"each name in rank= must be a layer of the model; {name!r} is none. Layers that can be factorized: {known}."
+                f"each name in rank= must be a layer of the model; {given!r} is none. Layers that can be factorized: {known}."
             )
-        if (reason := by_path[name].reason) is not None:
-            raise ValueError(f"layer {name!r} cannot be factorized: {reason}. Leave it out of rank=.")
-    named = {by_path[own_name(given)].name for given in ranks}
-    return [a if a.name in named or a.reason else replace(a, reason="not named in rank=") for a in layers]
+        layer = by_path[name]
+        _check_named(name, layer)
+        if layer.unsaving:
+            warnings.warn(
+                f"a pair must save work where its weight is used; {layer.name!r} stays dense: {layer.unsaving}. Name it in include= to have "
+                "its parameters saved all the same.",
+                UserWarning,
+                stacklevel=4,
+            )
+            continue
+        named.add(layer.name)
+    kept = [a if a.name in named or a.reason else replace(a, reason=a.unsaving or "not named in rank=") for a in layers]
+    return kept, named
 
 
 def _as_planned(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
@@ -207,6 +224,11 @@ def _budget(rank: Rank | None, params: float | None, macs: float | None) -> Budg
     return None
 
 
+def _check_named(name: str, layer: Layer) -> None:
+    if layer.reason is not None:
+        raise ValueError(f"layer {name!r} cannot be factorized: {layer.reason}. Leave it out of rank=.")
+
+
 def _warn_above_break_even(layers: Sequence[Layer], decisions: Sequence[LayerDecision]) -> None:
     above = []
     for layer, decision in zip(layers, decisions, strict=True):
@@ -231,17 +253,20 @@ def merge(model: nn.Module) -> nn.Module:
     The original is untouched; of what is compiled, the whole or parts, the copy is not.
 
     Outputs agree up to rounding in evaluation mode (an extra BatchNorm is folded in with its running statistics).
-    The state dict fits the untouched original class, and layers that shared a weight share it again. A weight that
-    was derived from others (weight norm, standardization) is a plain one now.
+    The state dict fits the untouched original class, and layers that shared a weight share it again, if there is no extra
+    BatchNorm in them. A weight that was derived from others (weight norm, standardization) is a plain one now. Raises `TypeError`
+    for a model that is quantized.
     """
+    check_not_quantized(model, "merging")
     dense = copied(uncompiled(model))
     merged: dict[int, nn.Parameter] = {}
     layers: list[tuple[FactorPair, nn.Module]] = []
     with torch.no_grad():
         for pair in pairs_in(dense).values():
             layer = pair.to_dense()
-            # Pairs that share their factors share the product again.
-            layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
+            # Pairs that share their factors share the product again, unless each has a BatchNorm of its own in it.
+            if pair.extra_norm is None:
+                layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))
             layers.append((pair, layer))
         put_back(dense, layers)
     forget_plan(dense)
@@ -262,4 +287,16 @@ def copied(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return uncompile_parts(copy.deepcopy(model, memo))
+    for parameter in model.parameters():
+        if parameter.layout is not torch.strided:  # torch copies it as if it were
+            memo[id(parameter)] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TypeError(
+            f"a model must be one that copy.deepcopy copies; of this {type(model).__name__} it said: {error}. Take out what cannot be "
+            "copied, or give its class a __deepcopy__."
+        ) from error
+    # Python takes functions and weak references as they are: what they hold of the model would stay the original's.
+    change_held(twin, lambda value, where: memo.get(id(value), value))
+    return uncompile_parts(twin)

@@ -79,6 +79,10 @@ class Training:
             raise TypeError(
                 f"freeze takes a tuple of globs of parameter names; got the string {self.freeze!r}. Write ({self.freeze!r},)."
             )
+        if not isinstance(self.freeze, (tuple, list)) or not all(isinstance(glob, str) for glob in self.freeze):
+            raise TypeError(
+                f"freeze takes a tuple of globs of parameter names; got {self.freeze!r}. () freezes nothing."
+            )
         if not 0 <= self.rewarmup < 1:
             raise ValueError(f"rewarmup is a share of the run in [0, 1); got {self.rewarmup}. 0 switches it off.")
 
@@ -137,11 +141,9 @@ class Plan:
         return {layer.name: layer.rank for layer in self.layers if layer.rank is not None}
 
     def layer(self, name: str) -> LayerDecision:
-        """The decision about one layer. Raises `KeyError`."""
-        for layer in self.layers:
-            if layer.name == name:
-                return layer
-        raise KeyError(name)
+        """The decision about one layer, whether it is about the layer or about its weight alone (`"fc.weight"`). Raises `KeyError`."""
+        by_name = {layer.name: layer for layer in self.layers}
+        return by_name[name if name in by_name or f"{name}.weight" not in by_name else f"{name}.weight"]
 
     def with_layers(self, changed: Iterable[LayerDecision]) -> "Plan":
         """The plan with some decisions replaced, by name."""

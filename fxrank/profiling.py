@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fxrank.passes.model.device import known_device
 from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
+from fxrank.switch.trial import misfits, with_reasons
 from fxrank.torch_private import pytree
 
 
@@ -110,18 +112,20 @@ def profile(
     `TraceError`, `NothingToFactorizeError`, `ValueError` for an unknown form. Source: Cuttlefish Alg. 2, per stack.
     """
     check_form(form)
-    if not 0 < probe_ratio <= 1 or math.isnan(speedup_threshold):
+    numbers = isinstance(probe_ratio, Real) and isinstance(speedup_threshold, Real)
+    if not numbers or not 0 < probe_ratio <= 1 or math.isnan(speedup_threshold):
         raise ValueError(
             f"probe_ratio must be above 0 and at most 1, and speedup_threshold a number; got {probe_ratio} and {speedup_threshold}."
         )
     model = uncompiled(model)
-    place = next(model.parameters()).device if device is None else known_device(device)
-    here = next(model.parameters()).device
+    here = next((p.device for p in model.parameters()), torch.device("cpu"))
+    place = here if device is None else known_device(device)
     inputs = pytree.tree_map(lambda x: x.to(here) if isinstance(x, torch.Tensor) else x, example_inputs)
     gm = trace(model, inputs)
     found = [layer.if_in_form(form) for layer in discover(gm, model)]
     gm.let_go()
     layers = candidates(found, model, include=include, exclude=exclude)
+    layers = with_reasons(layers, misfits(layers, model, inputs, gm, []))
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))

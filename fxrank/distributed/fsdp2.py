@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.names import module_at
 from fxrank.passes.model.weights import is_derived, stands_for
-from fxrank.passes.pairs.locate import dense_at, holders, owners_in
+from fxrank.passes.pairs.locate import dense_at, holders, owners_in, weight_alone
 from fxrank.passes.rewriting.calibrate import calibrate_on
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule
@@ -84,7 +84,8 @@ class Shards:
         if is_derived(dense_at(self.skeleton, name)):
             return "its weight is derived from parameters that are sharded"
         weight = self.model.get_parameter(_weight_name(self.model, name))
-        places = [(owner, attribute) for owner, attribute, _ in holders(owners_in(self.model), weight)]
+        held = holders(owners_in(self.model), weight, alone=weight_alone(self.skeleton, name))
+        places = [(owner, attribute) for owner, attribute, _ in held]
         if any(is_unit(owner) for owner, attribute in places if not attribute):
             return "it is a unit of fully_shard by itself; shard the block around it instead"
         owner, attribute = places[0]  # asked by its place: a unit may be unsharded now

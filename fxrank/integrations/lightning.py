@@ -49,7 +49,8 @@ class LowRankCallback(Callback):  # type: ignore[misc]
     the switch.
 
     `session` is there from the beginning of training; `plan` at its end, when a `NothingFactorizedWarning` comes if every
-    layer was left dense. A module that arrives factorized is trained as it is.
+    layer was left dense. A module that arrives factorized is trained as it is. Several callbacks in one trainer watch different
+    parts, `module=`, each with a state of its own in the checkpoints.
     """
 
     def __init__(
@@ -73,7 +74,13 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         self.session: LowRankSession | None = None
         self.plan: Plan | None = None
         self._saved: dict[str, Any] | None = None
-        self._weights: dict[str, Any] | None = None
+
+    @property
+    def state_key(self) -> str:
+        """What a checkpoint calls this callback's state, with `module` and `optimizer` where they are given."""
+        if not self._module and self._optimizer is None:
+            return str(super().state_key)
+        return str(self._generate_state_key(module=self._module, optimizer=self._optimizer))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         start = getattr(trainer.strategy, "_start_method", "popen")
@@ -82,8 +89,15 @@ class LowRankCallback(Callback):  # type: ignore[misc]
                 f"a low-rank run must be in the process that has the module afterwards; this {type(trainer.strategy).__name__} trains in processes "
                 f"of its own ({start}) and hands back the weights that fit the dense module. Run a script with strategy='ddp'."
             )
+        watched = {id(m) for m in self.watched(pl_module).modules()}
+        for other in _all_in(trainer):
+            if other is not self and not watched.isdisjoint(map(id, other.watched(pl_module).modules())):
+                raise ValueError(
+                    f"several LowRankCallbacks must watch different parts of a module; those of {self.state_key} and {other.state_key} overlap. "
+                    "Name disjoint ones with module=, or give one callback all optimizers (optimizer=None)."
+                )
         own = pl_module.on_load_checkpoint
-        self._saved = self._weights = None
+        self._saved = None
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             own(checkpoint)
@@ -92,8 +106,9 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         pl_module.on_load_checkpoint = on_load_checkpoint
 
     def _look_into(self, checkpoint: dict[str, Any], trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        model = self._watched(pl_module)
+        states = checkpoint.get("callbacks", {})
+        state = states.get(self.state_key, states.get(type(self).__qualname__, {}))  # fxrank 0.1 had this key for all
+        model = self.watched(pl_module)
         self._saved = state.get("session")
         if self._saved is not None and pairs_in(model) and stage == "fit":
             raise CheckpointError(
@@ -111,24 +126,30 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         plan = None if text is None else Plan.from_json(text)
         if plan is None or not plan.R or pairs_in(model):
             fix = "Build the module anew, and let checkpoints keep the callbacks' states (no save_weights_only)."
-            check_factors(pl_module, checkpoint["state_dict"], fix)
+            inside = f"{self._module}." if self._module else ""
+            stored = checkpoint["state_dict"]
+            check_factors(model, [n.removeprefix(inside) for n in stored if n.startswith(inside)], fix)
         elif stage == "fit":
             for average in self._averages(trainer):
                 apply_plan(average, plan, split=False)
-            pl_module.load_state_dict = self._keep
+            pl_module.load_state_dict = _Keeper()
         else:
             apply_plan(model, plan, split=False)
 
-    def _keep(self, weights: dict[str, Any], *_: Any, **__: Any) -> None:
-        """Stands in for `load_state_dict` of a module that has no pairs yet; of several calls the last one counts."""
-        self._weights = weights
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _own_methods(pl_module)
-        model, saved, weights = self._watched(pl_module), self._saved, self._weights
-        self._saved = self._weights = self.session = None
-        if pairs_in(model):
-            return
+        self.session = None
+        if not pairs_in(self.watched(pl_module)):
+            self._attach(trainer, pl_module)
+        self._saved = None
+        if self is _all_in(trainer)[-1]:  # all have their pairs
+            keeper = vars(pl_module).get("load_state_dict")
+            _own_methods(pl_module)
+            if isinstance(keeper, _Keeper) and keeper.weights is not None:
+                pl_module.load_state_dict(keeper.weights, strict=pl_module.strict_loading)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model, saved = self.watched(pl_module), self._saved
+        switched = saved is not None and saved["plan"] is not None and bool(Plan.from_json(saved["plan"]).R)
         trainer.fit_loop.setup_data()  # with the random numbers that takes, as fitting would
         total = trainer.estimated_stepping_batches
         if not 0 < total < float("inf"):
@@ -158,12 +179,10 @@ class LowRankCallback(Callback):  # type: ignore[misc]
             total_steps=int(total),
             steps_per_epoch=int(per_epoch),
             amp=AMP.get(str(trainer.precision)),
-            followers=self._averages(trainer) if weights is None else (),  # else they have their pairs
+            followers=() if switched else self._averages(trainer),  # those have their pairs
             state=saved,
             **self._options,
         )
-        if weights is not None:
-            pl_module.load_state_dict(weights, strict=pl_module.strict_loading)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.session is not None:
@@ -186,16 +205,29 @@ class LowRankCallback(Callback):  # type: ignore[misc]
         own = set(model.parameters())
         return [o for o in listed if any(p in own for group in o.param_groups for p in group["params"])] or listed
 
-    def _watched(self, pl_module: LightningModule) -> nn.Module:
+    def watched(self, pl_module: LightningModule) -> nn.Module:
+        """The part of the module that this callback makes low-rank."""
         model: nn.Module = pl_module.get_submodule(self._module)
         return model
 
     def _averages(self, trainer: Trainer) -> list[nn.Module]:
         """What Lightning's own callbacks hold as an average of the module that is watched."""
         held = (getattr(callback, "_average_model", None) for callback in trainer.callbacks)
-        return [
-            self._watched(a.module if isinstance(a, AveragedModel) else a) for a in held if isinstance(a, nn.Module)
-        ]
+        return [self.watched(a.module if isinstance(a, AveragedModel) else a) for a in held if isinstance(a, nn.Module)]
+
+
+class _Keeper:
+    """Stands in for `load_state_dict` of a module that lacks pairs yet; of several calls the last one counts."""
+
+    def __init__(self) -> None:
+        self.weights: dict[str, Any] | None = None
+
+    def __call__(self, weights: dict[str, Any], *_: Any, **__: Any) -> None:
+        self.weights = weights
+
+
+def _all_in(trainer: Trainer) -> "list[LowRankCallback]":
+    return [callback for callback in trainer.callbacks if isinstance(callback, LowRankCallback)]
 
 
 def _own_methods(pl_module: LightningModule) -> None:

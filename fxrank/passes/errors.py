@@ -45,7 +45,7 @@ class BudgetError(FxrankError, ValueError):
 
 
 class NothingFactorizedWarning(UserWarning):
-    """Training ended and every layer was left dense. The message says why."""
+    """Every layer is left dense, because of what the layers do, or at the end of a training. The message says why."""
 
 
 def unknown_name(what: str, found: object, valid: Iterable[str]) -> ValueError:

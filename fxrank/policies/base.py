@@ -8,6 +8,9 @@ a property or a method with an answer here, so that a policy of one's own needs 
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from types import NoneType
+from typing import Any, get_args
 
 from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
@@ -16,6 +19,18 @@ from fxrank.plan import LayerDecision, Plan, Training
 from fxrank.policies.monitor import Detector
 from fxrank.policies.scene import Clock, Scene
 from fxrank.switch.zero_weights import without_zero_weights
+
+_KINDS: dict[Any, Any] = {float: Real, int: Integral, str: str, NoneType: NoneType}
+"""What an option may be, by its annotation: numbers of numpy are as good as Python's."""
+
+
+def _check_kind(name: str, annotation: Any, value: object) -> None:
+    kinds = get_args(annotation) or (annotation,)
+    if all(kind in _KINDS for kind in kinds) and not isinstance(value, tuple(_KINDS[kind] for kind in kinds)):
+        allowed = " or ".join("None" if kind is NoneType else kind.__name__ for kind in kinds)
+        raise TypeError(
+            f"the option {name} must be {allowed}; got {type(value).__name__}. Leave it out for its default."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,7 @@ class Policy(ABC):
                 raise ValueError(
                     f"an option must be a number or say what it means; {option.name} is {value}. Leave it out, or give a number."
                 )
+            _check_kind(option.name, option.type, value)
         _ = self.training  # which has the rules for its options
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any
 
 from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import Policy
-from fxrank.policies.forms import decomposition_of, in_best_form
+from fxrank.policies.forms import in_best_form, spectrum_of
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
@@ -85,6 +85,10 @@ class Cuttlefish(Policy):
         if not isinstance(self.samples, str) and self.samples < 1:
             raise ValueError(f"samples must be at least 1; got {self.samples}.")
         scales = self.xi.values() if isinstance(self.xi, Mapping) else () if isinstance(self.xi, str) else (self.xi,)
+        if not all(isinstance(scale, Real) for scale in scales):
+            raise TypeError(f"xi must be a number, a dict of numbers, 'init' or 'random'; got {self.xi!r}.")
+        if self.test is not None and not isinstance(self.test, Detector):
+            raise TypeError(f"test must be a Detector, whose settled() says it; got {type(self.test).__name__}.")
         if any(scale <= 0 for scale in scales):
             raise ValueError(f"xi must be above 0; got {self.xi}. 1.0 leaves the stable rank unscaled.")
         if self.epsilon <= 0 or self.window < 2:
@@ -200,12 +204,12 @@ class Cuttlefish(Policy):
         return decisions
 
     def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
-        spectrum = decomposition_of(layer, scene.model)
-        sigma, rank_now = spectrum.sigma, mean_over_groups(stable, spectrum.sigma)
+        spectrum = spectrum_of(layer, scene.model)
+        rank_now = spectrum.stable_rank
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)
-        value = rank_rule(self.rank_metric)(Evidence(sigma, xi, self.share, self.ratio))
+        value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio))
         full_rank = layer.full_rank
         rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
         known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
@@ -218,7 +222,6 @@ class Cuttlefish(Policy):
                 **known,
             )
         layer, rank, spectrum = in_best_form(layer, rank, self, scene.model, spectrum)
-        sigma = spectrum.sigma
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
             return replace(
@@ -232,7 +235,7 @@ class Cuttlefish(Policy):
         decision = take(layer, rank, why, extra_bn=self.extra_bn)
         return replace(
             decision,
-            truncation_error=round(truncation_error(sigma, rank), 6),
+            truncation_error=round(spectrum.truncation_error(rank), 6),
             speedup=None if speedup is None else round(speedup, 4),
             **known,
         )

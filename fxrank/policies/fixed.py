@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
-from fxrank.passes.spectra.exact import mean_over_groups, stable, truncation_error
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.base import Policy
 from fxrank.policies.cuttlefish import Cuttlefish
@@ -118,11 +117,11 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
             )
             continue
         layer, rank, spectrum = in_best_form(layer, rank, policy, scene.model)
-        rank_now, error = mean_over_groups(stable, spectrum.sigma), truncation_error(spectrum.sigma, rank)
+        rank_now = spectrum.stable_rank
         if rank_now == 0:  # both factors would be zero, and stay so: each one's gradient is a product with the other
             decisions.append(keep(layer, "its weight is zero (stable rank 0)"))
             continue
-        scene.factors[layer.name] = spectrum.factors(rank)
+        scene.factors[layer.name], error = spectrum.factors(rank), spectrum.truncation_error(rank)
         decision = take(layer, rank, why, extra_bn=policy.extra_bn)
         decisions.append(replace(decision, stable_rank=round(rank_now, 4), truncation_error=round(error, 6)))
     return decisions

@@ -4,25 +4,26 @@ from torch import nn
 
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.pairs.registry import AUTO
-from fxrank.passes.spectra.exact import Decomposition, check_finite, decompose, truncation_error
+from fxrank.passes.spectra.exact import Spectrum, check_finite
 from fxrank.policies.base import Policy
 
 
 def in_best_form(
-    layer: Layer, rank: int, policy: Policy, model: nn.Module, known: Decomposition | None = None
-) -> tuple[Layer, int, Decomposition]:
+    layer: Layer, rank: int, policy: Policy, model: nn.Module, known: Spectrum | None = None
+) -> tuple[Layer, int, Spectrum]:
     """The layer in the form that the policy wants or that suits it best, the rank in that form with no more parameters
     than `rank` has in the layer's own, and the spectrum. `known` is that of the layer as it is, if it has been computed.
     """
-    best = layer, rank, known or decomposition_of(layer, model)
-    lost = truncation_error(best[2].sigma, rank)
+    best = layer, rank, known or spectrum_of(layer, model)
+    lost: float | None = None
     for form in _choices(layer, policy.form):
         other = layer.in_form(form)
         same_size = min(other.full_rank, layer.pair_parameters(rank) // other.pair_parameters(1))
         if same_size < 1:
             continue
-        found = decomposition_of(other, model)
-        error = truncation_error(found.sigma, same_size)
+        found = spectrum_of(other, model)
+        error = found.truncation_error(same_size)
+        lost = best[2].truncation_error(best[1]) if lost is None else lost
         if error < lost or policy.form == form:
             best, lost = (other, same_size, found), error
     return best
@@ -35,8 +36,8 @@ def _choices(layer: Layer, wanted: str) -> list[str]:
     return [form for form in layer.other_forms if form == wanted]
 
 
-def decomposition_of(layer: Layer, model: nn.Module) -> Decomposition:
-    """The layer's spectrum, with `σ_max` exact. Raises `NonFiniteWeightError` with its name."""
+def spectrum_of(layer: Layer, model: nn.Module) -> Spectrum:
+    """The layer's spectrum. Raises `NonFiniteWeightError` with its name."""
     stack = matrices_of(layer, model)
     check_finite(stack, layer.name)
-    return decompose(stack)
+    return Spectrum(stack)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.errors import CheckpointError
-from fxrank.passes.spectra.exact import check_finite, mean_over_groups, singular_values, stable
+from fxrank.passes.spectra.exact import check_finite, stable_rank_of
 from fxrank.passes.spectra.tracked import StableRankTracker
 
 
@@ -159,7 +159,7 @@ class RankMonitor:
             return self._tracker(stacks, [layer.name for layer in self._layers])
         for layer, stack in zip(self._layers, stacks, strict=True):
             check_finite(stack, layer.name)
-        return [mean_over_groups(stable, singular_values(stack)) for stack in stacks]
+        return [stable_rank_of(stack) for stack in stacks]
 
     def _measure_one(self, number: int, exact: bool) -> float:
         layer = self._layers[number]
@@ -167,7 +167,7 @@ class RankMonitor:
         if not exact:
             return self._tracker([stack], [layer.name], first=number)[0]
         check_finite(stack, layer.name)
-        return mean_over_groups(stable, singular_values(stack))
+        return stable_rank_of(stack)
 
     def due(self, step: int) -> bool:
         """Whether a sample belongs after this step."""

@@ -16,23 +16,27 @@ from fxrank.passes.spectra import exact as spectra
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a rule may look at: `sigma` `(groups, full_rank)` descending, ξ, and the policy's options `share` and
-    `ratio`.
+    """What a rule may look at: the spectrum, of which `sigma` is `(groups, full_rank)`, descending, ξ, and the policy's options
+    `share` and `ratio`. All singular values of a large layer take long: `stable_rank` does not need them.
     """
 
-    sigma: Tensor
+    spectrum: spectra.Spectrum
     xi: float
     share: float
     ratio: float
 
     @property
+    def sigma(self) -> Tensor:
+        return self.spectrum.sigma
+
+    @property
     def full_rank(self) -> int:
-        return self.sigma.shape[1]
+        return self.spectrum.full_rank
 
 
 def stable_rank(e: Evidence) -> float:
     """`‖W‖_F² / σ_max²`, unscaled (Cuttlefish uses it for SVHN)."""
-    return spectra.mean_over_groups(spectra.stable, e.sigma)
+    return e.spectrum.stable_rank
 
 
 def scaled_stable_rank(e: Evidence) -> float:

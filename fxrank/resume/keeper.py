@@ -7,6 +7,8 @@ numbers as they are put back. Batches are dealt alike if they come from random n
 Python's, and generators that the loader, its samplers, its data set or the parts of these hold (see `random_state`). What else
 a sampler or a data set remembers from epoch to epoch is not known, nor are random numbers in workers that persist.
 
+What only grows with the epochs stands in a file beside it (`grown`).
+
 A team of processes has one checkpoint; see `team_shares`. As many processes as before go on to the last bit. Another number
 goes on with the same model, optimizer, schedule and session, and a note, as the batches are divided in another way.
 """
@@ -22,6 +24,7 @@ from fxrank.distributed.team import Team
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_state
+from fxrank.resume.grown import GROWN, Grown
 from fxrank.resume.same_run import DEALT, check_saved, holders, loss_module, run_of
 from fxrank.resume.sound import check_sound
 from fxrank.resume.team_shares import (
@@ -35,7 +38,7 @@ from fxrank.resume.team_shares import (
     share_of,
 )
 from fxrank.saving.places import put
-from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.saving.plainfile import write_plain
 from fxrank.saving.random_state import begun_from, random_state, restore_random
 from fxrank.session.session import LowRankSession
 from fxrank.training.keeper import Keeper
@@ -53,13 +56,14 @@ class FileKeeper(Keeper):
     One is written at the start, at the end of each epoch, right after the switch, and after every `checkpoint_every` steps.
     """
 
-    files = (f"{CHECKPOINT}.partial", BEFORE)  # a checkpoint that is no file is refused where it is read
+    files = (f"{CHECKPOINT}.partial", BEFORE, GROWN)  # a checkpoint that is no file is refused where it is read
     keeps = True
 
     def __init__(self, options: RunOptions, team: Team) -> None:
         super().__init__(options, team)
         assert options.output is not None
         self.path = options.output / CHECKPOINT
+        self._grown = Grown(options.output / GROWN)
         self._holders = holders(options)
         self._run: dict[str, Any] = {}
         self._first_random: dict[str, Any] = {}
@@ -86,7 +90,7 @@ class FileKeeper(Keeper):
         options, team = self.options, self.team
         self._run = team.together(lambda: run_of(options))
         device = options.device_for(team)
-        saved = sent(team, device, lambda: read_plain(self.path) if self.path.exists() else None)
+        saved = sent(team, device, lambda: self._grown.read(self.path) if self.path.exists() else None)
         if saved is None:
             return None
         team.together(lambda: check_saved(saved, self._run, options, team, self.path))
@@ -233,7 +237,8 @@ class FileKeeper(Keeper):
             before.unlink(missing_ok=True)
         elif self.path.exists():
             put(before, lambda partial: _copy(self.path, partial))
-        write_plain(self.path, tree)
+        counted, add = self._grown.counted(tree)
+        write_plain(self.path, counted, add)
 
     def way_back(self) -> str:
         """See `Keeper`."""

@@ -27,6 +27,7 @@ from fxrank.distributed.ddp import rewrap_all
 from fxrank.passes.errors import CheckpointError, PlanMismatchError, RankError
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.names import load_own_state, own_name, own_state
+from fxrank.passes.model.quantized import check_not_quantized
 from fxrank.plan import Plan
 from fxrank.saving.dense_twin import dense_twin
 from fxrank.saving.plainfile import pack, unpack, unstorable
@@ -50,11 +51,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     A parameter with NaN or infinity is stored as it is, with a warning. Each file is written beside its place and moved into
     it, weights first. Of a model in shards (`fully_shard`) all processes must call; one weight at a time is gathered, and the
     first process writes. Raises, before anything is written,
-    `ValueError` for a model without a plan, `TypeError` for one whose state dict holds what is neither a dense tensor nor plain
+    `ValueError` for a model without a plan, `TypeError` for one that is quantized or whose state dict holds what is neither a dense tensor nor plain
     data, and `PlanMismatchError` for one that `load` could not make from its plan.
     """
     model = uncompiled(model)
     plan = plan_of(model)
+    check_not_quantized(model, "saving")
     extra = check_storable(model)
     check_loadable(model, plan)
     _warn_not_finite(model)
@@ -86,9 +88,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _warn_not_finite(model: nn.Module) -> None:
-    names = [
-        n for n, p in model.named_parameters() if p.is_floating_point() and not torch.isfinite(local(p.detach())).all()
-    ]
+    floats = ((n, local(p.detach())) for n, p in model.named_parameters() if p.is_floating_point())
+    # torch asks no number of 8 bits
+    names = [n for n, p in floats if not torch.isfinite(p.float() if p.dtype.itemsize < 2 else p).all()]
     if names:
         warnings.warn(
             f"a model should be finite to be of use; {names[0]!r} and {len(names) - 1} more parameters of the one that is saved hold NaN or infinity.",

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ _SCALARS = (bool, int, float, str, type(None))
 _PLAIN = frozenset(_SCALARS)
 
 
-def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
+def write_plain(path: str | os.PathLike[str], tree: Any, before: Callable[[], None] = lambda: None) -> None:
     """Write `tree` to `path`: dicts, lists, tuples and Counters of numbers, strings, None, arrays and dense tensors, which
-    are copied to the CPU. Tensors that are one in memory are stored once.
+    are copied to the CPU. Tensors that are one in memory are stored once. `before` is called when all of it can be stored, and
+    nothing is written yet.
 
     A process that is killed, or a disk that fills up, leaves the file that was there before. Raises `TypeError` that
     names the first value of another type, before anything is written; `OSError`.
@@ -37,6 +38,7 @@ def write_plain(path: str | os.PathLike[str], tree: Any) -> None:
     place = Path(path)
     text, tensors = pack(tree)
     header = {"format": FORMAT, "version": str(VERSION), "digest": _digest(text, tensors), "tree": text}
+    before()
     try:
         put(place, lambda partial: safetensors.torch.save_file(tensors, str(partial), metadata=header), durable=True)
     except SafetensorError as error:  # a full disk among others

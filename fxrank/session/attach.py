@@ -5,14 +5,16 @@ Nothing of the user's is changed here. What is found is an `Attachment`, with wh
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxrank.distributed.team import Team
 from fxrank.loggers import Logger
+from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
@@ -24,9 +26,11 @@ from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.policies.base import Policy
 from fxrank.policies.monitor import RankMonitor
 from fxrank.policies.scene import Clock, Scene
-from fxrank.switch.averages import averaged_in
+from fxrank.session.companions import left_dense, shared_outside
+from fxrank.switch.averages import Average, averaged_in
 from fxrank.switch.freeze import frozen_names
 from fxrank.switch.optimizer import optimizers_of, refused_by
+from fxrank.switch.trial import misfits, with_reasons
 from fxrank.wrappers import check_not_graphed, own_forward
 
 
@@ -43,15 +47,18 @@ class Attachment:
     example: Example
     graph_module: TracedModule
     scene: Scene
-    averages: tuple[nn.Module, ...]
+    averages: tuple[Average, ...]
     logger: Logger | None
     """What all processes call; the first one's writes."""
+    notes: tuple[str, ...] = ()
+    """What a report should say of what was examined."""
 
 
 def clock_of(total_steps: int, steps_per_epoch: int | None) -> Clock:
     """The clock of a training that begins; without `steps_per_epoch` it is one epoch. Raises `ValueError`."""
     steps_per_epoch = total_steps if steps_per_epoch is None else steps_per_epoch
-    if not (total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
+    numbers = isinstance(total_steps, Real) and isinstance(steps_per_epoch, Real)
+    if not (numbers and total_steps >= 1 and steps_per_epoch >= 1):  # NaN is not
         raise ValueError(
             f"total_steps and steps_per_epoch must be at least 1; got {total_steps} and {steps_per_epoch}. Count optimizer steps."
         )
@@ -70,7 +77,7 @@ def examine(
     amp: torch.dtype | None = None,
     seed: int = 0,
     logger: Logger | None = None,
-    followers: Iterable[nn.Module] = (),
+    followers: Iterable[object] = (),
     state: dict[str, Any] | None = None,
 ) -> Attachment:
     """Check all that `LowRankSession.attach` is given, trace the model, list its layers and, without a `state` that has the
@@ -82,6 +89,8 @@ def examine(
     model = team.model
     check_not_graphed(model)
     optimizers = optimizers_of(optimizer, model)
+    if not isinstance(followers, Iterable) or isinstance(followers, (nn.Module, Tensor)):
+        raise TypeError(f"followers are several averages of the model; got {type(followers).__name__}. Give a list.")
     averages = tuple(averaged_in(follower, model) for follower in followers)
     frozen_names(model, policy.training.freeze)
     if policy.known_plan is not None:
@@ -89,8 +98,16 @@ def examine(
     structure = team.structure
     with own_forward(structure):
         graph_module = trace(structure, team.example(example_inputs))
+    _check_trains(model)
     found = [layer.if_in_form(policy.form) for layer in discover(graph_module, structure)]
     layers = candidates(found, structure, include=include, exclude=exclude)
+    held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
+    layers = without_followed(layers, structure, held)
+    notes: list[str] = []
+    if policy.known_plan is None:  # else it was decided when the plan was made
+        with own_forward(structure):
+            reasons = misfits(layers, structure, team.example(example_inputs), graph_module, notes)
+        layers = with_reasons(layers, team.agree(lambda: reasons))
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
     logger = team.logger(logger)
     _profile(scene, team, policy, amp, known=state is not None)
@@ -99,19 +116,36 @@ def examine(
         scene.monitor = RankMonitor(
             scene.layers, structure, detector, policy.interval(clock), seed=seed, agree=team.agree
         )
-    return Attachment(team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger)
+    return Attachment(
+        team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger, tuple(notes)
+    )
+
+
+def _check_trains(model: nn.Module) -> None:
+    trained = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    name = next((name for name, parameter in trained if parameter.is_inference()), None)
+    if name is not None:
+        raise ValueError(
+            f"a weight that is trained must be made outside of torch.inference_mode(); {name!r} was made in it. "
+            "Build the model outside, or train a copy that is made there: copy.deepcopy(model)."
+        )
 
 
 def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], policy: Policy) -> list[Layer]:
     """The layers, with a reason for those that the engine or an optimizer does not let go. Raises for weights that are not
     finite, and where a switch is wanted and nothing is left for it.
     """
-    known = policy.known_plan
-    layers = refused_by(optimizers, team.refused(layers), team.model, () if known is None else known.R)
+    known = {} if policy.known_plan is None else policy.known_plan.R
+    reasons = team.agree(lambda: shared_outside(layers, team.model))
+    layers = left_dense(layers, reasons)
+    layers = refused_by(optimizers, team.refused(layers), team.model, known)
     for layer in layers:
         if layer.reason is None:
             check_finite(stack_of(layer, team.structure), layer.name)
-    if policy.may_switch:
+    followed = any(
+        layer.guarded and layer.name in known for layer in layers
+    )  # in a plan that was made before it was guarded
+    if policy.may_switch and not followed:
         require_some(layers)
     return layers
 

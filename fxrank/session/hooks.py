@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -15,12 +16,15 @@ from fxrank.torch_private.steps import call_first
 class StepHooks:
     """What comes before and after every `optimizer.step()` of one session.
 
-    `regimes`, empty before the switch, are what the factors need in each step of their optimizer.
+    `regimes`, empty before the switch, are what the factors need in each step of their optimizer. `trained`, empty after it, are
+    the parameters of each optimizer that required gradients when it stepped last: outside of its step a loop may have turned
+    them off for a moment.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         """In the order in which they step: a step of the training is over with the last one's."""
         self.regimes: dict[Optimizer, FactorRegime] = {}
+        self.trained: dict[Optimizer, list[nn.Parameter]] = {}
         self._optimizers = tuple(optimizers)
         self._before: list[RemovableHandle] = []
         self._after: dict[Optimizer, RemovableHandle] = {}
@@ -30,6 +34,9 @@ class StepHooks:
 
         def before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             before()
+            if not self.regimes and is_outermost(optimizer):
+                held = (p for group in optimizer.param_groups for p in group["params"])
+                self.trained[optimizer] = [p for p in held if p.requires_grad]
             return self._begin(optimizer, args, kwargs)
 
         def after_step(optimizer: Optimizer, *_: Any) -> None:
@@ -48,7 +55,7 @@ class StepHooks:
         """Remove the hooks; what a step that raised has left of its regime is put right."""
         for handle in (*self._before, *self._after.values()):
             handle.remove()
-        self._before, self._after = [], {}
+        self._before, self._after, self.trained = [], {}, {}
         for regime in self.regimes.values():
             regime.after_step()
 

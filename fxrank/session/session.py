@@ -35,7 +35,9 @@ from fxrank.session.attach import Attachment, clock_of, examine
 from fxrank.session.hooks import StepHooks
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
-from fxrank.switch.averages import averaged_in, check_averages
+from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
+from fxrank.switch.averages import ListedAverage, averaged_in, check_averages
+from fxrank.switch.freeze import as_in_training
 from fxrank.switch.plan_of import has_plan, remember_plan
 from fxrank.wrappers import check_not_captured, check_not_graphed, check_outside_backward, outside_autocast
 
@@ -57,7 +59,7 @@ class LowRankSession:
         self.graph_module, self.scene = attached.graph_module, attached.scene
         self.policy, self.clock = attached.policy, attached.clock
         self.plan: Plan | None = None
-        self.notes: list[str] = []
+        self.notes: list[str] = list(attached.notes)
         profiler = self.scene.profiler
         self.seconds = {"monitor": 0.0, "profile": profiler.seconds if profiler else 0.0, "switch": 0.0}
         self.step_ms: dict[str, deque[float]] = {FULL: deque(maxlen=1024), LOW: deque(maxlen=1024)}
@@ -65,6 +67,8 @@ class LowRankSession:
         self._attached, self._listener = attached, listener or (lambda *_: None)
         self._averages, self._logger = list(attached.averages), attached.logger
         self._hooks = StepHooks(self.optimizers)
+        self._elsewhere = StepsElsewhere(self.optimizers, self._say)
+        self._end_watch: Callable[[], None] = lambda: None
         self._watch = Stopwatch(next(self.model.parameters()).device)
         self._broken: BaseException | None = None
 
@@ -84,7 +88,7 @@ class LowRankSession:
         seed: int = 0,
         listener: Listener | None = None,
         logger: Logger | None = None,
-        followers: Iterable[nn.Module] = (),
+        followers: Iterable[object] = (),
         keep_comm_hooks: bool = True,
         state: dict[str, Any] | None = None,
     ) -> "LowRankSession":
@@ -105,8 +109,10 @@ class LowRankSession:
 
         Everything is checked before anything is changed. Raises `ValueError` (optimizer of another model, bad
         option), `TypeError` (LBFGS, batch that does not fit), `TraceError`, `NonFiniteWeightError`,
-        `NothingToFactorizeError`.
+        `NothingToFactorizeError`; where nothing is left because of what the layers do, it warns with `NothingFactorizedWarning`.
         """
+        if listener is not None and not callable(listener):
+            raise TypeError(f"a listener is called at each event; got {type(listener).__name__}. Give a function.")
         chosen, clock = as_policy(policy), clock_of(total_steps, steps_per_epoch)
         attached = examine(
             Team.of(model, keep_comm_hooks),
@@ -135,6 +141,8 @@ class LowRankSession:
         elif self.scene.monitor is not None:
             self._observe(exact=True)
         self._hooks.put_on(self._before_step, self._after_step)
+        self._end_watch = self._elsewhere.watch()
+        expect_end(self)
         try:
             if state is None:
                 self._consider_switch()
@@ -148,9 +156,10 @@ class LowRankSession:
         """`"full-rank"`, or `"low-rank"` from the switch on."""
         return LOW if self.plan is not None and self.plan.R else FULL
 
-    def follow(self, average: nn.Module) -> None:
+    def follow(self, average: object) -> None:
         """Take an average of the model through the switch: `AveragedModel`, timm's `ModelEmaV3`, or any module, bare or
-        wrapped, that has the model's parameters by name and shape. Its weights are split at the model's ranks and in the
+        wrapped, that has the model's parameters by name and shape; or a list of tensors beside `model.parameters()`, such as
+        the `shadow_params` of diffusers' `EMAModel`, given with what holds it or by itself. Its weights are split at the model's ranks and in the
         basis of its factors, so that it goes on as an average; see `averages`.
 
         Raises `ValueError` or `TypeError` for anything else, a dense average after the switch among it.
@@ -166,9 +175,15 @@ class LowRankSession:
         if self.plan is None and self.policy.may_switch:
             self.team.check()
 
+    def _say(self, note: str) -> None:
+        self.notes.append(note)
+        warnings.warn(note, UserWarning, stacklevel=2)
+
     def _after_step(self) -> None:
         self._watch.mark()
         self.clock = Clock(self.clock.step + 1, self.clock.total_steps, self.clock.steps_per_epoch)
+        if (wrong := check_length(self.clock)) is not None:
+            self._say(wrong)
         monitor = self.scene.monitor
         if self.phase == FULL and (monitor is None or monitor.due(self.clock.step)):
             self.step()
@@ -234,19 +249,25 @@ class LowRankSession:
         if not plan.R:
             self.plan = plan
             return
-        self.team.together(lambda: check_averages(self._averages, plan))  # the first process's alone, often
-        pairs = pairs_in(self.model).keys()
-        try:
-            self._install(plan, split)
-        except BaseException as error:
-            if pairs_in(self.model).keys() != pairs:  # else nothing is changed yet, and the next step may try again
-                self._broken = error
-            raise
+        with as_in_training(p for held in self._hooks.trained.values() for p in held):
+            averages = [a.as_module(self.model) if isinstance(a, ListedAverage) else a for a in self._averages]
+            self.team.together(lambda: check_averages(averages, plan))  # the first process's alone, often
+            pairs = pairs_in(self.model).keys()
+            try:
+                self._install(plan, averages, split)
+            except BaseException as error:
+                if pairs_in(self.model).keys() != pairs:  # else nothing is changed yet, and the next step may try again
+                    self._broken = error
+                raise
+        self._hooks.trained = {}
 
-    def _install(self, plan: Plan, split: bool) -> None:
-        replacements = put_pairs(self._attached, self._averages, plan, split=split)
+    def _install(self, plan: Plan, averages: Sequence[nn.Module], split: bool) -> None:
+        replacements = put_pairs(self._attached, averages, plan, split=split)
         self.plan = plan
         regimes, notes = hand_over(self._attached, plan, replacements, lambda: self.clock.step, split=split)
+        for average, module in zip(self._averages, averages, strict=True):
+            if isinstance(average, ListedAverage):
+                average.take(module, self.model)
         self._hooks.regimes.update(regimes)
         self.notes += notes
         self.gradient_bytes[LOW] = gradient_bytes(self.model)
@@ -283,6 +304,8 @@ class LowRankSession:
     def detach(self) -> None:
         """Take the hooks off without an end of the training, as of one that was broken off."""
         self._hooks.take_off()
+        self._end_watch()
+        has_ended(self)
 
     def __enter__(self) -> "LowRankSession":
         return self

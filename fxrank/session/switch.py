@@ -38,7 +38,10 @@ def hand_over(
     for parameter in () if split else (p for r in replacements for p in r.parameters):
         parameter.grad = None
     team, training = attached.team, attached.policy.training
-    notes = freeze(team.model, training.freeze) + [r.hook_note for r in replacements if r.hooked]
+    held = {id(p) for o in attached.optimizers for group in o.param_groups for p in group["params"]}
+    off = [r.name for r in replacements if id(r.weight) in held and not r.pair.u.weight.requires_grad]
+    notes = [f"{', '.join(off)}: frozen when the switch was made, and so are the factors"] if off else []
+    notes += freeze(team.model, training.freeze) + [r.hook_note for r in replacements if r.hooked]
     notes += [note for o in attached.optimizers for note in swap_parameters(o, replacements)]
     if (missing := team.rewrap(p for r in replacements for p in r.parameters)) is not None:
         notes.append(missing)

@@ -77,18 +77,21 @@ def apply_plan(
     if split or share is not None:
         for site in found:
             check_finite(weight_of(site.dense).detach(), site.name)
-    replacements: list[Replacement] = []
+    made: list[FactorPair] = []
     layers: dict[int, nn.Module] = {}
     weights: list[tuple[nn.Module, str, FactorPair]] = []
+    norms = []  # of tied layers each has its own
     for site in found:
         pairs = _pairs(site, split, {} if factors is None else factors)
-        replacements.append(Replacement(site.name, site.parameters, pairs[0], site.derived))
+        norms += [pair.extra_norm for pair in pairs]
+        made.append(pairs[0])
         for place, pair in zip(site.places, pairs, strict=True):
             if place.attribute:
                 weights.append((place.owner, place.attribute, pair))
             else:
                 layers[id(place.owner)] = pair
     paths = install_all(model, layers, weights)
+    replacements = [Replacement(s.name, s.parameters, _at(s, p), s.derived) for s, p in zip(found, made, strict=True)]
     if gm is not None:
         show(gm, model, paths)
     for module in model.modules():
@@ -98,7 +101,7 @@ def apply_plan(
             module.use_nested_tensor = False
     if share is not None:
         share(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight))
-    calibrate_on(example, model, [r.pair.extra_norm for r in replacements], share)
+    calibrate_on(example, model, norms, share)
     remember_plan(model, plan)
     return replacements
 
@@ -127,6 +130,12 @@ def _pairs(site: Site, split: bool, factors: Factors) -> list[FactorPair]:
             for bias in biases.values():
                 bias += gained.reshape(bias.shape).to(bias.device)
     return pairs
+
+
+def _at(site: Site, pair: FactorPair) -> FactorPair:
+    """The pair that stands at the first place: in a layer's, the layer itself, which has become it."""
+    first = site.places[0].owner
+    return first if isinstance(first, FactorPair) else pair
 
 
 def take_hooks(factor: nn.Parameter, weight: nn.Parameter) -> None:

@@ -15,10 +15,14 @@ the averaged weight at the switch, and 10 and 50 steps later to the average of t
     fitted from the model's factors  0.592    0.002    0.011
     the model's factors themselves   0.612    0.000    0.004    (the average is lost)
 
+An average may be a module, or a list of tensors beside `model.parameters()`, in an object (diffusers' `EMAModel`, `torch_ema`) or by
+itself: the list is dressed as a module for the time of the switch.
+
 An average that fxrank is not told of stays dense. Nothing is known of it at the switch; its next update meets factors where
 it has weights, and fails with torch's error about their shapes.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,16 +40,47 @@ from fxrank.torch_private.dtensor import is_sharded
 from fxrank.torch_private.modules import COMPILED, own_children
 
 
-def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:
-    """The module inside `follower`, or itself, whose parameters have the names and shapes of the model's.
+class ListedAverage:
+    """An average that is a list of tensors, one for each of the model's parameters or of those that train."""
 
-    Wrappers are looked into by the names torch and timm give them (`module`, `_orig_mod`). Raises `TypeError` for what is no
-    module and `ValueError` if none fits.
+    def __init__(self, holder: Any, attribute: str, trained: bool) -> None:
+        """The list is `holder.attribute`, or `holder` itself where that is empty."""
+        self._holder, self._attribute, self._trained = holder, attribute, trained
+
+    def as_module(self, model: nn.Module) -> nn.Module:
+        """A copy of the model, as it is before the switch, with the very tensors of the list."""
+        tensors = getattr(self._holder, self._attribute) if self._attribute else self._holder
+        memo: dict[int, Tensor] = {id(t): t for t in (*model.buffers(), *model.parameters())}
+        for parameter, tensor in zip(self._followed(model), tensors, strict=True):
+            memo[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
+        return copy.deepcopy(model, memo)
+
+    def take(self, module: nn.Module, model: nn.Module) -> None:
+        """List what the switch has made of that copy, beside the parameters that the model has now."""
+        followed = set(map(id, self._followed(model)))
+        theirs = zip(module.parameters(), model.parameters(), strict=True)
+        tensors = [mine.detach() for mine, parameter in theirs if id(parameter) in followed]
+        if self._attribute:
+            setattr(self._holder, self._attribute, tensors)
+        else:
+            self._holder[:] = tensors
+
+    def _followed(self, model: nn.Module) -> list[nn.Parameter]:
+        return [p for p in model.parameters() if p.requires_grad or not self._trained]
+
+
+Average = nn.Module | ListedAverage
+
+
+def averaged_in(follower: object, model: nn.Module) -> Average:
+    """The module inside `follower`, or itself, whose parameters have the names and shapes of the model's; or the list of tensors, in
+    one of its attributes or itself, whose shapes are those of `model.parameters()`, all or those that require gradients.
+
+    Wrappers are looked into by the names torch and timm give them (`module`, `_orig_mod`). Raises `TypeError` for what holds
+    neither and `ValueError` if none fits.
     """
     if not isinstance(follower, nn.Module):
-        raise TypeError(
-            f"a follower must be a module with the model's parameters; got {type(follower).__name__}. Pass the averaged module that it holds."
-        )
+        return _listed_in(follower, model)
     if is_sharded(model):
         raise TypeError(
             "an average is followed through the switch beside a whole model; this one is in shards. Make its average anew after the switch (listener=)."
@@ -65,6 +100,36 @@ def averaged_in(follower: nn.Module, model: nn.Module) -> nn.Module:
     raise ValueError(
         f"a follower must have the model's parameters, by name and shape; {strange!r} is {found.get(strange, 'missing')} in "
         f"{type(follower).__name__} and {expected.get(strange, 'missing')} in {type(model).__name__}. Pass a copy of this very model, before the switch."
+    )
+
+
+def _listed_in(follower: object, model: nn.Module) -> ListedAverage:
+    held: dict[str, object] = {"": follower} if isinstance(follower, list) else dict(getattr(follower, "__dict__", {}))
+    lists = {name: x for name, x in held.items() if isinstance(x, list) and x and all(isinstance(t, Tensor) for t in x)}
+    if not lists:
+        raise TypeError(
+            f"a follower must be a module with the model's parameters, or hold a list of tensors beside them; got {type(follower).__name__}. Pass the "
+            "averaged module, or the list, that it has."
+        )
+    if is_sharded(model):
+        raise TypeError(
+            "a list of averages is followed through the switch beside a whole model; this one is in shards. Make it anew after the switch (listener=)."
+        )
+    everything = list(model.parameters())
+    own = set(map(id, everything))
+    if any(id(t) in own for tensors in lists.values() for t in tensors):
+        raise ValueError(
+            "a follower must be a copy of the model; got a list of its own parameters. Leave it out, or pass its average."
+        )
+    for trained in (False, True):
+        wanted = [tuple(p.shape) for p in everything if p.requires_grad or not trained]
+        for name, tensors in lists.items():
+            if [tuple(t.shape) for t in tensors] == wanted:
+                return ListedAverage(follower, name, trained)
+    found = ", ".join(f"{name or 'the list'} of {len(tensors)}" for name, tensors in lists.items())
+    raise ValueError(
+        f"a list of averages must have a tensor of the same shape for each of the model's {len(everything)} parameters, or for each that trains; got "
+        f"{found}. Make it from list(model.parameters()) of this very model, before the switch."
     )
 
 

@@ -1,8 +1,9 @@
-"""Parameters that no longer train after the switch."""
+"""Parameters that no longer train after the switch, and those that are off for a moment while it is made."""
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
@@ -34,6 +35,23 @@ def freeze(model: nn.Module, globs: tuple[str, ...]) -> list[str]:
             parameter.requires_grad_(False)
             parameter.grad = None
     return [f"frozen after the switch: {len(frozen)} parameters ({', '.join(globs)})"] if frozen else []
+
+
+@contextmanager
+def as_in_training(trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Meanwhile all of these require gradients, so that what takes their place trains as they did.
+
+    Loops with several optimizers turn the parameters of the others off while one steps (Lightning's `toggle_optimizer`), and turn
+    on again those that they remember, which factors are not among.
+    """
+    off = [parameter for parameter in trained if not parameter.requires_grad]
+    for parameter in off:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in off:
+            parameter.requires_grad_(False)
 
 
 def _names_before(name: str) -> tuple[str, ...]:

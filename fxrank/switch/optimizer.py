@@ -15,21 +15,28 @@ from fxrank.passes.pairs.registry import pair_class
 from fxrank.switch.apply_plan import Replacement
 from fxrank.switch.decays import put_on_parameters
 from fxrank.switch.moments import NoProjectionError, gradients, projected
+from fxrank.torch_private.steps import takes_hooks
 from fxrank.wrappers import unwrapped
 
 
 def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> tuple[Optimizer, ...]:
     """The optimizers that a user gives, one or several, without what frameworks wrap around them.
 
-    Raises `TypeError` for anything else, for LBFGS, for engines with flat or scattered parameters and for memory kept on the
-    parameters, `ValueError` if there is none, if one comes twice, or if one holds no parameter of the model.
+    Raises `TypeError` for anything else, for LBFGS, for engines with flat or scattered parameters, for gradients of single
+    samples and for memory kept on the parameters, `ValueError` if there is none, if one comes twice, or if one holds no parameter of the model.
     """
     listed: list[Any] = list(given) if isinstance(given, (list, tuple)) else [given]
+    _check_per_sample(listed, model)
     for optimizer in listed:
         _check_engine(optimizer)
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer must be a torch optimizer, or a list of some in the order in which they step; got {type(optimizer).__name__}."
+            )
+        if not takes_hooks(unwrapped(optimizer)):
+            raise TypeError(
+                f"an optimizer must take hooks around its step, which the session counts by; {type(optimizer).__name__} has not called Optimizer.__init__. "
+                "Pass the optimizer that it wraps, if its step calls that one's, or have it call super().__init__."
             )
     optimizers = tuple(map(unwrapped, listed))
     if len(set(map(id, optimizers))) < max(1, len(optimizers)):
@@ -40,6 +47,20 @@ def optimizers_of(given: Optimizer | Iterable[Optimizer], model: nn.Module) -> t
     for optimizer in optimizers:
         _check_holds(optimizer, model)
     return optimizers
+
+
+def _check_per_sample(optimizers: Iterable[Any], model: nn.Module) -> None:
+    """Raise `TypeError` for gradients of single samples, which hooks on the layers make (Opacus' `GradSampleModule`): pairs have none."""
+    hooked = next((n for n, m in model.named_modules() if hasattr(m, "autograd_grad_sample_hooks")), None)
+    if hooked is None:
+        hooked = next((n for n, p in model.named_parameters() if hasattr(p, "grad_sample")), None)
+    found = [type(o).__name__ for o in optimizers if type(o).__module__.startswith("opacus.")]
+    if hooked is not None or found:
+        what = f"an optimizer is a {found[0]}" if found else f"{hooked or 'the model'!r} has hooks for them"
+        raise TypeError(
+            f"gradients of single samples are made by hooks on the layers as they were, which factors would not have; {what}. Factorize first "
+            "(fxrank.factorize, or a plan), and wrap the result."
+        )
 
 
 def _check_engine(optimizer: Any) -> None:

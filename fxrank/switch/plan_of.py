@@ -86,7 +86,9 @@ def forget_plan(model: nn.Module) -> None:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan of a model that fxrank has rewritten or loaded. Raises `ValueError` for any other model."""
+    """The plan of a model that fxrank has rewritten or loaded. Raises `ValueError` for any other model, `TypeError` for what is
+    none.
+    """
     plan = uncompiled(model).__dict__.get(_PLAN)
     if not isinstance(plan, Plan):
         raise ValueError(

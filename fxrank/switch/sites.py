@@ -8,7 +8,7 @@ from fxrank.passes.discovery.found import untied
 from fxrank.passes.errors import PlanMismatchError, RankError
 from fxrank.passes.model.weights import check_not_computed, is_derived, weight_of
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in
+from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in, weight_alone
 from fxrank.passes.pairs.registry import forms, kinds, pair_class
 from fxrank.plan import LayerDecision, Plan
 
@@ -81,7 +81,8 @@ def _site(model: nn.Module, owners: Owners, decision: LayerDecision) -> Site:
         parameters = tuple(p for p in dense.parameters() if p is not getattr(dense, "bias", None))
         return Site(decision, dense, parameters, (Place(dense, "", dense),), True)
     weight = dense.get_parameter("weight")
-    places = tuple(Place(*held) for held in holders(owners, weight))
+    alone = weight_alone(model, decision.name)
+    places = tuple(Place(*held) for held in holders(owners, weight, alone=alone))
     return Site(decision, dense, (weight,), places, False)
 
 

@@ -22,6 +22,14 @@ without_torch_function: Any = torch._C.DisableTorchFunctionSubclass
 tensor_without_numbers: Any = Tensor._make_wrapper_subclass
 """Makes a tensor of a class that has a shape and a dtype only: what it stands for, its `__torch_function__` knows."""
 
+set_gradients: Any = torch._C._set_grad_enabled
+"""Switches gradients on or off from here on: a node of a graph has no block, and fx keeps this one though nobody uses its result."""
+
+
+def is_of_functorch(value: object) -> bool:
+    """Whether this is a tensor that `torch.func.vmap`, `grad` or `jvp` made for the function it transforms."""
+    return isinstance(value, Tensor) and bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
 
 def inside_backward() -> bool:
     """Whether a backward pass is calling this, from a hook: torch has no public way to ask."""

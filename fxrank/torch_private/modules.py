@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _WeightNorm
 
 BatchNorm = _BatchNorm
 """What all of torch's batch normalizations are; its own `update_bn` asks for it too."""
@@ -46,6 +47,26 @@ def made_of(
     return twin
 
 
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Let `module` be what `other` is, with its class and all that it holds, for everyone who holds it, however they do. `other` is
+    not to be used after. As torch does it: lazy modules become others with their first call, and `fully_shard` changes the class.
+
+    Raises `TypeError` where the classes differ in their memory, by `__slots__` say; nothing is changed then.
+    """
+    object.__setattr__(module, "__class__", type(other))
+    vars(module).clear()
+    vars(module).update(vars(other))
+
+
+def can_become(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module can `become` one of this class; tried on one without contents."""
+    try:
+        object.__setattr__(nn.Module.__new__(type(module)), "__class__", kind)
+    except TypeError:
+        return False
+    return True
+
+
 def pre_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     """The hooks that are called before the forward, by key: who has no handle can take one off here only."""
     return module._forward_pre_hooks
@@ -56,8 +77,18 @@ def post_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether something is called with the gradients of the module's inputs and outputs."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 WEIGHT_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 """Where a parameter has the hooks on its gradient: dicts, which a factor takes over as they are, so that handles stay valid."""
+
+
+def keeps_nothing(step: nn.Module) -> bool:
+    """Whether a step of a parametrization can make any matrix: weight norm, which takes a direction and a length."""
+    return isinstance(step, _WeightNorm)
 
 
 def all_hooks(module: nn.Module) -> dict[str, Any]:

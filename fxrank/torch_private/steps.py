@@ -29,6 +29,11 @@ def steps_running(optimizer: Optimizer) -> int | None:
     return found
 
 
+def takes_hooks(optimizer: Optimizer) -> bool:
+    """Whether it has called `Optimizer.__init__`, which makes what hooks are registered in."""
+    return hasattr(optimizer, "_optimizer_step_post_hooks")
+
+
 def call_first(optimizer: Optimizer, handle: RemovableHandle) -> None:
     """Let the step post-hook of this handle be called before all others, also those registered earlier."""
     hooks: Any = optimizer._optimizer_step_post_hooks

@@ -3,13 +3,14 @@
 Modes of the dispatcher see every operation, and are not promised to stay as they are. Tried on torch 2.8.0 and 2.14.1.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxrank.torch_private import pytree
@@ -17,14 +18,16 @@ from fxrank.torch_private import pytree
 
 class Watched(TorchDispatchMode):
     """While it is on, the watched tensors are copied before they are first written into, or, if they are `fixed`, nobody may
-    write: `PermissionError`.
+    write: `PermissionError`. `read` is called with tensors that are computed with.
     """
 
     supports_higher_order_operators = True  # which are handed on like any other
 
-    def __init__(self, tensors: Iterable[Tensor], *, fixed: bool = False) -> None:
+    def __init__(
+        self, tensors: Iterable[Tensor], *, fixed: bool = False, read: Callable[[Tensor], None] | None = None
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._fixed = fixed
+        self._fixed, self._read = fixed, read
         self._tensors: dict[int, list[Tensor]] = {}
         self._copies: list[tuple[Tensor, Tensor]] = []
         for tensor in tensors:
@@ -40,6 +43,10 @@ class Watched(TorchDispatchMode):
             for argument in schema.arguments:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     self._before_write(named.get(argument.name))
+        if (read := self._read) is not None:
+            for tensor in pytree.tree_leaves((args, kwargs)):
+                if type(tensor) is Parameter:
+                    read(tensor)
         return func(*args, **(kwargs or {}))
 
     def _before_write(self, written: Any) -> None:
@@ -55,11 +62,12 @@ class Watched(TorchDispatchMode):
     def allowing(self) -> Iterator[None]:
         """Meanwhile everybody may write: a run inside puts its writing back itself."""
         before, self._fixed = self._fixed, False
+        read, self._read = self._read, None
         watched, self._tensors = self._tensors, {}
         try:
             yield
         finally:
-            self._fixed, self._tensors = before, watched
+            self._fixed, self._read, self._tensors = before, read, watched
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -77,3 +85,14 @@ def _place(tensor: Tensor) -> int:
         return tensor.untyped_storage().data_ptr()
     except RuntimeError:  # of a subclass that holds other tensors
         return 0
+
+
+def memory_of(tensor: Tensor) -> tuple[str, int, int]:
+    """The device, and the first address that a tensor's numbers lie at and the one after the last; 0 and 0 if it has no memory of
+    its own, or no numbers.
+    """
+    if not _place(tensor) or not tensor.numel():
+        return "", 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return str(tensor.device), start, start + (last + 1) * tensor.element_size()

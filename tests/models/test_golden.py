@@ -12,7 +12,7 @@ from places import DATA
 import fxrank
 from benchmarks.subjects.models import handwritten_lowrank_resnet18, resnet18, vgg19_bn
 from fxrank.passes.pairs.registry import make_pair
-from fxrank.passes.spectra.exact import accumulative, energy, singular_values, stable
+from fxrank.passes.spectra.exact import Spectrum, accumulative, energy, singular_values, stable
 from fxrank.policies.monitor import ReferenceDetector, moving_average
 from fxrank.policies.ranks import Evidence, rank_rule, whole_rank
 from fxrank.switch.apply_plan import Replacement
@@ -118,7 +118,7 @@ def test_rank_metrics(name, init, trained):
     sigma = singular_values(torch.from_numpy(trained)[None])
     xi = golden["initial"]["full_rank"] / golden["initial"]["stable_rank"]
     assert xi == pytest.approx(golden["paper"]["xi"], rel=1e-6)
-    evidence = Evidence(sigma, xi, 0.8, 0.25)
+    evidence = Evidence(Spectrum(torch.from_numpy(trained)[None]), xi, 0.8, 0.25)
     assert rank_rule("scaled_stable_rank")(evidence) == pytest.approx(golden["paper"]["scaled_stable_rank"], rel=1e-6)
     assert rank_rule("max_scaled_accumulative")(evidence) == pytest.approx(
         golden["paper"]["max_with_accumulative_p0.8"]

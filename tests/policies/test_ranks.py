@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fxrank
-from fxrank.passes.spectra.exact import singular_values, truncation_error
+from fxrank.passes.spectra.exact import Spectrum, singular_values, truncation_error
 from fxrank.policies.ranks import RANK_RULES, Evidence, random_matrix_xi, rank_rule, ratio_rank, whole_rank
 
 FULL = 20
 
 
 def evidence(*rows, xi=1.0, share=0.8, ratio=0.25):
-    return Evidence(torch.tensor(rows, dtype=torch.float64), xi, share, ratio)
+    return Evidence(Spectrum(torch.diag_embed(torch.tensor(rows, dtype=torch.float64))), xi, share, ratio)
 
 
 FLAT = [1.0] * FULL
@@ -71,7 +71,7 @@ def test_zero_has_rank_zero(name):
 def test_energy_bounds_the_truncation_error(rows, cols, share, seed):
     matrix = torch.randn(1, rows, cols, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     sigma = singular_values(matrix)
-    rank = whole_rank(rank_rule("energy")(Evidence(sigma, 1.0, share, 0.25)), min(rows, cols))
+    rank = whole_rank(rank_rule("energy")(Evidence(Spectrum(matrix), 1.0, share, 0.25)), min(rows, cols))
     assert truncation_error(sigma, rank) <= math.sqrt(1 - share) + 1e-9  # rounding of the Gram matrix
 
 

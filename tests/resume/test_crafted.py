@@ -10,8 +10,9 @@ from nets import SOON, mlp, settings_of, sgd, snapshot
 from torch.utils.data import DataLoader
 
 import fxrank
+from fxrank.resume.grown import read_whole
 from fxrank.resume.sound import check_sound
-from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.saving.plainfile import write_plain
 from fxrank.training.options import RunOptions
 
 
@@ -20,7 +21,7 @@ def saved(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crafted")
     with pytest.raises(Killed):
         run(folder, die=request.param)
-    return read_plain(folder / "checkpoint.safetensors")
+    return read_whole(folder / "checkpoint.safetensors")
 
 
 def refused(tree, part, folder):

@@ -10,7 +10,7 @@ from nets import SOON, batches, mlp, vectors
 from torch import nn
 
 import fxrank
-from fxrank.saving.plainfile import read_plain
+from fxrank.resume.grown import read_whole
 from fxrank.training.finite import FiniteWeights, not_finite
 
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint.before.safetensors"
@@ -47,7 +47,7 @@ def test_the_last_finite_checkpoint_and_the_one_before_it_stay(policy, step, val
     assert (
         f"{tmp_path / CHECKPOINT} holds the run after 0 batches of epoch {epoch}, when all weights were finite" in text
     )
-    last, before = read_plain(tmp_path / CHECKPOINT), read_plain(tmp_path / BEFORE)
+    last, before = read_whole(tmp_path / CHECKPOINT), read_whole(tmp_path / BEFORE)
     assert finite(last) and finite(before)
     assert (last["epoch"], last["taken"]) == (epoch, 0)
     assert (before["epoch"], before["taken"]) < (epoch, 0)
@@ -62,7 +62,7 @@ def test_the_last_finite_checkpoint_and_the_one_before_it_stay(policy, step, val
 def test_a_checkpoint_inside_an_epoch_is_not_written_either(tmp_path):
     text = diverged(tmp_path, 7, checkpoint_every=1)
     assert "holds the run after 2 batches of epoch 1" in text and "after step 7 " in text
-    assert read_plain(tmp_path / BEFORE)["taken"] == 1
+    assert read_whole(tmp_path / BEFORE)["taken"] == 1
 
 
 def test_a_run_that_keeps_nothing_stops_too_and_says_so():
@@ -119,13 +119,13 @@ def test_what_was_infinite_from_the_start_is_no_fault():
 def test_the_last_checkpoint_that_cannot_be_written_does_not_cost_the_result(tmp_path):
     class Spoiler:
         def __call__(self, outputs, targets):
-            if torch.is_grad_enabled() and read_plain(tmp_path / CHECKPOINT)["epoch"] == 3:
+            if torch.is_grad_enabled() and read_whole(tmp_path / CHECKPOINT)["epoch"] == 3:
                 (tmp_path / f"{CHECKPOINT}.partial").mkdir(exist_ok=True)
             return F.cross_entropy(outputs, targets)
 
     with pytest.warns(UserWarning, match="the last checkpoint could not be written, the one before it stays"):
         result = run(mlp(), loss_fn=Spoiler(), output_dir=tmp_path, resume=True)
-    assert result.plan.R and read_plain(tmp_path / CHECKPOINT)["epoch"] == 3
+    assert result.plan.R and read_whole(tmp_path / CHECKPOINT)["epoch"] == 3
 
 
 def test_one_in_the_middle_is_an_error(tmp_path):

@@ -5,7 +5,7 @@ import random
 import pytest
 from killing import Runs, moment, results, spans
 
-from fxrank.saving.plainfile import read_plain
+from fxrank.resume.grown import read_whole
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_a_kill_inside_the_writing_leaves_the_last_checkpoint(runs, whole, tmp_p
         folder = tmp_path / str(share)
         folder.mkdir()
         assert runs(folder, event=round(first + share * (last - first))) == -9
-        saved = read_plain(folder / "checkpoint.safetensors")
+        saved = read_whole(folder / "checkpoint.safetensors")
         seen.add((saved["epoch"], saved["taken"]))
     assert len(seen) in (1, 2)  # the one before, or, at the very end, the new one
     finishes_alike(runs, whole, folder)

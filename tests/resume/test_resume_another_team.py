@@ -18,7 +18,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fxrank
-from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.resume.grown import read_whole
+from fxrank.saving.plainfile import write_plain
 
 SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 EPOCHS, STEPS = 4, 5
@@ -172,7 +173,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(before, now, die, whole, tmp_path):
     killed_in(before, tmp_path, die)
-    saved = read_plain(tmp_path / "checkpoint.safetensors")
+    saved = read_whole(tmp_path / "checkpoint.safetensors")
     found = finished_in(now, tmp_path)
     assert all(f["state"] == found[0]["state"] for f in found)
     assert all(f["plan"] == found[0]["plan"] for f in found)
@@ -274,7 +275,7 @@ MESSAGES = {
 def test_what_can_not_go_on_is_refused_in_all_processes(odd, tmp_path):
     killed_in(2, tmp_path, 8, kind="ignored" if odd == "another model in a process" else "double")
     path = tmp_path / "checkpoint.safetensors"
-    saved = read_plain(path)
+    saved = read_whole(path)
     if odd == "damage":
         path.write_bytes(path.read_bytes()[:-9])
     if odd == "a process without its part":

@@ -15,7 +15,8 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 import fxrank
-from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.resume.grown import read_whole
+from fxrank.saving.plainfile import write_plain
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,9 @@ def files(tmp_path_factory):
         folder = tmp_path_factory.mktemp("files")
         with pytest.raises(Killed):
             run(folder, die=die)
-        found.append((folder / "checkpoint.safetensors").read_bytes())
+        path = folder / "checkpoint.safetensors"
+        write_plain(path, read_whole(path))  # all in one file, as an earlier fxrank wrote; see test_grown for the other
+        found.append(path.read_bytes())
     return found
 
 
@@ -233,7 +236,7 @@ def test_a_whole_file_with_parts_missing_or_of_another_kind(files, tmp_path):
     path = tmp_path / "checkpoint.safetensors"
     for content in files:
         path.write_bytes(content)
-        tree = read_plain(path)
+        tree = read_whole(path)
         for name in tree:
             write_plain(path, {k: v for k, v in tree.items() if k != name})
             refused(tmp_path, fxrank.CheckpointError, "a checkpoint must hold the whole run; ")

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 import fxrank
 from fxrank.policies.monitor import ReferenceDetector, SlopeDetector
-from fxrank.saving.plainfile import read_plain
+from fxrank.resume.grown import read_whole
 
 
 def summary(result):
@@ -122,12 +122,12 @@ def test_what_was_timed_decides_after_the_resume_too(tmp_path):
     policy = fxrank.Cuttlefish(speedup_threshold=1.0, latest=0.5)
     with pytest.raises(Killed):
         run(tmp_path, die=8, policy=policy)
-    saved = read_plain(tmp_path / "checkpoint.safetensors")
+    saved = read_whole(tmp_path / "checkpoint.safetensors")
     (profile,) = saved["session"]["profiles"]
     result = run(tmp_path, policy=policy)
     speedup = profile["dense_ms"] / profile["pair_ms"]
     assert result.plan.layer("2").speedup == pytest.approx(speedup, abs=1e-4) or result.plan.layer("2").rank
-    again = read_plain(tmp_path / "checkpoint.safetensors")
+    again = read_whole(tmp_path / "checkpoint.safetensors")
     assert again["session"]["profiles"] == saved["session"]["profiles"]
     assert again["session"]["seconds"]["profile"] >= saved["session"]["seconds"]["profile"]
 

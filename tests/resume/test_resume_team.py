@@ -12,7 +12,7 @@ from killing import Runs, moment, results, spans
 from places import PYTHONPATH
 from safetensors.torch import load_file
 
-from fxrank.saving.plainfile import read_plain
+from fxrank.resume.grown import read_whole
 
 TEAMS = {
     "2": {"size": 2},
@@ -93,9 +93,10 @@ def test_only_the_first_process_writes(runs, whole, tmp_path):
     first, last = events["write_plain"][3]  # the end of the epoch; before it are 6 steps
     assert runs(tmp_path, event=(first + last) // 2, size=2) == [-9, -9]
     assert {path.name for path in tmp_path.iterdir()} <= {
-        *("checkpoint.safetensors", "checkpoint.safetensors.partial", "run.lock", "checkpoint.before.safetensors")
+        *("checkpoint.safetensors", "checkpoint.safetensors.partial", "run.lock", "checkpoint.before.safetensors"),
+        *("checkpoint.grown.jsonl", "checkpoint.grown.jsonl.partial"),
     }
-    saved = read_plain(tmp_path / "checkpoint.safetensors")
+    saved = read_whole(tmp_path / "checkpoint.safetensors")
     (other,) = saved["others"]
     buffers = {name for name in saved["model"] if "running_" in name}
     assert set(other["model"]) == buffers and not other["optimizer"]  # parameters and momentum are alike

@@ -31,7 +31,8 @@ def test_a_layer_that_another_session_has_switched_is_named():
     optimizers = [sgd(model), sgd(model)]
     for optimizer in optimizers:
         attach(model, optimizer, policy, batch[0], steps_per_epoch=1)
-    train(model, optimizers[0], 2, batch)
+    with pytest.warns(UserWarning, match="another one, SGD, with parameters of it does"):
+        train(model, optimizers[0], 2, batch)
     with pytest.raises(
         fxrank.PlanMismatchError, match="a layer must be dense until its own session switches it; 'conv2' is"
     ):
@@ -54,7 +55,8 @@ def test_more_steps_than_announced_are_saved_and_gone_on_with():
     optimizer = sgd(model)
     policy = fxrank.Pufferfish(E=2, ratio=0.25)
     session = attach(model, optimizer, policy, batch[0], total_steps=4, steps_per_epoch=1)
-    train(model, optimizer, 6, batch)
+    with pytest.warns(UserWarning, match="this one goes on after 5, and was to have 4"):
+        train(model, optimizer, 6, batch)
     state = session.state_dict()
     fresh = ConvNet(1)
     again = attach(fresh, sgd(fresh), policy, batch[0], total_steps=4, steps_per_epoch=1, state=state)

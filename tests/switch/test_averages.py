@@ -211,9 +211,7 @@ def test_refusals():
     def followed_by(follower):
         return attach(model, optimizer, (X, Y), 4, fxrank.SpectralInit(ratio=0.25), [follower])
 
-    with pytest.raises(
-        TypeError, match=re.escape("a follower must be a module with the model's parameters; got list.")
-    ):
+    with pytest.raises(ValueError, match=re.escape("a follower must be a copy of the model; got a list of its own")):
         followed_by(list(model.parameters()))
     message = (
         "a follower must have the model's parameters, by name and shape; '0.weight' is (32, 12) in AveragedModel and "

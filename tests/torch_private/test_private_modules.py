@@ -4,6 +4,8 @@ from torch import nn
 from fxrank.torch_private.modules import (
     CHECKPOINTED,
     COMPILED,
+    become,
+    can_become,
     made_of,
     own_buffers,
     own_children,
@@ -79,3 +81,23 @@ def test_a_module_of_the_same_class_that_holds_other_things():
     assert type(twin) is nn.BatchNorm1d and twin.note is norm.note and twin.eps == norm.eps
     assert twin.weight is weight and twin.inner is child and list(twin.state_dict()) == ["weight", "running_mean"]
     assert list(norm.state_dict()) == ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+def test_a_module_becomes_another_for_whoever_holds_it():
+    layer, other = nn.Linear(2, 2), nn.Sequential(nn.ReLU())
+    holder, held, mine = nn.Sequential(layer), [layer], vars(layer)
+    assert can_become(layer, nn.Sequential)
+    become(layer, other)
+    assert type(holder[0]) is nn.Sequential and held[0] is layer and vars(layer) is mine and layer[0] is other[0]
+    assert holder(torch.full((1,), -1.0)).item() == 0 and not list(holder.parameters())
+
+
+def test_not_every_module_can_become_another():
+    class Slots(nn.Linear):
+        __slots__ = ("more",)
+
+    class Items(dict, nn.Linear):
+        pass
+
+    assert not can_become(Slots(2, 2), nn.Linear) and not can_become(nn.Linear(2, 2), Slots)
+    assert not can_become(Items.__new__(Items), nn.Linear)

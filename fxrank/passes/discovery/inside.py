@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,7 +14,7 @@ from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.model.weights import computed_part
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight, form_when_read
-from fxrank.passes.pairs.registry import dense_type, forms_of, why_none
+from fxrank.passes.pairs.registry import PAIRS, dense_type, forms_of, kept_dense, why_none
 from fxrank.torch_private.modules import weight_names
 
 Found = Iterable[tuple[Tensor, Layer]]
@@ -45,13 +46,15 @@ def _of_attention(module: nn.MultiheadAttention, path: str, node: fx.Node, names
         elif parameter.ndim >= 2:
             learned = name in ("bias_k", "bias_v")
             reason = "it is a learned key or value, not the matrix of a layer" if learned else COMPUTED
-            yield parameter, unsupported(joined(path, name), "parameter", parameter, reason, node.name)
+            layer = unsupported(joined(path, name), "parameter", parameter, reason, node.name)
+            yield parameter, replace(layer, guarded=not learned)
     if isinstance(module.out_proj, nn.Linear):
         own = joined(path, "out_proj")
         if pairs := forms_of(module.out_proj):
             use = Use(node.name, shape, positions=tokens[0])
             paths = tuple(names.get(id(module.out_proj), [own]))
-            yield layer_from(module.out_proj, own, use, form=next(iter(pairs)), paths=paths)
+            weight, layer = layer_from(module.out_proj, own, use, form=next(iter(pairs)), paths=paths)
+            yield weight, checked(layer, module.out_proj)
         else:
             yield from inside(module.out_proj, own, node, names)
 
@@ -60,7 +63,8 @@ def _of_recurrent(module: nn.RNNBase, path: str, node: fx.Node) -> Found:
     steps = math.prod(first_shape(node)[:-1])
     for name, parameter in module.named_parameters(recurse=False):
         if name not in weight_names(module) and parameter.ndim >= 2:
-            yield parameter, unsupported(joined(path, name), "parameter", parameter, COMPUTED, node.name)
+            layer = unsupported(joined(path, name), "parameter", parameter, COMPUTED, node.name)
+            yield parameter, replace(layer, guarded=True)
         elif parameter.ndim >= 2:
             yield _raw(module, name, path, Use(node.name, (steps, parameter.shape[1]), positions=steps))
 
@@ -72,19 +76,28 @@ def _raw(owner: nn.Module, name: str, path: str, use: Use) -> tuple[Tensor, Laye
 
 
 def _of_others(module: nn.Module, path: str, node: fx.Node) -> Found:
+    does_more = isinstance(module, tuple(PAIRS)) and dense_type(module) is None
     for name, parameter in module.named_parameters():
         if parameter.ndim >= 2 and not isinstance(module.get_submodule(name.rpartition(".")[0]), FactorPair):
             own = joined(path, name).removesuffix(".weight")
-            if dense_type(module) is not None and computed_part(module) is not None:
+            computed = dense_type(module) is not None and computed_part(module) is not None
+            if computed:
                 reason = COMPUTED
             elif parametrize.is_parametrized(module):
                 reason = "it is an original of a parametrization that has no factor pair"
             else:
                 reason = f"{type(module).__name__} has no factor pair{why_none(module)}"
-            yield parameter, unsupported(own, type(module).__name__, parameter, reason, node.name)
+            layer = unsupported(own, type(module).__name__, parameter, reason, node.name)
+            yield parameter, replace(layer, guarded=computed or does_more or parametrize.is_parametrized(module))
     for name, child in module.named_modules():
         if isinstance(child, FactorPair):
             yield child.u.weight, done(joined(path, name), child, node.name)
+
+
+def checked(layer: Layer, module: nn.Module) -> Layer:
+    """The layer that a module is, with a reason if no pair may take the module's place."""
+    reason = kept_dense(module) if layer.reason is None else None
+    return layer if reason is None else layer.kept_for(reason)
 
 
 def joined(path: str, name: str) -> str:

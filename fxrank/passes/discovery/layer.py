@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxrank.passes.discovery.made import Made
 from fxrank.passes.errors import PlanMismatchError
 from fxrank.passes.model.weights import check_not_computed, numbers_of, weight_of
 from fxrank.passes.pairs.base import FactorPair, Unrolled
@@ -44,8 +45,18 @@ class Layer:
     """Why this layer cannot be factorized at all; None if it can."""
     supported: bool = True
     """Whether the layer's kind has a factor pair, whatever `reason` says about this one."""
+    guarded: bool = False
+    """Whether it stays dense for what it does, or keeps true, beside multiplying with a matrix."""
+    unsaving: str | None = None
+    """Why its pair would save no work, so that it is left dense unless it is included; None if it would."""
+    made: tuple[Made, ...] = ()
+    """The products with it, where code of the model's own makes them all."""
     boundary: str | None = None
     """`"first"` if no other weight comes before it in the graph, `"last"` if none comes after."""
+
+    def kept_for(self, reason: str) -> "Layer":
+        """The layer, `guarded` for this reason."""
+        return replace(self, reason=reason, supported=False, guarded=True)
 
     @property
     def form(self) -> str:

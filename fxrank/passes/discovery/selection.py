@@ -2,14 +2,15 @@
 
 import fnmatch
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.errors import NothingToFactorizeError
+from fxrank.passes.errors import NothingFactorizedWarning, NothingToFactorizeError
 from fxrank.passes.model.names import own_name
 
 Selector = str | re.Pattern[str] | type[nn.Module] | nn.Module
@@ -24,7 +25,8 @@ def candidates(
     exclude: Iterable[Selector] | Selector = (),
 ) -> list[Layer]:
     """The same layers, with a `reason` on those that are left alone by rule: the first, the last, embeddings and
-    decoders tied to them, those that no rank makes smaller (depthwise convolutions), and what `exclude` names.
+    decoders tied to them, those that no rank makes smaller (depthwise convolutions), those whose pair would be multiplied out
+    in every call, and what `exclude` names.
 
     The first and the last layer (by position in the graph: nothing with a weight before, or after) stay dense
     because they are small, see raw inputs or produce the logits, and lose accuracy soonest (Pufferfish §3;
@@ -44,6 +46,8 @@ def candidates(
                 reason = f"{layer.boundary} layer of the graph, left dense by default"
             elif layer.is_table:
                 reason = f"{layer.kind}, left dense by default"
+            elif layer.unsaving:
+                reason = layer.unsaving
             elif layer.break_even_rank <= 1:
                 reason = f"a pair of rank 1 would not save anything: break-even is {layer.break_even_rank:.1f}"
         result.append(replace(layer, reason=reason))
@@ -51,20 +55,32 @@ def candidates(
 
 
 def listed(selectors: Iterable[Selector] | Selector) -> tuple[Selector, ...]:
-    """What a user gives for `include` or `exclude`, one or several, as several."""
-    return (selectors,) if isinstance(selectors, (str, re.Pattern, type, nn.Module)) else tuple(selectors)
+    """What a user gives for `include` or `exclude`, one or several, as several. Raises `TypeError` for what is neither."""
+    if isinstance(selectors, (str, re.Pattern, type, nn.Module)):
+        return (selectors,)
+    if not isinstance(selectors, Iterable) or isinstance(selectors, Tensor):
+        raise TypeError(
+            f"include and exclude take a selector or several; got {type(selectors).__name__}. Pass () for none."
+        )
+    return tuple(selectors)
 
 
 def require_some(layers: Sequence[Layer]) -> None:
-    """Raise `NothingToFactorizeError`, with each layer's reason, if all have one."""
-    if all(layer.reason for layer in layers):
-        listing = (
-            "".join(f"\n  {layer.name} ({layer.kind}): {layer.reason}" for layer in layers)
-            or "\n  (no weight matrix at all)"
-        )
-        raise NothingToFactorizeError(
-            f"at least one layer must be factorizable; 0 of {len(layers)} are:{listing}\nName layers to take in with include=… ('*' takes everything)."
-        )
+    """Raise `NothingToFactorizeError`, with each layer's reason, if all have one. It is a warning where some are `guarded`: the
+    model is what it should be then, as it stands.
+    """
+    if any(layer.reason is None for layer in layers):
+        return
+    listing = (
+        "".join(f"\n  {layer.name} ({layer.kind}): {layer.reason}" for layer in layers)
+        or "\n  (no weight matrix at all)"
+    )
+    hint = "Name layers to take in with include=… ('*' takes everything)."
+    if any(layer.guarded for layer in layers):
+        text = f"nothing will be factorized, the model stays dense; 0 of {len(layers)} layers can be:{listing}\n{hint}"
+        warnings.warn(text, NothingFactorizedWarning, stacklevel=2)
+        return
+    raise NothingToFactorizeError(f"at least one layer must be factorizable; 0 of {len(layers)} are:{listing}\n{hint}")
 
 
 def _selected(
@@ -79,6 +95,10 @@ def _selected(
             hits = {a.name for a in layers if any(p == pattern or fnmatch.fnmatchcase(p, pattern) for p in a.paths)}
         elif isinstance(selector, (str, re.Pattern)):
             expression = _expression(selector, argument) if isinstance(selector, str) else selector
+            if not isinstance(expression.pattern, str):
+                raise TypeError(
+                    f"{argument} is matched with names; {selector!r} is an expression of bytes. Drop its b."
+                )
             hits = {a.name for a in layers if any(expression.search(p) for p in a.paths)}
         elif isinstance(selector, type):
             hits = {a.name for a in layers if isinstance(_owner(modules, a.name), selector)}

@@ -29,6 +29,7 @@ def stacks(layers: Sequence[Layer]) -> list[Stack]:
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
         if layer.reason is None:
-            key = (layer.kind, layer.form, layer.weight_shape, layer.geometry, layer.input_shape, layer.dtype)
+            made = tuple(one.code for one in layer.made)
+            key = (layer.kind, layer.form, layer.weight_shape, layer.geometry, layer.input_shape, layer.dtype, made)
             groups.setdefault(key, []).append(layer)
     return [Stack(tuple(group)) for group in groups.values()]

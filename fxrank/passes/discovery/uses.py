@@ -3,6 +3,7 @@
 The same functions as in `products`: a view is followed, a product counts, anything else needs the numbers themselves.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,26 +13,37 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxrank.passes.discovery.made import Made
 from fxrank.torch_private import pytree
 from fxrank.torch_private.kernels import GROUPED
 
 
 @dataclass(frozen=True)
 class Product:
-    """One product: the node, the shape of the other operand, the multiply-adds of the dense product, and whether it is a
-    convolution.
+    """One product: the node, the shape of the other operand, the multiply-adds of the dense product, whether it is a
+    convolution, and whether it mixes the matrices of a stack.
     """
 
     node: str
     input_shape: tuple[int, ...]
     macs: int
     convolution: bool = False
+    mixes: bool = False
 
 
-def uses(read: fx.Node) -> tuple[list[Product], list[str]]:
-    """The products that the weight read by this node is used in, directly or through views, and the names of the nodes
-    that need its numbers otherwise. Nodes that only look at its shape or dtype count for nothing.
+@dataclass(frozen=True)
+class Uses:
+    """The products that a weight is used in, directly or through views, the names of the nodes that need its numbers otherwise,
+    and the products as code, None where they cannot be cut out of the graph.
     """
+
+    products: list[Product]
+    others: list[str]
+    made: Made | None
+
+
+def uses(read: fx.Node) -> Uses:
+    """What becomes of the weight that this node reads. Nodes that only look at its shape or dtype count for nothing."""
     products: list[Product] = []
     others: list[str] = []
     todo = [read]
@@ -50,7 +62,11 @@ def uses(read: fx.Node) -> tuple[list[Product], list[str]]:
                     todo.append(user)
             else:
                 others.append(user.name)
-    return products, sorted(others)
+    names = {product.node for product in products}
+    multiply = {node for node in read.graph.nodes if node.name in names}
+    grouped = any(node.target in GROUPED for node in multiply)  # its sizes are in numbers, which a graph has not
+    steps = [node for node in read.graph.nodes if node in multiply or (node in seen and node is not read)]
+    return Uses(products, sorted(others), None if grouped or not multiply else Made(read, steps, multiply))
 
 
 def only_looks(node: fx.Node, weight: fx.Node) -> bool:
@@ -106,23 +122,34 @@ def _product(user: fx.Node, weight: fx.Node) -> Product | None:
     if user.target in _CONVOLUTIONS:
         return Product(user.name, tuple(x.shape), value.numel() * out.numel() // value.shape[0], True)
     # Of a product every number of `out` is a sum over one dimension of the weight.
-    summed = value.numel() / max(1, _kept(user, value, out))
-    return Product(user.name, tuple(x.shape), round(out.numel() * summed))
+    summed = value.numel() / max(1, _kept(user, weight))
+    return Product(user.name, tuple(x.shape), round(out.numel() * summed), mixes=_mixes(user, weight))
 
 
-def _kept(user: fx.Node, value: Tensor, out: Tensor) -> int:
+def _mixes(user: fx.Node, weight: fx.Node) -> bool:
+    """Whether an einsum sums over the matrices of a stack and over nothing in them."""
+    if user.target is not torch.einsum or weight.meta["val"].ndim != 3:
+        return False
+    own, others, output = _letters(user, weight)
+    return own[0] not in output and not set(own[1:]) & set(others)
+
+
+def _letters(user: fx.Node, weight: fx.Node) -> tuple[str, str, str]:
+    """The letters of the weight, of the other operand and of the output in the equation of an einsum of two."""
+    inputs, _, output = str(user.args[0]).replace(" ", "").partition("->")
+    operands = user.args[1:] if isinstance(user.args[1], fx.Node) else user.args[1]
+    assert isinstance(operands, (tuple, list))
+    at = next(i for i, operand in enumerate(operands) if operand is weight)
+    terms = inputs.split(",")
+    return terms[at], terms[1 - at], output
+
+
+def _kept(user: fx.Node, weight: fx.Node) -> int:
     """How many of the weight's numbers each summed index has: stack and output dimensions."""
+    value: Tensor = weight.meta["val"]
     if user.target is torch.einsum:
-        inputs, _, output = str(user.args[0]).replace(" ", "").partition("->")
-        operands = user.args[1:] if isinstance(user.args[1], fx.Node) else user.args[1]
-        assert isinstance(operands, (tuple, list))
-        nodes = [n for n in operands if isinstance(n, fx.Node)]
-        term = next(t for t, n in zip(inputs.split(","), nodes, strict=True) if n.meta["val"] is value)
-        sizes = dict(zip(term, value.shape, strict=True))
-        kept = 1
-        for letter, size in sizes.items():
-            kept *= size if letter in output else 1
-        return kept
+        own, _, output = _letters(user, weight)
+        return math.prod(size for letter, size in zip(own, value.shape, strict=True) if letter in output)
     stack = value.shape[0] if value.ndim == 3 else 1
     if user.target in (F.linear,):
         return stack * int(value.shape[-2])
@@ -172,9 +199,10 @@ def _einsum(user: fx.Node, weight: fx.Node) -> Any:
         operands = tuple(operands[0])
     plain = isinstance(user.args[0], str) and "." not in user.args[0] and "->" in user.args[0]
     others = [a for a in operands if a is not weight]
-    return (
-        others[0] if plain and len(operands) == 2 and len(others) == 1 and weight.meta["val"].ndim in (2, 3) else None
-    )
+    if not plain or len(operands) != 2 or len(others) != 1 or weight.meta["val"].ndim not in (2, 3):
+        return None
+    own, rest, output = _letters(user, weight)
+    return others[0] if set(own) & set(rest) - set(output) else None  # else nothing is summed
 
 
 _CONVOLUTIONS: tuple[Any, ...] = (F.conv1d, F.conv2d, F.conv3d, torch.conv1d, torch.conv2d, torch.conv3d)

@@ -62,9 +62,11 @@ def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...],
 
 
 def at_other_batch_size(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with 2 rows, or 3 if it has 2: of every tensor whose first size is that of the first tensor."""
+    """The same call with 2 rows, or 3 if it has 2: of every tensor whose first size is that of the first tensor. As it is with
+    sparse or nested tensors, which torch cuts into rows by ways of their own.
+    """
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors:
+    if not tensors or any(tensor.layout is not torch.strided for tensor in tensors):
         return args, kwargs
     batch = tensors[0].shape[0]
     rows = 3 if batch == 2 else 2

@@ -12,7 +12,11 @@ from fxrank.torch_private.compile import compile_anew, inside_compiled, is_compi
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The module inside `torch.compile(model)`, `DistributedDataParallel` and `DataParallel`; any other is itself."""
+    """The module inside `torch.compile(model)`, `DistributedDataParallel` and `DataParallel`; any other is itself. Raises
+    `TypeError` for what is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"a model must be a torch.nn.Module; got {type(model).__name__}. Pass an instance of one.")
     while True:
         if is_compiled(model):
             model = inside_compiled(model)

@@ -8,7 +8,7 @@ def known_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # each backend has its own
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:  # each backend has its own
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(

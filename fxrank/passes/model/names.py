@@ -8,8 +8,10 @@ and what is put into a module's place, keep the real paths.
 
 from typing import Any
 
+import torch
 from torch import nn
 
+from fxrank.passes.model.weights import made_in_inference
 from fxrank.torch_private.modules import CHECKPOINTED, COMPILED, own_children
 
 _INSIDE = (COMPILED, CHECKPOINTED)
@@ -42,4 +44,5 @@ def own_state(model: nn.Module) -> dict[str, Any]:
 def load_own_state(model: nn.Module, state: dict[str, Any]) -> None:
     """Load what `own_state` gave, of this model or of one that is wrapped otherwise."""
     real = {own_name(name): name for name in model.state_dict(keep_vars=True)}
-    model.load_state_dict({real.get(name, name): value for name, value in state.items()}, strict=True)
+    with torch.inference_mode(torch.is_inference_mode_enabled() or made_in_inference(model) is not None):
+        model.load_state_dict({real.get(name, name): value for name, value in state.items()}, strict=True)

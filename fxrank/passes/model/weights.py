@@ -4,6 +4,7 @@ module.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,6 +36,14 @@ def weight_of(layer: nn.Module) -> Tensor:
     if standardizes(layer):
         return _weight_used(layer)
     return _tensor(layer.weight)
+
+
+def made_in_inference(model: nn.Module) -> str | None:
+    """The name of the first parameter or buffer that was made in `torch.inference_mode()`, which nothing outside of it can
+    write into.
+    """
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return next((name for name, tensor in tensors if tensor.is_inference()), None)
 
 
 def stands_for(stand_in: nn.Parameter, read: Callable[[], Tensor]) -> nn.Parameter:
@@ -87,6 +96,12 @@ def drop_norm_hooks(layer: nn.Module) -> None:
 def derives_weight(hook: object) -> bool:
     """Whether a forward pre-hook is torch's own, which makes a layer's weight of other parameters."""
     return isinstance(hook, (WeightNorm, SpectralNorm))
+
+
+def spectral_norm_of(layer: nn.Module) -> SpectralNorm | None:
+    """The hook by which older torch divides the layer's weight by its norm, None if there is none."""
+    hook = _old_norm(layer)
+    return hook if isinstance(hook, SpectralNorm) else None
 
 
 def _old_norm(layer: nn.Module) -> Any:

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxrank.passes.errors import RankError
+from fxrank.passes.model.quantized import numbers_in
 from fxrank.passes.model.weights import weight_of
-from fxrank.passes.pairs.products import factored
-from fxrank.passes.spectra.exact import truncated_factors
+from fxrank.passes.pairs.factored_weight import FactoredWeight
+from fxrank.passes.pairs.products import factored, whole_product
+from fxrank.passes.spectra.exact import check_finite, truncated_factors
+from fxrank.passes.spectra.refit import refit
 
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 Layers = tuple[nn.Module, Norm | None, nn.Module]
@@ -31,7 +34,8 @@ Layers = tuple[nn.Module, Norm | None, nn.Module]
 class Unrolled:
     """One weight as a pair class reads it: `groups` matrices of `(rows, cols)`, in this `form`.
 
-    `positions` is how often each number of `U`, and of `V`, is used in one call of the model at the example's sizes.
+    `positions` is how often each number of `U`, and of `V`, is used in one call of the model at the example's sizes, and `whole`
+    how many multiply-adds are made with the whole matrix even so.
     """
 
     pair: "type[FactorPair] | None" = None
@@ -40,6 +44,7 @@ class Unrolled:
     rows: int = 0
     cols: int = 0
     positions: tuple[float, float] = (0.0, 0.0)
+    whole: int = 0
 
     @property
     def full_rank(self) -> int:
@@ -50,9 +55,14 @@ class Unrolled:
         """`(groups, rows, cols)`."""
         return self.groups, self.rows, self.cols
 
-    def also_used(self, positions: tuple[float, float]) -> "Unrolled":
+    def also_used(self, again: "Unrolled") -> "Unrolled":
         """The same weight, used at another site too."""
-        return replace(self, positions=(self.positions[0] + positions[0], self.positions[1] + positions[1]))
+        of_u, of_v = (a + b for a, b in zip(self.positions, again.positions, strict=True))
+        return replace(self, positions=(of_u, of_v), whole=self.whole + again.whole)
+
+
+_OF_TORCH = {*vars(nn.Module()), "_compiled_call_impl", "_reversed_padding_repeated_twice"}
+"""What torch puts on modules for itself."""
 
 
 def whole_number(dense: nn.Module, name: str) -> int:
@@ -128,7 +138,7 @@ class FactorPair(nn.Module):
 
     def _carry(self, dense: nn.Module) -> tuple[str, ...]:
         """Answer for what the user has put on the layer, `layer.gain = 0.5` say. Returns the names."""
-        taken = [n for n in vars(dense) if not n.startswith("_") and n not in vars(self) and not hasattr(type(self), n)]
+        taken = [n for n in vars(dense) if n not in _OF_TORCH and n not in vars(self) and not hasattr(type(self), n)]
         self.__dict__.update({name: vars(dense)[name] for name in taken})
         return tuple(taken)
 
@@ -205,7 +215,7 @@ class FactorPair(nn.Module):
     def pair_macs(cls, weight: Unrolled, rank: int) -> int:
         """Multiply-adds of both factors in one call of the model at the example's sizes."""
         of_u, of_v = weight.positions
-        return round(weight.groups * rank * (weight.cols * of_u + weight.rows * of_v))
+        return weight.whole + round(weight.groups * rank * (weight.cols * of_u + weight.rows * of_v))
 
     @classmethod
     def break_even_rank(cls, weight: Unrolled) -> float:
@@ -312,13 +322,60 @@ class FactorPair(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight as the product of the factors, made where its numbers are needed; differentiable. A `norm`
         is not part of it.
+
+        It may be set to a parameter, and written into as a whole (`weight.data = …`, `weight.copy_(…)`), where the factors can
+        take that exactly: rows scaled, as BatchNorm is folded in, which is put into `v`, or, without a `norm`, any product of their
+        rank. Raises `RankError` else, and changes nothing then.
         """
+        u, v = self.unfold_u(numbers_in(self.u)), self.unfold_v(numbers_in(self.v))
+        if issubclass(type(u), fx.Proxy):
+            return self.fold_dense(v @ u)  # the product in full, while being traced
+        if self.multiplies_when_read:
+            read: Any = factored(u, v, self.dense_shape)  # or what stands in for one while a graph is compiled
+        else:
+            read = whole_product(u, v, self.dense_shape, self.fold_dense)
+        if isinstance(read, FactoredWeight):
+            read.write = self._write
+        return cast(Tensor, read)
+
+    @weight.setter
+    def weight(self, weight: Tensor) -> None:
+        if getattr(weight, "write", None) == self._write:
+            return  # `pair.weight *= scale` has written into it
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(
+                f"the weight of a layer must be a parameter; got a {type(weight).__name__}. Wrap it in nn.Parameter."
+            )
+        u, v = self._refitted(weight)
+        trains = weight.requires_grad
+        self.v.weight = nn.Parameter(torch.empty_like(self.v.weight).copy_(self.fold_v(v)), trains)
+        if u is not None:
+            self.u.weight = nn.Parameter(torch.empty_like(self.u.weight).copy_(self.fold_u(u)), trains)
+
+    def _write(self, weight: Tensor) -> None:
+        """The same in place."""
+        u, v = self._refitted(weight)
+        self.v.weight.copy_(self.fold_v(v))
+        if u is not None:
+            self.u.weight.copy_(self.fold_u(u))
+
+    def _refitted(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
+        if tuple(weight.shape) != self.dense_shape:
+            raise RankError(
+                f"the weight of this pair must have the layer's shape {self.dense_shape}; got {tuple(weight.shape)}. Make a layer of your own for another."
+            )
+        check_finite(weight)
         u, v = self.unfold_u(self.u.weight), self.unfold_v(self.v.weight)
-        if not self.multiplies_when_read or issubclass(
-            type(u), fx.Proxy
-        ):  # the product in full, also while being traced
-            return self.fold_dense(v @ u)
-        return cast(Tensor, factored(u, v, self.dense_shape))  # or what stands in for one while a graph is compiled
+        return refit(type(self).unroll(self, weight.detach()), u, v, only_rows=self.extra_norm is not None)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As the dense layer's; `weight` and `bias` are the pair's own."""
+        if name == "weight" and param is not None:
+            object.__setattr__(self, name, param)
+        elif name == "bias" and hasattr(self.v, "bias"):
+            self.v.bias = param
+        else:
+            super().register_parameter(name, param)
 
     @property
     def splits_products(self) -> bool:
@@ -329,7 +386,7 @@ class FactorPair(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The dense layer's own bias parameter, or None."""
-        bias: Tensor | None = getattr(self.v, "bias", None)
+        bias: Tensor | None = numbers_in(self.v, "bias")
         return bias
 
     @property

@@ -4,7 +4,8 @@ Some code reads a layer's weight and multiplies with it itself: `F.linear(x, sel
 EVA, `nn.MultiheadAttention`, expert stacks. There a pair answers with a `FactoredWeight`. It looks like the dense
 tensor (shape, dtype, device, `isinstance`), but a product with it is made factor by factor, so that what the pair
 saves is saved there too, without a change of that code. Transposing, slicing and indexing keep it factored. Whatever
-needs the numbers themselves gets the dense product, built on the spot; assigning into it is refused.
+needs the numbers themselves gets the dense product, built on the spot. What is written into a pair's whole weight its
+factors take, if a product of their rank can be that; other assignments are refused.
 
 `torch.compile` and `torch.jit.trace` cannot make a tensor of a class of ours in a graph. While they read the code, a
 `CompiledWeight` stands in: the same factors and the same products, without being a tensor; nothing of it is left in the
@@ -13,7 +14,7 @@ graph.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ _WRITERS = {
     if name in _ASSIGNING or (name.endswith("_") and not name.endswith("__"))
 }
 """What writes into its first operand. A table, because dynamo (of torch 2.14) cannot read the name of a function."""
+_FITTING = {"copy_", "mul_", "div_", "__imul__", "__itruediv__"}
+"""Writers after which a weight may be a product of its rank still: BatchNorm is folded into rows with them."""
 _NAMES = {"input", "self", "tensor", "other", "mat1", "mat2", "vec", "dims", "weight"}
 """Names that torch gives to leading arguments, here taken by position."""
 
@@ -66,6 +69,7 @@ def _getter(name: str) -> Any:
     return getattr(Tensor, name).__get__
 
 
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 _LOOKS = {
     *map(_getter, ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_meta", "is_sparse")),
     *map(_getter, ("is_cpu", "is_quantized", "is_nested", "is_leaf", "itemsize", "nbytes")),
@@ -91,6 +95,10 @@ class Factored:
     ndim: int
     dtype: torch.dtype
     device: torch.device
+    write: Callable[[Tensor], None] | None = None
+    """Where this is the whole weight of a pair: gives the pair other numbers, or raises."""
+    products: ClassVar[dict[Any, Callable[..., Any]]] = PRODUCTS
+    """What is done through the factors, by torch's own function."""
 
     @property
     def is_matrix(self) -> bool:
@@ -105,6 +113,19 @@ class Factored:
             return (self.v @ self.u).reshape(*shape[:-2], shape[-1], shape[-2]).transpose(-2, -1)
         return (self.v @ self.u).reshape(shape)
 
+    def written(self, func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What writes into the weight, done to a copy whose numbers the pair then takes."""
+        assert self.write is not None
+        if func != _SET_DATA and torch.is_grad_enabled() and self.u.requires_grad:
+            raise RuntimeError(
+                "a weight that requires gradients must be changed without recording it; got an in-place operation in grad mode. Use torch.no_grad()."
+            )
+        with torch.no_grad():
+            numbers = self.dense().detach().clone()
+            func(numbers, *args, **kwargs)
+            self.write(numbers)
+        return self
+
     def __repr__(self, **_: Any) -> str:
         return f"{type(self).__name__}(shape={tuple(self.shape)}, rank={self.u.shape[1]}, groups={self.u.shape[0]})"
 
@@ -116,7 +137,7 @@ class Factored:
         if issubclass(cls, Tensor) and func in _LOOKS:  # in this order: dynamo of torch 2.8 cannot look into sets
             with without_torch_function():
                 return func(*args, **kwargs)
-        product = PRODUCTS.get(func)
+        product = cls.products.get(func)
         if product is not None:
             result = _by_position(product, args, kwargs)
             if result is not NotImplemented:
@@ -126,6 +147,8 @@ class Factored:
             writer = "__set__"  # of any attribute
         first = args[0] if args else next(iter(kwargs.values()), None)
         if (writer is not None and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
+            if isinstance(first, cls) and first.write is not None and (writer in _FITTING or func == _SET_DATA):
+                return first.written(func, *args[1:], **kwargs)
             raise RuntimeError(
                 f"a factored weight is the product of two parameters, so {writer or 'out='} cannot write into it; "
                 "change the pair's u.weight and v.weight, or merge the pair first."
@@ -154,6 +177,16 @@ class FactoredWeight(Factored, Tensor):  # type: ignore[misc]
     ) -> Any:
         dense_args, dense_kwargs = pytree.tree_map_only(cls, cls.dense, (args, dict(kwargs or {})))
         return func(*dense_args, **dense_kwargs)
+
+
+class ProductWeight(FactoredWeight):
+    """Of a pair whose matrices lie in the weight in an order of their own: only its dense product is used, which `fold` makes."""
+
+    products: ClassVar[dict[Any, Callable[..., Any]]] = {}
+    fold: Callable[[Tensor], Tensor]
+
+    def dense(self) -> Tensor:
+        return self.fold(self.v @ self.u).contiguous()
 
 
 class CompiledWeight(Factored):

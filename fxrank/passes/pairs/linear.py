@@ -40,10 +40,11 @@ class LowRankLinear(FactorPair):
         return found.reshape(*found.shape[:-1], groups, rows)
 
     def make_layers(self, dense: nn.Module, place: dict[str, Any], extra_bn: bool) -> Layers:
-        # The output projection of torch's attention is a class of its own, which its merged layer must be again.
-        self.dense_class = type(dense) if type(dense) is NonDynamicallyQuantizableLinear else nn.Linear
-        first: nn.Linear = nn.utils.skip_init(nn.Linear, self.in_features, self.rank, bias=False, **place)
-        return first, None, nn.utils.skip_init(nn.Linear, self.rank, self.out_features, bias=False, **place)
+        # The output projection of torch's attention is a class of its own, which no quantizer takes, as its weight is read. So
+        # are its factors and its merged layer.
+        kind = self.dense_class = type(dense) if type(dense) is NonDynamicallyQuantizableLinear else nn.Linear
+        first: nn.Linear = nn.utils.skip_init(kind, self.in_features, self.rank, bias=False, **place)
+        return first, None, nn.utils.skip_init(kind, self.rank, self.out_features, bias=False, **place)
 
     def empty_dense(self, place: dict[str, Any]) -> nn.Module:
         kind = getattr(self, "dense_class", nn.Linear)

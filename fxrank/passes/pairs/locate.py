@@ -22,6 +22,15 @@ def dense_at(model: nn.Module, name: str) -> nn.Module:
     return module_at(model, name)
 
 
+def weight_alone(model: nn.Module, name: str) -> bool:
+    """Whether this is the name of a layer's weight itself (`"fc.weight"`, where the layer is `"fc"`): only the weight is replaced then,
+    in everything that holds it, and the layers stay.
+    """
+    owner_path, _, attribute = name.rpartition(".")
+    owner = module_at(model, owner_path) if attribute == "weight" else None
+    return owner is not None and "weight" in own_parameters(owner) and dense_type(owner) is not None
+
+
 Owners = Mapping[int, Sequence[tuple[nn.Module, str]]]
 """The modules that hold each parameter, and under which attribute, by the parameter's `id`."""
 
@@ -35,11 +44,11 @@ def owners_in(model: nn.Module) -> Owners:
     return found
 
 
-def holders(owners: Owners, weight: torch.Tensor) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def holders(owners: Owners, weight: torch.Tensor, *, alone: bool = False) -> Iterator[tuple[nn.Module, str, nn.Module]]:
     """Everything that holds this parameter: `(owner, attribute, layer)`; the attribute is empty where the layer is the
-    owner itself.
+    owner itself, which it never is if the weight is to be replaced `alone`.
     """
     for module, attribute in owners.get(id(weight), ()):
-        whole = attribute == "weight" and dense_type(module) is not None
+        whole = attribute == "weight" and dense_type(module) is not None and not alone
         layer = module if whole else RawWeight(module, attribute)
         yield module, "" if whole else attribute, layer

@@ -141,6 +141,15 @@ class LowRankWeight(FactorPair):
         """A parameter has none."""
         return None
 
+    @property
+    def data(self) -> Tensor:
+        """The tensor's: what is assigned is written into the factors."""
+        return self.weight.data
+
+    @data.setter
+    def data(self, data: Tensor) -> None:
+        self.weight.data = data
+
     def forward(self, input: Tensor) -> Tensor:
         """The product of `RawWeight.forward`, for timing."""
         fused = self.recurrent and not steps(input.device, self.dense_shape[0] // self.gates)

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrank.passes.pairs.factored_weight import PRODUCTS, CompiledWeight, Factored, FactoredWeight, in_torchscript_trace
+from fxrank.passes.pairs.factored_weight import (
+    PRODUCTS,
+    CompiledWeight,
+    Factored,
+    FactoredWeight,
+    ProductWeight,
+    in_torchscript_trace,
+)
 from fxrank.torch_private.kernels import GROUPED
 
 
@@ -24,6 +31,15 @@ def factored(u: Tensor, v: Tensor, shape: tuple[int, ...], flipped: bool = False
     if torch.compiler.is_dynamo_compiling() or in_torchscript_trace():
         return CompiledWeight(u, v, shape, flipped)
     return FactoredWeight(u, v, shape, flipped)
+
+
+def whole_product(u: Tensor, v: Tensor, shape: tuple[int, ...], fold: Callable[[Tensor], Tensor]) -> Tensor:
+    """`fold(V U)`, which knows that it is a product."""
+    if torch.compiler.is_dynamo_compiling() or in_torchscript_trace():
+        return fold(v @ u)
+    result = ProductWeight(u, v, shape)
+    result.fold = fold
+    return result
 
 
 def _times(x: Tensor, w: Factored) -> Tensor:
@@ -138,7 +154,9 @@ def _conv(function: Callable[..., Tensor]) -> Callable[..., Any]:
 
 
 def _einsum(equation: Any, *operands: Any) -> Any:
-    """One factored operand of two: its letters are shared out to the factors, with a new letter for the rank."""
+    """One factored operand of two, whose rows or columns are summed against the other: its letters are shared out to the factors,
+    with a new letter for the rank.
+    """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     factored = [i for i, o in enumerate(operands) if isinstance(o, Factored)]
@@ -151,16 +169,22 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     stacked = weight.ndim == 3
     if not arrow or not weight.is_matrix or (not stacked and len(weight.u) != 1) or len(set(letters)) < weight.ndim:
         return NotImplemented
-    rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
     batch, row, col = list(letters) if stacked else ["", *letters]
     if weight.flipped:
         row, col = col, row
+    if (row in rest) == (col in rest) or {row, col} & set(rest) & set(output):
+        return (
+            NotImplemented  # nothing is multiplied with its rows or columns: numbers are picked, or matrices are mixed
+        )
+    rank = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in equation)
     u, v = (weight.u, weight.v) if stacked else (weight.u[0], weight.v[0])
     factors = [(f"{batch}{row}{rank}", v), (f"{batch}{rank}{col}", u)]
     if row not in rest:
         factors.reverse()  # the factor that shares the summed letter goes first, so that the middle is thin
-    names = ",".join([rest, *(name for name, _ in factors)])
-    return torch.einsum(f"{names}->{output}", other, *(factor for _, factor in factors))
+    (first, one), (second, two) = factors
+    # Two at a time: torch has its own order for three.
+    middle = "".join(c for c in dict.fromkeys(rest + first) if c in output + second)
+    return torch.einsum(f"{middle},{second}->{output}", torch.einsum(f"{rest},{first}->{middle}", other, one), two)
 
 
 # -- views: what stays factored
@@ -270,7 +294,11 @@ def _unbind(w: Any, dim: int = 0) -> Any:
 
 
 def _detached(w: Any) -> Any:
-    return factored(w.u.detach(), w.v.detach(), tuple(w.shape), w.flipped)
+    u, v, shape = w.u.detach(), w.v.detach(), tuple(w.shape)
+    result = whole_product(u, v, shape, w.fold) if isinstance(w, ProductWeight) else factored(u, v, shape, w.flipped)
+    if isinstance(result, FactoredWeight):
+        result.write = w.write
+    return result
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
@@ -318,6 +346,7 @@ PRODUCTS.update(
         **{f: _cast(f) for f in (Tensor.cuda, Tensor.cpu)},
     }
 )
+ProductWeight.products.update(dict.fromkeys((torch.detach, Tensor.detach, _getter("data")), _detached))
 PRODUCTS.update(
     dict.fromkeys(GROUPED[:1], _grouped_mm)
     | dict.fromkeys(GROUPED[1:], lambda mat_a, mat_b, **kwargs: _grouped_mm(mat_a, mat_b, **kwargs))

@@ -3,11 +3,13 @@
 import inspect
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fxrank.passes.errors import unknown_name
+from fxrank.passes.model.beyond import beyond_weight, constraint, runs_others, written_by
 from fxrank.passes.model.weights import computed_part, declare_plain, is_derived, standardizes, weight_of
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.torch_private.modules import own_parameters
+from fxrank.torch_private.modules import can_become, own_parameters
 
 PAIRS: dict[type[nn.Module], dict[str, type[FactorPair]]] = {}
 """Dense layer class → form → pair class. A subclass counts as its base class if it inherits the forward; a subclass with
@@ -23,7 +25,7 @@ def register_pair(dense_class: type[nn.Module], pair_class: type[FactorPair], fo
     From then on the class is a layer for everything in fxrank: `trace` keeps it as one node, and `factorize`, `profile`,
     `auto_lowrank`, `save`, `load`, `merge` and plans know it. The first form is the one that is taken unless another is asked for
     (`form=`). The layer must hold what it multiplies with as its parameter `weight`, of two or more dimensions, and may have a
-    parameter `bias`, which it adds last. `pair_class` is a subclass of `fxrank.FactorPair`, which says what it must define. A
+    parameter `bias`, which it adds last; a layer that computes anything else than its pair at full rank stays dense. `pair_class` is a subclass of `fxrank.FactorPair`, which says what it must define. A
     process that loads such a model registers the pair first.
 
     Raises `TypeError` for what is no such class, and `ValueError` for a form that has another class already, or whose name is
@@ -106,6 +108,35 @@ def forms_of(dense: nn.Module) -> dict[str, type[FactorPair]]:
     return {form: cls for form, cls in PAIRS[kind].items() if _refusal(cls, dense) is None}
 
 
+def beyond(layer: nn.Module) -> str | None:
+    """What a layer that has pairs does, or answers, beyond multiplying with its weight: a clause that follows its name."""
+    kind = dense_type(layer)
+    return None if kind is None else beyond_weight(layer, kind)
+
+
+def shows_forward(layer: nn.Module) -> bool:
+    """Whether a pair takes the place of the layer's weight alone, so that the layer stays, with all that it is `beyond` that: its
+    forward is gone through, like that of any module with a raw parameter.
+    """
+    if beyond(layer) is None or is_derived(layer) or computed_part(layer) is not None or runs_others(layer):
+        return False
+    return own_parameters(layer).get("weight") is None or bool(forms_of(layer))
+
+
+def kept_dense(layer: nn.Module) -> str | None:
+    """Why a layer that has pairs stays dense all the same, None if a pair may take its whole place. It is asked when layers are
+    chosen; a plan or a file that names the layer is followed.
+    """
+    name = type(layer).__mro__[parametrize.is_parametrized(layer)].__name__
+    if (made := constraint(layer)) is not None:
+        return f"{name} has no factor pair that keeps what {made} makes of its weight"
+    if (more := beyond(layer)) is not None:
+        return f"a pair would be less: {name} {more}"
+    if (writer := written_by(layer, "weight")) is not None:
+        return f"{writer} may write into its weight, which the product of two factors does not allow"
+    return None
+
+
 def _refusal(cls: type[FactorPair], dense: nn.Module) -> str | None:
     """Why this very layer has no pair of this class: it lacks what every pair needs, or the class says so."""
     if strange := [name for name in cls.geometry if not hasattr(dense, name)]:
@@ -113,6 +144,8 @@ def _refusal(cls: type[FactorPair], dense: nn.Module) -> str | None:
     weight = own_parameters(dense).get("weight")
     if not is_derived(dense) and (weight is None or weight.ndim < 2):
         return "without a parameter 'weight' of two dimensions or more"
+    if not cls.is_parameter and not can_become(dense, cls):
+        return "because objects of its class have another memory, by __slots__ say"
     return cls.refusal(dense)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.discovery.made import Made
 from fxrank.passes.discovery.stacks import Stack
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at
@@ -116,6 +117,8 @@ class Profiler:
         rounds: int = 11,
         budget_ms: float = 200.0,
     ) -> None:
+        if amp is not None and not (isinstance(amp, torch.dtype) and amp.is_floating_point):
+            raise TypeError(f"amp must be a floating-point dtype or None; got {amp!r}. torch.bfloat16 is one.")
         self._model, self._device, self._amp = model, device, amp
         self._rounds, self._budget_ms = rounds, budget_ms
         self.seconds = 0.0
@@ -149,28 +152,36 @@ class Profiler:
         source = dense_at(self._model, layer.name)
         cls = pair_class(source, layer.form)
         assert cls is not None
-        with torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else []), torch.enable_grad():
+        drawn = torch.random.fork_rng(devices=[self._device] if self._device.type == "cuda" else [])
+        with drawn, torch.inference_mode(False), torch.enable_grad():
             pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
             for pair in pairs:
                 _own_weights(pair, self._device)
             dense = cls(source, 1).to_dense()
             _own_weights(dense, self._device)
-            x = cls.probe_input(source, layer.input_shape, layer.dtype, self._device)
-            medians = self._interleaved([self._step(module, x) for module in (dense, *pairs)])
+            modules: list[nn.Module] = [dense, *pairs]
+            if layer.made:
+                modules = [_Products(module, layer.made) for module in modules]
+                inputs = [x for made in layer.made for x in made.random_inputs(self._device)]
+            else:
+                inputs = [cls.probe_input(source, layer.input_shape, layer.dtype, self._device)]
+            medians = self._interleaved([self._step(module, *inputs) for module in modules])
         self.seconds += time.perf_counter() - start
         return medians
 
-    def _step(self, module: nn.Module, x: Tensor) -> Callable[[], None]:
-        x = x.detach().requires_grad_(x.is_floating_point())
+    def _step(self, module: nn.Module, *inputs: Any) -> Callable[[], None]:
+        given = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
+        operands = [x for x in given if isinstance(x, Tensor)]
         with autocast(self._device, self._amp):
-            gradient = torch.randn_like(module(x))
+            gradients = [torch.randn_like(out) for out in _listed(module(*given))]
 
         def step() -> None:
-            x.grad = None
+            for x in operands:
+                x.grad = None
             module.zero_grad(set_to_none=True)
             with autocast(self._device, self._amp):
-                out = module(x)
-            out.backward(gradient)
+                outs = _listed(module(*given))
+            torch.autograd.backward(outs, gradients)
 
         return step
 
@@ -188,6 +199,25 @@ class Profiler:
             laps.append(watch.laps_ms())
             spent += sum(laps[-1])
         return [statistics.median(column) for column in zip(*laps, strict=True)]
+
+
+class _Products(nn.Module):
+    """What a model multiplies with the weight of a layer, or of its pair, where code of its own reads it."""
+
+    def __init__(self, layer: nn.Module, made: Sequence[Made]) -> None:
+        super().__init__()
+        self.layer, self.made = layer, made
+
+    def forward(self, *inputs: Any) -> list[Tensor]:
+        outs: list[Tensor] = []
+        for made in self.made:
+            outs += made.function(self.layer.weight, *inputs[: len(made.inputs)])
+            inputs = inputs[len(made.inputs) :]
+        return outs
+
+
+def _listed(out: Tensor | list[Tensor]) -> list[Tensor]:
+    return [out] if isinstance(out, Tensor) else out
 
 
 def _own_weights(module: nn.Module, device: torch.device) -> None:

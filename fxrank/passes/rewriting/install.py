@@ -1,41 +1,53 @@
 """Pairs in the place of layers in a user's module tree, and the way back."""
 
 from collections.abc import Iterable, Mapping
+from types import MethodType
 from typing import Any
 
 from torch import nn
 
 from fxrank.passes.model.compiled import compiled_parts, follow_change
+from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
 from fxrank.passes.model.weights import drop_norm_hooks
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.torch_private.modules import all_hooks, own_children, own_parameters, read_weights_again
+from fxrank.torch_private.modules import all_hooks, become, own_children, own_parameters, read_weights_again
 
 
 def install(model: nn.Module, replacements: Mapping[int, nn.Module]) -> list[str]:
-    """Put each module in the place of the one with that `id`, at every path where it is registered, and where a module
-    of the model holds it aside (`self.blocks = [self.a, self.b]`). Returns the paths.
+    """Let each layer with one of these `id`s become what is to stand in its place. Returns the paths of the layers.
 
-    The replacement takes over the layer's forward and backward hooks; their handles stay valid. A replacement of the
-    model itself is impossible: raises `ValueError`. Other modules, their hooks and parameters are untouched.
+    The layer's own object becomes the replacement (see `become`): whoever holds it, the model at several paths, a container or a
+    closure, a second network, a global variable, has the new one with it, and nobody computes with the old one unseen. The
+    object given as the replacement is not to be used after. A method of the layer's old class that the model holds aside, its
+    `forward` say, becomes that of the new one.
+
+    The layer's forward and backward hooks stay, and their handles stay valid. The model itself cannot be replaced: raises
+    `ValueError`. Other modules, their hooks and parameters are untouched.
     """
     if id(model) in replacements:
         raise ValueError(
             "the layer to replace must sit inside the model; the model is itself that layer "
             f"({type(model).__name__}). Wrap it: torch.nn.Sequential(model)."
         )
-    done = []
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in replacements:
-            replacement = replacements[id(module)]
-            vars(replacement).update(all_hooks(module))
-            drop_norm_hooks(replacement)
-            model.set_submodule(path, replacement)
-            follow_change(model.get_submodule(path.rpartition(".")[0]))
-            done.append(path)
-    _swap_held(model, replacements)
-    return done
+    places = [(p, m) for p, m in model.named_modules(remove_duplicate=False) if id(m) in replacements]
+    for module in {id(m): m for _, m in places}.values():
+        replacement = replacements[id(module)]
+        vars(replacement).update(all_hooks(module))
+        drop_norm_hooks(replacement)
+        become(module, replacement)
+    for path, _ in places:
+        follow_change(model.get_submodule(path.rpartition(".")[0]))
+    change_held(model, lambda value, where: _method_now(value, replacements))
+    return [path for path, _ in places]
+
+
+def _method_now(value: Any, replaced: Mapping[int, nn.Module]) -> Any:
+    """The method of that name that a replaced layer has now, of one that was bound to it before."""
+    if isinstance(value, MethodType) and id(value.__self__) in replaced:
+        return getattr(value.__self__, value.__name__, value)
+    return value
 
 
 def install_all(
@@ -62,15 +74,8 @@ def uncompile_parts(model: nn.Module) -> nn.Module:
     if inside := compiled_parts(model):
         for module in list(model.modules()):
             own_children(module).update({n: inside[id(c)] for n, c in own_children(module).items() if id(c) in inside})
-        _swap_held(model, inside)
+        change_held(model, lambda value, where: inside.get(id(value), value))
     return model
-
-
-def _swap_held(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    seen: _Seen = {}
-    for module in model.modules():
-        held = vars(module)
-        held.update({name: _swapped(value, replacements, seen) for name, value in held.items() if name not in _OWN})
 
 
 def _install_weight(owner: nn.Module, attribute: str, pair: FactorPair) -> None:
@@ -112,35 +117,6 @@ def _put_back_weight(owner: nn.Module, attribute: str, pair: LowRankWeight, weig
 def _refresh(owner: nn.Module) -> None:
     if isinstance(owner, nn.RNNBase):
         read_weights_again(owner)
-
-
-_OWN = set(vars(nn.Module()))
-"""What every module has: children, parameters, hooks and flags."""
-
-
-_Seen = dict[int, tuple[Any, Any]]
-"""Containers that were gone through, by `id`, and what stands in their places: one that all modules hold is gone through once."""
-
-
-def _swapped(value: Any, replacements: Mapping[int, nn.Module], seen: _Seen) -> Any:
-    """`value` with the layers replaced in plain lists, dicts and tuples, which fx and a user's forward go through as
-    if they were children.
-    """
-    if id(value) in replacements:
-        return replacements[id(value)]
-    if type(value) not in (list, dict, tuple):
-        return value
-    if id(value) in seen:
-        return seen[id(value)][1]
-    seen[id(value)] = value, value
-    if type(value) is tuple:
-        items = tuple(_swapped(item, replacements, seen) for item in value)
-        if any(a is not b for a, b in zip(items, value, strict=True)):
-            seen[id(value)] = value, items
-        return seen[id(value)][1]
-    for key, item in list(value.items() if type(value) is dict else enumerate(value)):
-        value[key] = _swapped(item, replacements, seen)
-    return value
 
 
 def pairs_in(model: nn.Module) -> dict[str, FactorPair]:

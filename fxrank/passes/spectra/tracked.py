@@ -29,6 +29,8 @@ SMALL = 1_000_000
 MAX_STEPS = 64
 TOLERANCE = 2e-4
 """Accepted relative error bound of `σ_max²`; the measured error of the stable rank is in benchmarks/results."""
+SQUARED_SAFELY = (1e-15, 1e15)
+"""Norms whose squares, and those of what counts beside them, are numbers in float32."""
 RANDOM_SHARE = 0.05
 SECOND_SHARE = 0.2
 
@@ -106,20 +108,23 @@ class StableRankTracker:
         infinity.
         """
         runs: dict[tuple[int, int], _Run] = {}
-        squared_norms: list[Tensor] = []
+        found: list[Tensor] = []
         for index, stack in enumerate(stacks, first):
             for group, matrix in enumerate(stack.detach().float()):
-                squared_norms.append(torch.linalg.vector_norm(matrix).square())
+                found.append(torch.linalg.vector_norm(matrix))
                 wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.t()
                 runs[index, group] = _Run(wide, self._start((index, group), wide))
-        norms = torch.stack([n.cpu() for n in squared_norms] if _mixed(squared_norms) else squared_norms).tolist()
-        for (key, run), norm in zip(runs.items(), norms, strict=True):
-            if not np.isfinite(norm):
+        norms = torch.stack([n.cpu() for n in found] if _mixed(found) else found).tolist()
+        for number, (key, run) in enumerate(runs.items()):
+            if not SQUARED_SAFELY[0] < norms[number] < SQUARED_SAFELY[1]:
+                unit, norms[number] = _in_units(stacks[key[0] - first].detach()[key[1]])
+                run.matrix = unit if unit.shape[0] <= unit.shape[1] else unit.t()
+            if not np.isfinite(norms[number]):
                 raise NonFiniteWeightError(
                     f"weights must be finite to have a stable rank; layer {names[key[0] - first]!r} holds NaN or infinity. "
                     "Lower the learning rate or restore an earlier checkpoint."
                 )
-            run.done = norm == 0
+            run.done = norms[number] == 0
         while active := [run for run in runs.values() if not run.done]:
             for run in active:
                 run.advance(min(_steps(run.matrix), len(run.basis) - 1 - len(run.alphas)))
@@ -133,7 +138,7 @@ class StableRankTracker:
             run = runs[index, group]
             if run.ritz is not None:
                 self._ritz[index, group] = run.ritz
-            rank = min(max(norm / run.theta, 1.0), float(len(run.matrix))) if run.theta > 0 else 0.0
+            rank = min(max(norm**2 / run.theta, 1.0), float(len(run.matrix))) if run.theta > 0 else 0.0
             ranks[index - first] += rank / len(stacks[index - first])
         return ranks
 
@@ -182,6 +187,15 @@ class StableRankTracker:
         basis = start.new_empty(min(MAX_STEPS, len(matrix)) + 1, len(matrix))
         torch.div(start, torch.linalg.vector_norm(start), out=basis[0])
         return basis
+
+
+def _in_units(matrix: Tensor) -> tuple[Tensor, float]:
+    """A very small or very large matrix in units of its largest number, which has the same stable rank, and its norm then."""
+    largest = matrix.abs().max().double()
+    if not 0 < largest < float("inf"):
+        return matrix.float(), float(largest)  # of zeros, or not finite
+    unit = (matrix.double() / largest).float()
+    return unit, float(torch.linalg.vector_norm(unit))
 
 
 def _mixed(scalars: list[Tensor]) -> bool:

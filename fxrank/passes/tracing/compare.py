@@ -17,8 +17,8 @@ def largest_difference(a: Any, b: Any) -> float:
     """Largest `|a - b|` over the tensors of two nests of the same structure, relative to the largest finite `|a|` of
     each tensor.
 
-    NaN and infinity differ infinitely from anything but themselves. Tensors without floating-point numbers must be
-    equal (difference 0 or infinity); of tensors on the meta device the shapes are. Raises `ValueError` if the structures or shapes differ.
+    NaN and infinity differ infinitely from anything but themselves. Complex numbers count by their absolute value. Tensors of
+    whole numbers or truth values must be equal (difference 0 or infinity); of tensors on the meta device the shapes are. Raises `ValueError` if the structures or shapes differ.
     """
     leaves_a, spec_a = pytree.tree_flatten(a)
     leaves_b, spec_b = pytree.tree_flatten(b)
@@ -34,10 +34,11 @@ def largest_difference(a: Any, b: Any) -> float:
             raise ValueError(f"both outputs must have one shape; got {describe(x)} and {describe(y)}.")
         if x.is_meta or y.is_meta:
             continue  # no numbers to compare
-        if not x.is_floating_point():
+        if not (x.is_floating_point() or x.is_complex()):
             worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
         elif x.numel():
-            x, y = x.detach().double(), y.detach().double()
+            exact = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
+            x, y = x.detach().to(exact), y.detach().to(exact)
             same = (x == y) | (x.isnan() & y.isnan())
             # A NaN would pass unseen: max(0.0, nan) is 0.0.
             difference = float(
@@ -60,9 +61,39 @@ def output_difference(model: nn.Module, other: nn.Module, example: Example) -> f
 def seeded_outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """What the model returns, without gradients, from a fixed seed; random state, parameters and buffers are put back, and the
     inputs are copies.
+
+    A forward that takes derivatives itself, as one that gives forces by an energy, and fails without gradients is run with them.
     """
-    with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), torch.no_grad(), warnings.catch_warnings():
+    try:
+        with torch.no_grad():
+            return _run(model, args, kwargs)
+    except RuntimeError:
+        with torch.enable_grad():
+            outputs = _run(model, args, kwargs)
+        return pytree.tree_map_only(Tensor, Tensor.detach, outputs)
+
+
+def differentiable_outputs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What the model returns as in training, with all that autograd has recorded but the activations: it can be looked
+    through, and no backward can be run. Else as `seeded_outputs`.
+    """
+
+    def lost(_: Any) -> Any:
+        raise RuntimeError("a forward that takes derivatives itself needs its activations")
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda _: None, lost):
+        return _run(model, args, kwargs)
+
+
+def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), warnings.catch_warnings():
         # what reentrant checkpointing has to say of every run without gradients
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
         torch.manual_seed(0)
-        return model(*copy.deepcopy(list(args)), **copy.deepcopy(dict(kwargs)))
+        own_args, own_kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, alone, (list(args), dict(kwargs))))
+        return model(*own_args, **own_kwargs)
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """A tensor without what it was computed from, which could not be copied with it."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()

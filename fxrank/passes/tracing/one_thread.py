@@ -67,7 +67,8 @@ class _Patch:
     stand_in: Any
 
     def read(self) -> Any:
-        return self.owner.get(self.name) if type(self.owner) is dict else getattr(self.owner, self.name)
+        # Not `getattr`, which binds the method of a class anew.
+        return (self.owner if type(self.owner) is dict else vars(self.owner)).get(self.name)
 
     def write(self, value: Any) -> None:
         if type(self.owner) is dict:
@@ -112,9 +113,12 @@ class Patches:
         original = getattr(cls, name)
         self._make(_Patch(cls, name, original, self._only_here(stand_in, original)))
 
-    def replace(self, namespace: dict[str, Any], name: str, value: Any) -> None:
-        """Put something in place that gives other threads what they had before, by its own doing."""
-        self._make(_Patch(namespace, name, namespace[name], value))
+    def replace(self, owner: dict[str, Any] | type, name: str, value: Any) -> None:
+        """Put something in place, in a module's dict or in a class, that gives other threads what they had before, by its own
+        doing.
+        """
+        original = owner[name] if isinstance(owner, dict) else vars(owner)[name]
+        self._make(_Patch(owner, name, original, value))
 
     def visit_once(self, thing: object) -> bool:
         """Whether this is the first call with that thing."""

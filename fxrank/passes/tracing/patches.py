@@ -11,11 +11,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx, overrides
+from torch import Tensor, fx, is_grad_enabled, overrides
+from torch.autograd import Function, grad_mode
 from torch.fx import _symbolic_trace
 from torch.nn.modules import transformer
 from torch.utils import checkpoint
 
+from fxrank.passes.tracing.gradients import applied_as_node
 from fxrank.passes.tracing.one_thread import Patches, tracing_here, turn, with_globals
 from fxrank.passes.tracing.proxies import ValueProxy
 from fxrank.torch_private import pytree
@@ -45,8 +47,8 @@ _FACTORIES = (
 @contextmanager
 def python_asks_the_values(tracer: Any) -> Iterator[Patches]:
     """While tracing, `isinstance(proxy, …)` is answered for the proxy's value, a factory function with a proxy among its
-    sizes becomes a node, torch's Transformer does not look into its mask, checkpointed functions are just called, and torch
-    keeps silent about errors that the tracer handles. Other threads see nothing of it.
+    sizes and an `autograd.Function` with one among its arguments become nodes, torch's Transformer does not look into its mask,
+    checkpointed functions are just called, and torch keeps silent about errors that the tracer handles. Other threads see nothing of it.
 
     A proxy that lies about its `__class__` instead would crash: torch's C++ code believes it.
     """
@@ -64,6 +66,8 @@ def python_asks_the_values(tracer: Any) -> Iterator[Patches]:
         for name in _FACTORIES:
             patches.patch(vars(torch), name, _node_of(getattr(torch, name), tracer))
         patches.patch(vars(transformer), "_detect_is_causal_mask", _hint(transformer._detect_is_causal_mask))
+        patches.replace(Function, "apply", applied_as_node(tracer))
+        patches.patch(vars(torch), "is_grad_enabled", _noted(tracer))
         patches.replace(vars(checkpoint), "CheckpointFunction", _PlainCall)
         for name in _CHECKPOINT_GENERATORS:
             if hasattr(checkpoint, name):
@@ -129,6 +133,20 @@ def _hint(detect: Callable[..., bool]) -> Callable[..., bool]:
     return hint
 
 
+def _noted(tracer: Any) -> Callable[[], bool]:
+    """`torch.is_grad_enabled` that tells the tracer who asks, but for torch's own `no_grad` and the like."""
+
+    def noted() -> bool:
+        asking = inspect.currentframe()
+        for _ in range(2):  # past the stand-in; and a frame that held itself would hold the trace
+            asking = None if asking is None else asking.f_back
+        if asking is None or asking.f_globals is not vars(grad_mode):
+            tracer.asked_gradients = True
+        return is_grad_enabled()
+
+    return noted
+
+
 _CACHED_FOR_GOOD = (
     overrides.get_ignored_functions,
     overrides.get_testing_overrides,
@@ -149,13 +167,25 @@ _CheckpointFunction: Any = checkpoint.CheckpointFunction  # the name is patched
 
 
 class _PlainCall(checkpoint.CheckpointFunction):
-    """Activation checkpointing while tracing: the function is just called, so that its layers are in the graph."""
+    """Activation checkpointing while tracing: the function is just called, so that its layers are in the graph. This kind has
+    gradients only if one of its arguments requires one.
+    """
 
     @staticmethod
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if tracing_here():
-            return function(*args)
+            needed = any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            with torch.set_grad_enabled(needed and is_grad_enabled()):
+                return function(*args)
         return _CheckpointFunction.apply(function, preserve_rng_state, *args)
+
+
+@contextmanager
+def checkpoints_just_called() -> Iterator[None]:
+    """Meanwhile checkpointed functions of the reentrant kind, behind which no gradient can be followed, are just called."""
+    with Patches() as patches:
+        patches.replace(vars(checkpoint), "CheckpointFunction", _PlainCall)
+        yield
 
 
 def _plain_generator(*args: Any, **kwargs: Any) -> Iterator[None]:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import at_other_batch_size
 from fxrank.passes.model.weights import derives_weight
-from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
+from fxrank.passes.tracing.compare import differentiable_outputs, largest_difference, seeded_outputs
+from fxrank.passes.tracing.gradients import unlike, way_back
+from fxrank.passes.tracing.patches import checkpoints_just_called
 from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import post_hooks, pre_hooks
 
@@ -62,35 +64,77 @@ def _put_on(hooks: Sequence[Hooks], before: Sequence[Hooks]) -> None:
 
 
 def differs(
-    traced: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], notes: list[str]
+    traced: nn.Module,
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    notes: list[str],
+    also_without_gradients: bool = False,
 ) -> str | None:
-    """What is wrong with the graph of the present mode, None if it computes what the model does."""
-    problem = None
+    """What is wrong with the graph of the present mode, None if it computes what the model does and gradients come by the same
+    parameters. Both are run as in training, and `also_without_gradients`.
+    """
+    problem, traced = None, _Plainly(traced)
     for last, (call_args, call_kwargs) in enumerate((at_other_batch_size(args, kwargs), (args, kwargs))):
+        inputs = [leaf for leaf in pytree.tree_leaves((call_args, call_kwargs)) if isinstance(leaf, Tensor)]
         try:
-            expected = seeded_outputs(model, call_args, call_kwargs)
+            expected, recorded = _as_in_training(model, call_args, call_kwargs)
         except Exception as error:
-            problem = f"raised {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            problem = f"raised {_said(error)}"
             if last and not without_data(model):
                 raise TraceError(f"the model must run on the example; {type(model).__name__} {problem}.") from error
             continue
-        inputs = [leaf for leaf in pytree.tree_leaves((call_args, call_kwargs)) if isinstance(leaf, Tensor)]
         try:
-            found = seeded_outputs(traced, inputs, {})
+            found = differentiable_outputs(traced, inputs, {}) if recorded else seeded_outputs(traced, inputs, {})
             both = [*_tensors_of_both(expected, found)]
             difference = largest_difference([a for a, _ in both], [b for _, b in both])
+            if also_without_gradients and recorded:
+                quiet = (seeded_outputs(model, call_args, call_kwargs), seeded_outputs(traced, inputs, {}))
+                quiet_both = [*_tensors_of_both(*quiet)]
+                quiet_difference = largest_difference([a for a, _ in quiet_both], [b for _, b in quiet_both])
+                difference = max(difference, quiet_difference)
         except Exception as error:
-            problem = f"the graph fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            problem = f"the graph fails with {_said(error)}"
             continue
-        if difference <= TOLERANCE:
-            if problem is not None:
-                notes.append(f"the graph holds for the example's batch size only; at another: {problem}")
-            return None
-        problem = f"the graph's outputs differ from the model's by {difference:.1e} relative"
+        if difference > TOLERANCE:
+            problem = f"the graph's outputs differ from the model's by {difference:.1e} relative"
+            continue
+        if recorded:
+            names = {id(p): name for name, p in model.named_parameters()}
+            wrong = unlike(way_back((a for a, _ in both), names), way_back((b for _, b in both), names))
+            if wrong is not None:
+                return wrong
+        if problem is not None:
+            notes.append(f"the graph holds for the example's batch size only; at another: {problem}")
+        return None
     if without_data(model):
         notes.append(f"not verified: the model is on the meta device ({problem})")
         return None
     return problem
+
+
+class _Plainly(nn.Module):
+    """A graph that fails here is no news: fx's own call would print it."""
+
+    def __init__(self, traced: nn.Module) -> None:
+        super().__init__()
+        self.traced = traced
+
+    def forward(self, *inputs: Any) -> Any:
+        return nn.Module.__call__(self.traced, *inputs)
+
+
+def _as_in_training(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, bool]:
+    """The model's outputs, and whether what autograd has recorded of them can be looked through."""
+    try:
+        with checkpoints_just_called():
+            return differentiable_outputs(model, args, kwargs), True
+    except RuntimeError:  # it takes derivatives itself, or was built in `inference_mode`
+        return seeded_outputs(model, args, kwargs), False
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _tensors_of_both(expected: Any, found: Any) -> Iterator[tuple[Any, Any]]:

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, is_grad_enabled
+
+from fxrank.passes.tracing.gradients import NEEDED
 
 
 class ValueProxy(fx.Proxy):
@@ -19,6 +21,8 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         value = self._value
+        if isinstance(value, Tensor) and name in _OF_GRADIENTS:
+            return self._about_gradients(name)
         if isinstance(value, Tensor) and name in _STATIC_ATTRIBUTES:
             return getattr(value, name)
         if isinstance(value, Mapping) and name in ("items", "values"):
@@ -29,6 +33,18 @@ class ValueProxy(fx.Proxy):
         if isinstance(attribute, str):
             return attribute
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def _about_gradients(self, name: str) -> bool | None:
+        """A value without data has no gradient; whether the model's would have one is in its node."""
+        self.tracer.asked_gradients = True  # type: ignore[attr-defined]
+        needed = bool(self.node.meta.get(NEEDED, False))
+        if name == "requires_grad":
+            return needed
+        if name == "is_leaf":
+            return not needed or self.node.op in ("placeholder", "get_attr")
+        if name in ("grad", "grad_fn") and not needed:
+            return None
+        raise TypeError(f"{name} of the tensor {self.node.name!r} is of its gradient, which a trace does not have")
 
     def dim(self) -> int:
         return int(self._value.dim())
@@ -65,6 +81,24 @@ class ValueProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        # Python then takes `x = x + …`, which does the same but for a tensor whose gradients must not hear of it.
+        if is_grad_enabled() or not isinstance(self._value, Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -79,7 +113,6 @@ class ValueProxy(fx.Proxy):
 
 _STATIC_ATTRIBUTES = {
     "ndim",
-    "requires_grad",
     "is_cuda",
     "is_cpu",
     "is_meta",
@@ -89,8 +122,15 @@ _STATIC_ATTRIBUTES = {
     "is_mkldnn",
     "layout",
     "names",
-    "grad_fn",
+}
+_OF_GRADIENTS = {
+    "requires_grad",
     "is_leaf",
+    "grad",
+    "grad_fn",
+    "register_hook",
+    "register_post_accumulate_grad_hook",
+    "retain_grad",
 }
 
 

@@ -16,9 +16,11 @@ A module that cannot be traced, because it asks for a tensor's data, becomes one
 own, from a real run's inputs, and stands in `regions`.
 """
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -30,12 +32,14 @@ from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
 from fxrank.passes.model.restored import randoms_put_back, restored
-from fxrank.passes.tracing.compare import seeded_outputs
+from fxrank.passes.model.weights import made_in_inference
+from fxrank.passes.tracing.compare import alone, seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
 from fxrank.passes.tracing.one_thread import turn
 from fxrank.passes.tracing.proof import differs, observers_off, without_data
 from fxrank.passes.tracing.tracer import ValueTracer, is_layer
 from fxrank.torch_private import pytree
+from fxrank.torch_private.kernels import is_of_functorch
 from fxrank.torch_private.modules import own_buffers, own_children, own_parameters
 
 WHOLE = "whole_model"
@@ -47,13 +51,15 @@ class TracedModule(fx.GraphModule):
 
     `leaves` maps the path of each module that could not be traced to the reason; the model itself is `""`, its graph
     then is one node. `regions` maps the paths of modules inside those to their own traces. `notes` says what else a
-    reader should know: a mode that could not be traced, a check that could not be made.
+    reader should know: a mode that could not be traced, a check that could not be made. `read_aside` has the names of parameters
+    that the code did not ask their module for, but found in a list, a global, or `parameters()`.
     """
 
     graphs: dict[bool, fx.Graph]
     leaves: dict[str, str]
     regions: dict[str, "TracedModule"]
     notes: list[str]
+    read_aside: set[str]
 
     def __init__(self, model: nn.Module, graphs: dict[bool, fx.Graph], constants: Mapping[str, Tensor] = {}) -> None:
         """`graphs` by `training`; one of them alone, or both the same, serves both modes. `constants` are tensors that
@@ -67,9 +73,14 @@ class TracedModule(fx.GraphModule):
             own(self).update(own(model))  # type: ignore[arg-type]
         self.training = model.training
         self.graphs = graphs
-        self.leaves, self.regions, self.notes = {}, {}, []
+        self.leaves, self.regions, self.notes, self.read_aside = {}, {}, [], set()
         self._select()
         empty.owning_module = None  # see `let_go`
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """Run the graph of the present mode. Gradients that it has switched off are on again also when it fails."""
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return super().__call__(*inputs, **named)
 
     def train(self, mode: bool = True) -> "TracedModule":
         """Set the mode of all modules, and take the graph of that mode."""
@@ -138,8 +149,20 @@ def trace(
     args, kwargs = call_arguments(model, example)
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     drawn = torch.random.fork_rng(devices=list(devices))
-    with turn(), restored(model), eagerly(model), drawn, randoms_put_back(model), observers_off(model, args, kwargs):
-        return _trace(model, args, kwargs, leaf_modules, verify)
+    mode = torch.inference_mode(made_in_inference(model) is not None)  # where it was made it can run, and nowhere else
+    with (
+        mode,
+        turn(),
+        restored(model),
+        eagerly(model),
+        drawn,
+        randoms_put_back(model),
+        warnings.catch_warnings(),
+    ):
+        # what torch has to say, where warnings are errors, of a weight that is computed: it looks for its gradient
+        warnings.filterwarnings("ignore", r"The \.grad attribute of a Tensor that is not a leaf")
+        with observers_off(model, args, kwargs):
+            return _trace(model, args, kwargs, leaf_modules, verify)
 
 
 class _UntraceableError(TraceError):
@@ -153,11 +176,12 @@ def _trace(
         return _opaque(model, args, kwargs)
     leaves: dict[nn.Module, str] = {}
     notes: list[str] = []
+    aside: set[str] = set()
     graphs: dict[bool, fx.Graph] = {}
     mode = model.training
     values = Values()
     try:
-        graphs[mode], constants, asked_mode = _graph(model, args, kwargs, types, leaves, values)
+        graphs[mode], constants, asked_mode, asked_gradients = _graph(model, args, kwargs, types, leaves, values, aside)
     except _UntraceableError as error:
         leaves = {model: str(error)}
         traced = _opaque(model, args, kwargs)
@@ -167,7 +191,9 @@ def _trace(
         else:
             try:
                 with _in_mode(model, not mode):
-                    other, more, _ = _graph(model, args, kwargs, types, dict(leaves), values, leaves_may_grow=False)
+                    other, more, *_ = _graph(
+                        model, args, kwargs, types, dict(leaves), values, aside, leaves_may_grow=False
+                    )
             except TraceError as error:
                 notes.append(f"the graph is of {'training' if mode else 'evaluation'} mode only: {error}")
             else:
@@ -177,12 +203,12 @@ def _trace(
                     graphs[not mode] = graphs[mode]
         traced = TracedModule(model, graphs, constants)
         if verify:
-            problem = differs(traced, model, args, kwargs, notes)
+            problem = differs(traced, model, args, kwargs, notes, asked_gradients)
             if problem is not None:
                 leaves = {model: problem}
                 traced.let_go()
                 traced = _opaque(model, args, kwargs)
-    traced.notes = notes
+    traced.notes, traced.read_aside = notes, aside
     # A layer is one node anyhow; here it stands because its values had to be seen in a real run.
     leaves = {module: reason for module, reason in leaves.items() if not is_layer(module)}
     names = {module: path for path, module in model.named_modules()}
@@ -200,10 +226,11 @@ def _graph(
     types: tuple[type[nn.Module], ...],
     leaves: dict[nn.Module, str],
     values: Values,
+    aside: set[str],
     leaves_may_grow: bool = True,
-) -> tuple[fx.Graph, dict[str, Tensor], bool]:
-    """One graph in the present mode, its constants, and whether it may differ in the other mode. A module that cannot be
-    traced joins `leaves`, with the reason, and the trace begins anew.
+) -> tuple[fx.Graph, dict[str, Tensor], bool, bool]:
+    """One graph in the present mode, its constants, and whether it may differ in the other mode, or without gradients. A module
+    that cannot be traced joins `leaves`, with the reason, and the trace begins anew; what is read past its module joins `aside`.
     """
     first: str | None = (
         None  # no error itself: by its traceback it would hold this frame, and all that the trace has seen
@@ -219,7 +246,9 @@ def _graph(
                 for node in graph.nodes:
                     if node.target in constants:
                         node.meta["val"] = constants[node.target]
-                return graph, constants, tracer.asked_mode
+                    elif node.op == "get_attr" and "val" not in node.meta:  # read out of a container, past the tracer
+                        node.meta["val"] = _without_numbers(values, attrgetter(str(node.target))(model))
+                return graph, constants, tracer.asked_mode, tracer.asked_gradients
         except Exception as error:
             culprit = tracer.culprit(error)
             names = {module: path for path, module in model.named_modules()}
@@ -237,6 +266,7 @@ def _graph(
                 raise _UntraceableError(first) from error
             leaves[culprit] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         finally:
+            aside |= tracer.read_aside
             tracer.let_go()
 
 
@@ -322,12 +352,17 @@ def _calls_inside(
     """
     begun: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     seen: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    transformed: set[nn.Module] = set()  # called in a `vmap`, `grad` or `jvp`, on tensors that are none outside
 
     def begin(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        begun[module] = inputs, named
+        begun[module] = pytree.tree_map_only(Tensor, alone, (inputs, named))
 
     def end(module: nn.Module, *_: Any) -> None:
-        seen.setdefault(module, begun[module])  # a call that raised, and was caught by the forward, does not count
+        call = begun[module]  # one that raised, and was caught by the forward, does not come here
+        if any(map(is_of_functorch, pytree.tree_leaves(call))):
+            transformed.add(module)
+        else:
+            seen.setdefault(module, call)
 
     below = (m for leaf in leaves for child in leaf.children() for m in child.modules())
     inside = dict.fromkeys(m for m in below if not isinstance(m, torch.jit.ScriptModule))  # those take no hooks
@@ -342,6 +377,8 @@ def _calls_inside(
         for handle in handles:
             handle.remove()
     names = {module: path for path, module in model.named_modules()}
+    if unseen := sorted(names[m] for m in transformed if m not in seen and [*m.parameters()]):
+        notes.append(f"not looked into, because torch.func (vmap, grad, jvp) calls them: {', '.join(unseen)}")
     covered: set[nn.Module] = set()
     for leaf in leaves:
         todo = list(leaf.children())

@@ -12,26 +12,28 @@ from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch import Tensor, fx, is_grad_enabled, nn
 from torch.nn.modules import transformer
 
 from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.registry import dense_type
+from fxrank.passes.pairs.registry import dense_type, shows_forward
+from fxrank.passes.tracing.code import write_any_name
 from fxrank.passes.tracing.compare import seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
+from fxrank.passes.tracing.gradients import NEEDED, OFF, function_around, needs_gradient, switch_as_the_forward
 from fxrank.passes.tracing.patches import graph_by_fx, python_asks_the_values
 from fxrank.passes.tracing.proxies import Mode, ValueProxy, values_of
 from fxrank.torch_private import pytree
-from fxrank.torch_private.modules import own_buffers
+from fxrank.torch_private.modules import has_backward_hooks, own_buffers
 from fxrank.torch_private.writes import Watched
 
 
 def is_layer(module: nn.Module) -> bool:
     """Whether this is a layer itself, not something made of layers: what a trace never looks into."""
-    return dense_type(module) is not None or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
+    layer = dense_type(module) is not None and not shows_forward(module)
+    return layer or isinstance(module, (nn.RNNBase, nn.MultiheadAttention))
 
 
 def _reads_mode(module: nn.Module) -> bool:
@@ -59,10 +61,15 @@ class ValueTracer(fx.Tracer):
         self._leaf_types, self._leaves = leaf_types, leaves
         self._values = values
         self.asked_mode = False
+        self.read_aside: set[str] = set()
+        """Parameters and buffers, by name, that the code did not ask their module for: of a list, a global, or `parameters()`."""
+        self.asked_gradients = False
+        """Whether the forward asked if gradients are made: then it may compute something else without."""
         self.isinstance: tuple[Any, Any] | None = None
         """Python's own `isinstance`, and the one that is put in its place while tracing; see `python_asks_the_values`."""
         self._tensor_names: dict[int, str] = {}
         self._evaluating = False
+        self._off = False
         self._inside: list[nn.Module] = []
         self._visits: Counter[nn.Module] = Counter()
         self._buffers: dict[tuple[nn.Module, str], Tensor | None] = {}
@@ -83,9 +90,12 @@ class ValueTracer(fx.Tracer):
             vars(module)["training"] = Mode(module.training, self._note_mode)
         try:
             # No graph would write what the forward's own code writes into parameters: whose code that is becomes a leaf.
-            self._watched = Watched(tensors_of(root), fixed=True)
-            with self._watched, python_asks_the_values(self) as patches:
-                return graph_by_fx(self, root, concrete_args, patches)
+            self._watched = Watched(tensors_of(root), fixed=True, read=self._note_read)
+            with self._watched, torch.enable_grad(), python_asks_the_values(self) as patches:
+                graph = graph_by_fx(self, root, concrete_args, patches)
+            switch_as_the_forward(graph, root)
+            write_any_name(graph)
+            return graph
         finally:
             for module, training in zip(marked, before, strict=True):
                 vars(module)["training"] = training
@@ -97,6 +107,11 @@ class ValueTracer(fx.Tracer):
         yield module
         for name, child in module.named_children():
             yield from self._gone_through(child, f"{path}.{name}".lstrip("."))
+
+    def _note_read(self, tensor: Tensor) -> None:
+        """Of something that the code computes without a proxy, a penalty over `self.parameters()` say."""
+        if not self._evaluating and (name := self._tensor_names.get(id(tensor))) is not None:
+            self.read_aside.add(name)
 
     def _note_mode(self) -> None:
         self.asked_mode = True
@@ -161,6 +176,7 @@ class ValueTracer(fx.Tracer):
     def _placeholder(self, name: str, value: Tensor) -> fx.Proxy:
         proxy = super().create_proxy("placeholder", name, (), {})
         proxy.node.meta["val"] = self._values.fake(value)
+        proxy.node.meta[NEEDED] = value.requires_grad
         return proxy
 
     # -- values
@@ -173,10 +189,26 @@ class ValueTracer(fx.Tracer):
         if kind != "output":
             try:
                 proxy.node.meta["val"] = self._evaluate(kind, target, args, kwargs)
+                self._note_gradients(proxy.node)
             except Exception:
                 self.graph.erase_node(proxy.node)  # a forward may catch this and do something else
                 raise
         return proxy
+
+    def _note_gradients(self, node: fx.Node) -> None:
+        off = not is_grad_enabled()
+        if off and not self._off:
+            function = function_around()
+            if function is not None:
+                raise TypeError(f"it calls the autograd.Function {function}, whose backward is its own")
+        self._off = off
+        if off:
+            node.meta[OFF] = True
+        self._evaluating = True  # it reads the model
+        try:
+            node.meta[NEEDED] = needs_gradient(node, self.root)
+        finally:
+            self._evaluating = False
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = values_of((tuple(args), dict(kwargs)))
@@ -204,11 +236,13 @@ class ValueTracer(fx.Tracer):
         self._visits[leaf] += 1
         try:
             return self._values.of_module(leaf, args, kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            if not self._kept_whole(leaf):
+        except Exception as error:  # it asks for data, or takes derivatives
+            if not self._kept_whole(leaf) or isinstance(error, RecursionError):  # its parts hold each other
                 raise
-        if leaf not in self._returned:
-            self._returned[leaf] = self._really_returned(leaf)
+            if leaf not in self._returned:
+                self._returned[leaf] = self._really_returned(leaf)
+            if visit >= len(self._returned[leaf]):
+                raise
         return self._values.fake(self._returned[leaf][visit])
 
     def _kept_whole(self, module: nn.Module) -> bool:
@@ -250,6 +284,8 @@ class ValueTracer(fx.Tracer):
             return m.forward(*args, **kwargs)  # an activation function held aside has no path, and needs none
         self._inside.append(m)
         try:
+            if has_backward_hooks(m) and not self.is_leaf_module(m, self.path_of_module(m)):
+                raise TypeError("it has hooks on its gradients, which no graph calls")
             return super().call_module(m, forward, args, kwargs)
         except Exception as error:
             self._blame = (error, self.culprit(error) or self._inside[-1])
@@ -267,8 +303,10 @@ class ValueTracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if self._kept_whole(m) or dense_type(m) is not None or _reads_mode(m):
+        if self._kept_whole(m):
             return True
+        if dense_type(m) is not None or _reads_mode(m):
+            return not shows_forward(m)
         above = module_qualified_name.rpartition(".")[0]
         if isinstance(m, FactorPair) or isinstance(self.root.get_submodule(above), FactorPair):
             return not isinstance(m, FactorPair)  # a pair shows as its children
@@ -280,6 +318,13 @@ class ValueTracer(fx.Tracer):
             return a.node
         if type(a) is Mode:
             return bool(a)
+        if isinstance(a, Tensor) and (name := self._tensor_names.get(id(a))) is not None:
+            self.read_aside.add(name)
+            return self.create_proxy("get_attr", name, (), {}).node  # fx's own would have no value
+        if isinstance(a, Tensor) and a.grad_fn is not None and not self._evaluating:
+            raise TypeError(
+                "it computes with parameters that it reads elsewhere than in the attributes of their modules"
+            )
         if issubclass(type(a), LowRankWeight):
             a = a.weight  # the product of its factors' proxies
             return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)

@@ -121,7 +121,9 @@ def test_derived_weights_are_layers_under_the_name_of_their_module():
     )
     layers = found(model, torch.randn(2, 4))
     assert list(layers) == ["0", "1", "2", "3"]
-    assert [layers[n].reason for n in ("1", "2")] == [None, None]
+    kept = "Linear has no factor pair that keeps what SpectralNorm makes of its weight"
+    assert [layers[n].reason for n in ("1", "2")] == [None, kept]
+    assert (layers["2"].kind, layers["2"].guarded, layers["2"].supported) == ("linear", True, False)
     assert layers["1"].weight_shape == (4, 4)
     with pytest.warns(FutureWarning, match="weight_norm"):
         model[1] = weight_norm(nn.Linear(4, 4))

@@ -108,3 +108,30 @@ def test_without_norms_nothing_happens():
     before = copy.deepcopy(model.state_dict())
     calibrate([], model, lambda: model(images()))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+class TiedConvs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a, self.b = (nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, dilation=2))
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(torch.relu(self.first(x)))))
+
+
+def test_each_place_of_a_tied_weight_has_a_norm_of_its_own_that_starts_as_the_identity():
+    """And what is merged after some training is what was trained: the two products are no longer one."""
+    model, x = TiedConvs().double(), images(torch.float64)
+    small = fxrank.factorize(model, x, rank={"a": 4}, extra_bn=True)
+    without = fxrank.factorize(model, x, rank={"a": 4})
+    assert [norm.running_var.eq(1).any().item() for norm in (small.a.norm, small.b.norm)] == [False, False]
+    for mode in (True, False):
+        assert output_difference(small.train(mode), without.train(mode), x) <= ROUNDING[torch.float64]
+    small.train()
+    for _ in range(3):
+        small(2 * x + 1)
+    merged = fxrank.merge(small.eval())
+    assert output_difference(small, merged, x) <= ROUNDING[torch.float64]
+    tied = fxrank.merge(without)
+    assert tied.a.weight is tied.b.weight

@@ -155,10 +155,12 @@ def test_a_nested_layer_with_two_names(path):
     expected = model(x)
     gm = trace(model, x)
     pair = make_pair(model.get_submodule(path), 4)
-    paths = install(model, {id(model.get_submodule(path)): pair})
+    layer = model.get_submodule(path)
+    paths = install(model, {id(layer): pair})
     assert sorted(paths) == ["alias", "outer.inner.0.body"]
-    assert model.alias is model.outer["inner"][0].body is pair
-    result = Factorize(pairs=dict.fromkeys(paths, pair))(gm)
+    assert model.alias is model.outer["inner"][0].body is layer
+    assert type(layer) is type(pair) and layer.u is pair.u and layer.v is pair.v
+    result = Factorize(pairs=dict.fromkeys(paths, layer))(gm)
     assert result.modified
     assert torch.equal(gm(x), model(x))
     assert largest_difference(expected, gm(x)) <= ROUNDING

@@ -22,7 +22,7 @@ class Momentum(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.query, self.key = mlp(), mlp().requires_grad_(False)
+        self.query, self.key, self.tail = mlp(), mlp().requires_grad_(False), mlp()
         self.memory = [torch.zeros(8), {"count": torch.zeros(())}]
         self.generator = torch.Generator().manual_seed(3)
 
@@ -34,7 +34,7 @@ class Momentum(nn.Module):
     def forward(self, x):
         if self.training:
             self.update()
-        return self.query(x) + self.key(x)
+        return self.tail(self.query(x) + self.key(x))
 
 
 class ByData(Momentum):
@@ -145,7 +145,7 @@ def test_who_writes_is_a_leaf_and_its_layers_are_found(kind):
     gm = fxrank.trace(model, X)
     path = "inner" if kind is InAPart else ""
     assert list(gm.leaves) == [path] and "writes into a tensor of the model" in gm.leaves[path]
-    assert len(fxrank.factorize(model, X, rank=2, include="*").query[2].u.weight) == 2
+    assert len(fxrank.factorize(model, X, rank=2, include="*").tail[2].u.weight) == 2
     clone = copy.deepcopy(model)
     assert torch.equal(fxrank.trace(clone, X)(X), model(X))  # which moves both by one and the same update
 
@@ -175,7 +175,7 @@ def test_nothing_moves_when_an_extra_batchnorm_is_set():
 
     model = Convolutions().train()
     before = everything(model)
-    small = fxrank.factorize(model, X, rank=2, extra_bn=True, exclude=["query*", "key*"])
+    small = fxrank.factorize(model, X, rank=2, extra_bn=True, exclude=["query*", "key*", "tail*"])
     check_same(before, model)
     assert small.convolutions[1].norm.weight.std() > 0
     assert torch.equal(small.key[0].weight, model.key[0].weight)

@@ -1,6 +1,7 @@
 """Remembered values are those that would have been computed."""
 
 import operator
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.utils.parametrizations import weight_norm
 
+import fxrank
+from fxrank.passes.discovery.discover import discover
 from fxrank.passes.tracing.fake_values import Values
+from fxrank.passes.tracing.trace import trace
 
 
 def fake(values, *shape, dtype=torch.float32):
@@ -164,3 +169,44 @@ def test_empty_views_of_something():
             x = x.t()
         found = values.of_function(operator.getitem, (x, (slice(1, 3), slice(0, 0))), {})
         assert (found.shape, found.stride(), found.storage_offset()) == ((2, 0), (1, 50), 1)
+
+
+class ReadsAside(nn.Module):
+    """A weight that is read out of a container, past the module that has it."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.held = hold(w=self.layer.weight)
+
+    def forward(self, x):
+        return self.layer(x) + torch.tanh(x) @ self.held["w"]
+
+
+@pytest.mark.parametrize("hold", [dict, OrderedDict], ids=["dict", "OrderedDict"])
+def test_a_weight_that_is_read_out_of_a_container_has_a_value(hold):
+    model, x = ReadsAside(hold), torch.randn(3, 4)
+    graph = trace(model, x)
+    assert all("val" in node.meta for node in graph.graph.nodes if node.op != "output")
+    names = [layer.name for layer in discover(graph, model)]
+    assert names == ["layer"]
+    small = fxrank.factorize(nn.Sequential(nn.Linear(4, 4), model), x, rank=1, include="*")
+    assert small(x).shape == (3, 4)
+
+
+def test_a_computed_weight_inside_attention_is_looked_at_in_silence():
+    """Where warnings are errors, as they are here: torch looks for the gradient of a tensor that is no leaf."""
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    weight_norm(attention.out_proj)
+
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    model, x = Attends(), torch.randn(2, 3, 8)
+    assert trace(model, x).whole
+    assert "attention.out_proj" in {layer.name for layer in discover(trace(model, x), model)}

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxrank
 from fxrank.passes.pairs.error import pair_error
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.tracing.compare import largest_difference, output_difference
@@ -37,6 +38,45 @@ def test_differences_are_relative_to_the_largest_number_of_the_first():
 )
 def test_nan_and_infinity_never_pass_for_equal(a, b, difference):
     assert largest_difference(torch.tensor(a), torch.tensor(b)) == difference
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    ("a", "b", "difference"),
+    [
+        ([3 + 4j, 1], [3 + 4j, 1], 0),
+        ([3 + 4j, 1], [3 + 4j, 1 + 1j], 0.2),
+        ([3 + 4j, 0], [0, 0], 1),
+        ([1 + NAN * 1j], [1 + 1j], INF),
+        ([1j], [complex(NAN, 1)], INF),
+        ([complex(NAN, 1)], [complex(NAN, 1)], 0),
+        ([complex(INF, 1), 1j], [complex(INF, 1), 2j], 1),
+        ([complex(INF, 1)], [complex(-INF, 1)], INF),
+        ([1j], [complex(0, INF)], INF),
+    ],
+)
+def test_complex_numbers_differ_by_their_distance(a, b, difference, dtype):
+    """Not by one bit of it: a Fourier layer behind a pair."""
+    a, b = (torch.tensor(x, dtype=torch.complex128).to(dtype) for x in (a, b))
+    assert largest_difference(a, b) == pytest.approx(difference, rel=1e-6)
+
+
+def test_a_pair_before_a_fourier_transform_is_compared_by_its_numbers():
+    class Fourier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 16)
+
+        def forward(self, x):
+            return torch.fft.fft(self.b(torch.tanh(self.a(x))))
+
+    model, x = Fourier(), torch.randn(4, 8)
+    with pytest.warns(UserWarning, match="break-even"):
+        exact = fxrank.factorize(model, x, rank={"b": 16})
+    rough = fxrank.factorize(model, x, rank={"b": 2})
+    assert model(x).is_complex()
+    assert 0 < output_difference(model, exact, x) < 1e-5  # float32, sums of 16
+    assert 1e-3 < output_difference(model, rough, x) < 10
 
 
 def test_whole_numbers_must_be_equal():

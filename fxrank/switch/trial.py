@@ -1,0 +1,178 @@
+"""The proof that a model with pairs in it computes what it did before: tried on a twin, before anything is decided.
+
+Code may ask what its parts are (`isinstance(layer, nn.Linear)`, a penalty over `self.parameters()`, `state_dict()["weight"]`, an average
+of one layer's weights into another's) or hold a weight aside, and nothing of that is in a graph. So full-rank pairs are put into a twin
+that shares the model's numbers, and it is run beside another twin that is left as it was. Where they differ, the layers at fault are
+found by halves, and stay dense.
+
+The pairs are exact without a decomposition, `V = P` and `U = Pᵀ W` with a signed permutation `P` (or the other way round, where the weight
+has more rows than columns); each layer's is another, as factors of two layers have nothing in common. The weight that they replace is
+NaN in the twin, so that nothing can go on with it unseen. Cost: the pairs' memory, and a few forward passes of two rows; nothing where the
+code of the model asks no such question (`asks`).
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxrank.decisions import take
+from fxrank.passes.discovery.layer import Layer, matrices_of
+from fxrank.passes.model.asks import may_ask
+from fxrank.passes.model.calls import Example, at_other_batch_size, call_arguments
+from fxrank.passes.model.compiled import eagerly
+from fxrank.passes.model.restored import tensors_of
+from fxrank.passes.model.weights import is_derived
+from fxrank.passes.pairs.locate import dense_at
+from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
+from fxrank.passes.tracing.proof import TOLERANCE, _tensors_of_both, observers_off, without_data
+from fxrank.passes.tracing.trace import TracedModule
+from fxrank.plan import Plan
+from fxrank.switch.apply_plan import Factors, apply_plan
+
+NOISE = 100
+"""Outputs may differ by so many times what one more rounding of each weight makes of them."""
+
+
+def misfits(
+    layers: Sequence[Layer], model: nn.Module, example: Example, gm: TracedModule, notes: list[str]
+) -> dict[str, str]:
+    """Why to leave dense, by name, those of the layers without a reason with whose pairs the model computes something else, in its
+    present mode or the other, or fails. The model, whose graph is `gm`, is left as it is. A note is added if it cannot be tried.
+    """
+    candidates = [layer for layer in layers if layer.reason is None]
+    if not candidates or without_data(model) or not may_ask(model):
+        return {}
+    one_graph = gm.whole and gm.graphs.get(True) is gm.graphs.get(False)
+    modes = (model.training,) if one_graph else (model.training, not model.training)
+    try:
+        trial = _Trial(model, example, modes)
+    except Exception as error:
+        notes.append(f"not tried with pairs in it: a copy of the model fails with {type(error).__name__}: {error}")
+        return {}
+    trial.judge(candidates)
+    return trial.reasons
+
+
+def with_reasons(layers: Sequence[Layer], reasons: Mapping[str, str]) -> list[Layer]:
+    """The layers, those that are named with their reasons to stay dense."""
+    return [a.kept_for(reasons[a.name]) if a.name in reasons else a for a in layers]
+
+
+class _Trial:
+    """What a model computes, and the layers with whose pairs it was seen to do so (`good`), or not (`reasons`)."""
+
+    def __init__(self, model: nn.Module, example: Example, modes: Sequence[bool]) -> None:
+        """Raises whatever the model raises, copied or run in the first of the modes."""
+        call = call_arguments(model, example)
+        twin = _twin(model)
+        with observers_off(twin, *call):
+            self._model = _twin(twin)
+        self._modes = modes
+        self._noise: float | None = None
+        self.good: list[Layer] = []
+        self.reasons: dict[str, str] = {}
+        try:
+            self._call = at_other_batch_size(*call)
+            self._expected = self._outputs(self._model)
+        except Exception:
+            self._call = call
+            self._expected = self._outputs(self._model)
+
+    def judge(self, layers: Sequence[Layer]) -> None:
+        """All at once, and by halves if anything is wrong with them."""
+        problem = self._problem([*self.good, *layers])
+        if problem is None:
+            self.good += layers
+        elif len(layers) == 1:
+            self.reasons[layers[0].name] = f"with a pair in its place the model {problem}"
+        else:
+            self.judge(layers[: len(layers) // 2])
+            self.judge(layers[len(layers) // 2 :])
+
+    def _problem(self, layers: Sequence[Layer]) -> str | None:
+        try:
+            found = self._outputs(self._with_pairs(layers))
+            if strange := sorted(self._expected.keys() - found.keys()):
+                return f"fails in {_name(strange[0])} mode"
+            for mode, expected in self._expected.items():
+                both = [*_tensors_of_both(expected, found[mode])]
+                difference = largest_difference([a for a, _ in both], [b for _, b in both])
+                if difference > TOLERANCE and difference > NOISE * self._rounding():
+                    if difference == float("inf"):
+                        return f"goes on with the weight that the pair replaces, in {_name(mode)} mode"
+                    return f"computes something else: its outputs differ by {difference:.1e} relative in {_name(mode)} mode"
+        except Exception as error:
+            return f"fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return None
+
+    def _rounding(self) -> float:
+        """How far one more rounding of the weights, or nothing but another run, moves the outputs."""
+        if self._noise is None:
+            noisy = self._outputs(_twin(self._model, {id(p): _rounded(p) for p in self._model.parameters()}))
+            both = [b for mode in noisy for b in _tensors_of_both(self._expected[mode], noisy[mode])]
+            self._noise = largest_difference([a for a, _ in both], [b for _, b in both])
+        return self._noise
+
+    def _with_pairs(self, layers: Sequence[Layer]) -> nn.Module:
+        dense = [dense_at(self._model, layer.name) for layer in layers]
+        gone = [layer.get_parameter("weight") for layer in dense if not is_derived(layer)]
+        twin = _twin(self._model, {id(weight): _nothing_like(weight) for weight in gone})
+        plan = Plan(policy="trial", layers=tuple(take(layer, layer.full_rank, "tried") for layer in layers))
+        factors: Factors = {
+            layer.name: _exact(matrices_of(layer, self._model), seed) for seed, layer in enumerate(layers)
+        }
+        apply_plan(twin, plan, factors=factors, split=False)
+        return twin
+
+    def _outputs(self, twin: nn.Module) -> dict[bool, Any]:
+        """By mode. A model that runs in its present mode only has only that."""
+        outputs: dict[bool, Any] = {}
+        with eagerly(twin):
+            for mode in self._modes:
+                if mode != twin.training:
+                    twin.train(mode)
+                try:
+                    outputs[mode] = seeded_outputs(twin, *self._call)
+                except Exception:
+                    if not outputs:
+                        raise
+        return outputs
+
+
+def _twin(model: nn.Module, instead: dict[int, Any] = {}) -> nn.Module:  # noqa: B006 (never written to)
+    """A copy that shares all numbers, but has other tensors in the places of those with these `id`s."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors_of(model)} | instead)
+
+
+def _nothing_like(weight: nn.Parameter) -> nn.Parameter:
+    """NaN of the same shape, without memory."""
+    return nn.Parameter(weight.new_full((), float("nan")).expand(weight.shape), weight.requires_grad)
+
+
+def _rounded(weight: nn.Parameter) -> nn.Parameter:
+    if not weight.is_floating_point():
+        return weight
+    way = torch.empty(weight.shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0)).sign()
+    moved = weight.detach() * (1 + torch.finfo(weight.dtype).eps * way.to(weight))
+    return nn.Parameter(moved, weight.requires_grad)
+
+
+def _exact(stack: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """`U` and `V` of full rank whose product is the stack `(groups, rows, cols)`, to the last bit."""
+    groups, rows, cols = stack.shape
+    size = min(rows, cols)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(size, generator=generator)
+    sign = torch.empty(size, 1).uniform_(-1, 1, generator=generator).sign()
+    turn = (sign * torch.eye(size)[order]).to(stack)
+    order, sign = order.to(stack.device), sign.to(stack)
+    if rows <= cols:
+        return stack[:, order] * sign, turn.mT.expand(groups, -1, -1)
+    return turn.expand(groups, -1, -1), stack[:, :, order] * sign.mT
+
+
+def _name(mode: bool) -> str:
+    return "training" if mode else "evaluation"
