@@ -252,7 +252,8 @@ def check_names(
                         identity[f"{path}.{name}"] = (id(place.owner) if name.startswith("norm.") else site.name, name)
                 if pair.bias is not None:
                     expected[f"{path}.v.bias"] = tuple(pair.bias.shape)
-                    identity[f"{path}.v.bias"] = id(pair.bias)
+                    own = getattr(place.dense, "bias", None)  # that which is gained is nobody else's
+                    identity[f"{path}.v.bias"] = (id(place.owner), "v.bias") if own is None else id(own)
     for name, shape in stored.items():
         if name not in expected:
             raise PlanMismatchError(
