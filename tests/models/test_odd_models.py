@@ -226,7 +226,9 @@ def test_errors_of_the_forward_itself_come_as_ours(error, where):
         assert isinstance(caught.value.__cause__, error)
     else:
         gm = fxrank.trace(model, X)
-        assert error.__name__ in gm.leaves["1"] and list(gm.regions) == ["1.layer"]
+        # Too deep a recursion is not tried once more in a run of the part alone: the model is the node then.
+        path, inside = ("", ["0", "1"]) if error is RecursionError else ("1", ["1.layer"])
+        assert error.__name__ in gm.leaves[path] and list(gm.regions) == inside
 
 
 @pytest.mark.parametrize("name", ["class", "in", "global", "a*", 'a"b', "é", "0"])
