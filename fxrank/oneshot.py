@@ -257,8 +257,9 @@ def merge(model: nn.Module) -> nn.Module:
     BatchNorm in them. A weight that was derived from others (weight norm, standardization) is a plain one now. Raises `TypeError`
     for a model that is quantized.
     """
+    model = uncompiled(model)
     check_not_quantized(model, "merging")
-    dense = copied(uncompiled(model))
+    dense = copied(model)
     merged: dict[int, nn.Parameter] = {}
     layers: list[tuple[FactorPair, nn.Module]] = []
     with torch.no_grad():

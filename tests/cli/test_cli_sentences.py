@@ -80,7 +80,8 @@ def test_ctrl_c_in_a_real_process(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "fxrank train: interrupted; the same command goes on" in err and "Traceback" not in err
-    assert {path.name for path in tmp_path.iterdir()} <= {"checkpoint.safetensors", "checkpoint.before.safetensors"}
+    files = {"checkpoint.safetensors", "checkpoint.before.safetensors", "checkpoint.grown.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} <= files
 
 
 @pytest.mark.parametrize("command", ["train", "profile", "inspect"])

@@ -3,7 +3,7 @@
 import pytest
 from random_models import PARTS, build, check
 
-SAMPLE = 150
+SAMPLE = 161
 CHUNK = 100
 
 

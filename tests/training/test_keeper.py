@@ -39,7 +39,7 @@ def test_a_run_without_resume_writes_no_checkpoint(tmp_path):
     run(mlp(), output_dir=tmp_path / "plain")
     run(mlp(), output_dir=tmp_path / "kept", resume=True)
     plain, kept = ({p.name for p in (tmp_path / name).iterdir()} for name in ("plain", "kept"))
-    assert kept - plain == {"checkpoint.safetensors"}
+    assert kept - plain == {"checkpoint.safetensors", "checkpoint.grown.jsonl"}
 
 
 class Counted:
