@@ -69,6 +69,14 @@ def _columns(x: Tensor, u: Tensor, v: Tensor, blocks: bool) -> Tensor:
     return torch.einsum("...gr,gor->...go", parts, v).flatten(-2)
 
 
+def _before(w: Factored, x: Tensor) -> Tensor:
+    """`W @ x`, with the result in memory as torch's own lies: dropout, say, draws in that order."""
+    if w.ndim == 2 and len(w.u) > 1:
+        return _times(x.mT, _flip(w)).mT.contiguous()
+    u, v = (w.u[0], w.v[0]) if w.ndim == 2 else (w.u, w.v)
+    return u.mT @ (v.mT @ x) if w.flipped else v @ (u @ x)
+
+
 def _linear(input: Any, weight: Any, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, Factored) or isinstance(input, Factored) or weight.ndim != 2:
         return NotImplemented
@@ -84,9 +92,7 @@ def _matmul(left: Any, right: Any, *, out: Any = None, **named: Any) -> Any:
     if isinstance(right, Factored) and not isinstance(left, Factored):
         return _times(left, right)
     if isinstance(left, Factored) and not isinstance(right, Factored):
-        if right.ndim == 1:
-            return _times(right, _flip(left))
-        return _times(right.mT, _flip(left)).mT
+        return _times(right, _flip(left)) if right.ndim == 1 else _before(left, right)
     return NotImplemented
 
 

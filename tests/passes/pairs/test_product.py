@@ -400,3 +400,15 @@ def test_every_product_is_tested():
     names = ("__matmul__", "to", "type_as", "float", "half", "bfloat16", "double", "cpu", "cuda")
     elsewhere |= {getattr(torch.Tensor, n) for n in names} | {getattr(F, "grouped_mm", None)}
     assert {f for f in table if f not in seen and f not in elsewhere} == set()
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_product_from_the_left_lies_in_memory_as_torchs_own(groups, flipped):
+    """Dropout draws in that order: with another one the same seed would drop other numbers."""
+    w = FactoredWeight(torch.randn(groups, 2, 6), torch.randn(groups, 3, 2), (3 * groups, 6))
+    w = w.t() if flipped else w
+    x = torch.randn(w.shape[1], 5)
+    found, expected = w @ x, w.dense() @ x
+    assert isinstance(w, FactoredWeight) and found.stride() == expected.stride()
+    torch.testing.assert_close(found, expected)
