@@ -1,8 +1,9 @@
 """What a forward leaves in a model, and how it is taken out again."""
 
 import random
-from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,19 +16,41 @@ T = TypeVar("T")
 
 
 @contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module) -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Put back what a forward assigned: attributes, buffers, and caches held in plain dicts, lists and sets, nested or
-    not.
+    not. What comes out puts it back for a while, and then what has been assigned until then.
     """
     seen: set[int] = set()
-    saved = [(c, c.copy(), _content(c)) for module in model.modules() for c in _state(module, seen)]
+    saved = _saved(c for module in model.modules() for c in _state(module, seen))
+    try:
+        yield partial(_as_before, saved)
+    finally:
+        _put_back(saved)
+
+
+_Saved = list[tuple[Any, Any, list[Any]]]
+"""Containers, with copies of them and what they held."""
+
+
+@contextmanager
+def _as_before(saved: _Saved) -> Iterator[None]:
+    now = _saved(container for container, _, _ in saved)
+    _put_back(saved)
     try:
         yield
     finally:
-        for container, copied, content in saved:
-            if _content(container) != content:
-                container.clear()
-                container.extend(copied) if isinstance(container, list) else container.update(copied)
+        _put_back(now)
+
+
+def _saved(containers: Iterable[Any]) -> _Saved:
+    return [(c, c.copy(), _content(c)) for c in containers]
+
+
+def _put_back(saved: _Saved) -> None:
+    for container, copied, content in saved:
+        if _content(container) != content:
+            container.clear()
+            container.extend(copied) if isinstance(container, list) else container.update(copied)
 
 
 @contextmanager

@@ -238,7 +238,7 @@ def _graph(
     while True:
         tracer = ValueTracer(args, kwargs, types, leaves, values)
         try:
-            with restored(model):
+            with restored(model) as tracer.as_before:
                 graph = tracer.trace(model)
                 reads = [str(n.target) for n in graph.nodes if n.op == "get_attr"]
                 # Tensors that the forward made are attributes of the model until it is put back.

@@ -8,6 +8,7 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -61,6 +62,8 @@ class ValueTracer(fx.Tracer):
         self._leaf_types, self._leaves = leaf_types, leaves
         self._values = values
         self.asked_mode = False
+        self.as_before: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Puts the model back, meanwhile, to what it was before the trace."""
         self.read_aside: set[str] = set()
         """Parameters and buffers, by name, that the code did not ask their module for: of a list, a global, or `parameters()`."""
         self.asked_gradients = False
@@ -204,16 +207,16 @@ class ValueTracer(fx.Tracer):
         self._off = off
         if off:
             node.meta[OFF] = True
-        self._evaluating = True  # it reads the model
+        before, self._evaluating = self._evaluating, True  # it reads the model
         try:
             node.meta[NEEDED] = needs_gradient(node, self.root)
         finally:
-            self._evaluating = False
+            self._evaluating = before
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = values_of((tuple(args), dict(kwargs)))
-        self._evaluating = True
-        if self.isinstance:
+        before, self._evaluating = self._evaluating, True
+        if self.isinstance and not before:
             # No proxies from here on, and torch asks it very often. Either one gives other threads the same answers.
             builtins.isinstance = self.isinstance[0]
         try:
@@ -227,8 +230,8 @@ class ValueTracer(fx.Tracer):
                 assert kind == "call_method", kind
                 return self._values.of_method(target, args, kwargs)
         finally:
-            self._evaluating = False
-            if self.isinstance:
+            self._evaluating = before
+            if self.isinstance and not before:
                 builtins.isinstance = self.isinstance[1]
 
     def _leaf_value(self, leaf: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -256,7 +259,8 @@ class ValueTracer(fx.Tracer):
         hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
         args, kwargs = self._call
         try:
-            with self._watched.allowing():
+            # The forward may have assigned buffers and attributes by now, values that are none.
+            with self._watched.allowing(), self.as_before():
                 seeded_outputs(self.root, args, kwargs)
         finally:
             hook.remove()

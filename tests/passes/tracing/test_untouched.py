@@ -234,3 +234,29 @@ def test_a_legacy_norm_goes_on_deriving_its_weight_beside_a_hook_that_looks_on()
     model[2].register_forward_hook(seen)
     gm = fxrank.trace(model, X)
     assert torch.equal(gm(X), model(X)) and gm.leaves == {}
+
+
+def test_the_run_that_a_part_needs_finds_the_model_as_it_was():
+    """By then the trace has assigned a buffer: a value that is none."""
+
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+            return x - self.mean
+
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(x) if x.sum() > 0 else x
+
+    model = nn.Sequential(Running(), nn.Linear(8, 8), Asks())
+    gm = fxrank.trace(model, X)
+    assert list(gm.leaves) == ["2"] and list(gm.regions) == ["2.layer"]
+    assert torch.equal(model[0].mean, torch.zeros(8))
