@@ -199,26 +199,6 @@ def faults_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def oneshot_table() -> str:
-    """What is left of a trained network within a budget."""
-    data = load("oneshot_resnet20")
-    columns = [c for c in ("raw", "batchnorm", "healed") if c in data["results"][0]]
-    rows = [
-        (
-            f"{r['budget']:g}",
-            r["form"],
-            r["factors"],
-            r["ranks"],
-            *(f"{100 * r[c]:.1f} %" for c in columns),
-            f"{r['seconds']:.1f} s" if r["form"] != "dense" else "-",
-        )
-        for r in data["results"]
-    ]
-    names = {"raw": "accuracy", "batchnorm": "BatchNorm again", "healed": "some steps later"}
-    headers = ("parameters", "form", "factors from", "ranks", *(names[c] for c in columns), "call")
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-
-
 def random_models_line() -> str:
     """What became of the random models."""
     r = load("random_models")["results"]
@@ -241,8 +221,6 @@ def tables() -> str:
         "`torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled "
         f"low-rank model against the eager one:\n\n{compiled_table()}\n\n"
         f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}\n\n"
-        "One-shot, without training: a ResNet-20 trained for a few epochs on CIFAR-10 (JPEG), calibrated on 512 images. Factors from the weights alone or from data, ranks by one "
-        f"ratio for all layers or chosen for the budget:\n\n{oneshot_table()}\n\n"
         f"{random_models_line()}\n\n"
         f"Faults, each tried on the real thing by a test that fails if anything is lost, or if a refusal changes anything or names no way out:\n\n{faults_table()}"
     )

@@ -264,7 +264,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers: list[tuple[FactorPair, nn.Module]] = []
     with torch.no_grad():
         for pair in pairs_in(dense).values():
-            layer = pair.to_dense()
+            layer = pair.dense_layer()
             # Pairs that share their factors share the product again, unless each has a BatchNorm of its own in it.
             if pair.extra_norm is None:
                 layer.weight = merged.setdefault(id(pair.u.weight), cast(nn.Parameter, layer.weight))

@@ -119,7 +119,7 @@ def _pairs(site: Site, split: bool, factors: Factors) -> list[FactorPair]:
             pair.fill(u, v)
             gained = more[0] if more else None
         elif split:
-            pair.split(weight_of(site.dense))
+            pair.fill_from(weight_of(site.dense))
         if not pairs and not site.derived:
             for factor in (pair.u.weight, pair.v.weight):
                 take_hooks(factor, site.parameters[0])

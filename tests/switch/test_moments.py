@@ -93,7 +93,7 @@ def a_pair(seed=0):
     torch.manual_seed(seed)
     dense = nn.Linear(COLS, ROWS).double()
     pair = LowRankLinear(dense, RANK)
-    pair.split(dense.weight)
+    pair.fill_from(dense.weight)
     return dense.weight.shape, pair, pair.u.weight.detach(), pair.v.weight.detach()
 
 

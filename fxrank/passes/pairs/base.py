@@ -262,7 +262,7 @@ class FactorPair(nn.Module):
     def empty_dense(self, place: dict[str, Any]) -> nn.Module:
         """The dense layer again, without numbers and without a bias."""
 
-    def to_dense(self) -> nn.Module:
+    def dense_layer(self) -> nn.Module:
         """The dense layer with the product of the factors as its weight (exact up to rounding; a `norm` is folded
         in with its running statistics).
         """
@@ -292,7 +292,7 @@ class FactorPair(nn.Module):
         vars(dense).update({name: vars(self)[name] for name in self.carried if name not in vars(dense)})
         return dense.train(self.training)
 
-    def split(self, weight: Tensor) -> None:
+    def fill_from(self, weight: Tensor) -> None:
         """Fill the factors with the best rank-r approximation of the dense `weight`, split by √Σ (Cuttlefish §3.3)."""
         if not weight.is_meta:
             self.fill(*truncated_factors(type(self).unroll(self, weight), self.rank))

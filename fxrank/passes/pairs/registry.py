@@ -181,5 +181,5 @@ def make_pair(dense: nn.Module, rank: int, *, form: str = "channel", extra_bn: b
         names = ", ".join(t.__name__ for t, pairs in PAIRS.items() if not any(p.is_parameter for p in pairs.values()))
         raise TypeError(f"only {names} have a factor pair; got {type(dense).__name__}. Leave this layer dense.")
     pair = cls(dense, rank, extra_bn)
-    pair.split(weight_of(dense))
+    pair.fill_from(weight_of(dense))
     return pair

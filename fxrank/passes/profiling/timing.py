@@ -157,7 +157,7 @@ class Profiler:
             pairs: list[FactorPair] = [cls(source, rank) for rank in ranks]
             for pair in pairs:
                 _own_weights(pair, self._device)
-            dense = cls(source, 1).to_dense()
+            dense = cls(source, 1).dense_layer()
             _own_weights(dense, self._device)
             modules: list[nn.Module] = [dense, *pairs]
             if layer.made:

@@ -58,7 +58,7 @@ def test_what_is_lost_is_measured_and_less_than_by_the_weight_alone(geometry):
         lost = outputs_lost(conv, images, factors)
         assert found.lost(rank) == pytest.approx(lost, rel=1e-6, abs=1e-12)
         plain = LowRankSpatialConv2d(conv, rank)
-        plain.split(conv.weight.detach())
+        plain.fill_from(conv.weight.detach())
         weight_alone = plain.unfold_u(plain.u.weight.detach()), plain.unfold_v(plain.v.weight.detach())
         assert lost <= outputs_lost(conv, images, weight_alone) * (1 + 1e-9)
         assert lost <= outputs_lost(conv, images, found._start.factors(rank)[:2]) * (1 + 1e-9)

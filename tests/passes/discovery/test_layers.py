@@ -329,7 +329,7 @@ def test_an_unreached_table_that_shares_the_weight_gets_the_same_factors():
     assert small.table.u.weight is small.b.u.weight
     assert small.table.v.weight is small.b.v.weight
     rows = small.table(torch.arange(4))
-    torch.testing.assert_close(rows, small.b.to_dense().weight, rtol=0, atol=1e-6)  # float32, one product
+    torch.testing.assert_close(rows, small.b.dense_layer().weight, rtol=0, atol=1e-6)  # float32, one product
 
 
 def test_an_unreached_module_that_shares_the_weight_gets_the_same_factors():

@@ -101,7 +101,7 @@ def test_a_pair_takes_its_input_by_the_layers_keyword(dense):
 def test_dtype_device_mode_and_requires_grad_are_kept_both_ways(dense, dtype, trained):
     dense = dense.to(dtype).requires_grad_(trained).train(trained)
     pair = make_pair(dense, 1)
-    back = pair.to_dense()
+    back = pair.dense_layer()
     for module in (pair, pair.u, pair.v, back):
         assert module.training is trained
     for parameter in (*pair.parameters(), *back.parameters()):
@@ -131,7 +131,7 @@ def test_the_meta_device_is_kept():
 def test_channels_last_is_kept_both_ways(extra_bn):
     dense = conv().to(memory_format=torch.channels_last)
     pair = make_pair(dense, 8, extra_bn=extra_bn)
-    for weight in (pair.u.weight, pair.to_dense().weight):
+    for weight in (pair.u.weight, pair.dense_layer().weight):
         assert weight.is_contiguous(memory_format=torch.channels_last)
         assert not weight.is_contiguous()
     assert pair_error(dense, pair).relative <= ROUNDING
@@ -148,7 +148,7 @@ def test_half_precision_pairs_err_by_their_rounding_only():
 
 def test_to_dense_undoes_the_pair(dense):
     x = example(dense)
-    back = make_pair(dense, full(dense)).to_dense()
+    back = make_pair(dense, full(dense)).dense_layer()
     assert type(back) is type(dense)
     assert repr(back) == repr(dense)
     assert list(back.state_dict()) == list(dense.state_dict())
@@ -166,13 +166,13 @@ def test_to_dense_folds_the_extra_norm_in(groups, bias):
         pair.norm.bias.normal_()
     kept = None if pair.bias is None else pair.bias.detach().clone()
     x = torch.randn(2, 4, 7, 7)
-    back = pair.to_dense()
+    back = pair.dense_layer()
     assert back.bias is not None
     assert largest_difference(pair(x), back(x)) <= ROUNDING
     assert largest_difference(make_pair(back, 3, extra_bn=False)(x), back(x)) <= ROUNDING  # rank 3 it is
     if kept is not None:
         assert torch.equal(pair.bias, kept)
-    assert not any(p.requires_grad for p in pair.requires_grad_(False).to_dense().parameters())
+    assert not any(p.requires_grad for p in pair.requires_grad_(False).dense_layer().parameters())
 
 
 def test_extra_norm_is_for_convolutions_only():
@@ -260,7 +260,7 @@ def test_what_the_user_has_put_on_a_layer_is_on_its_pair_and_on_the_layer_again(
     pair = make_pair(layer, 2)
     assert (pair.gain, pair.names) == (0.5, ["a"]) and "gain" not in dict(pair.state_dict())
     assert copy.deepcopy(pair).gain == 0.5
-    back = pair.to_dense()
+    back = pair.dense_layer()
     assert (back.gain, back.names) == (0.5, ["a"])
     assert make_pair(make(), 2).carried == ()
 

@@ -100,7 +100,7 @@ def test_convolutions_of_any_geometry(dims, transposed, data):
     same(layer, pair, x)
     assert largest_difference(layer.weight, pair.weight + 0) <= ROUNDING
     is_best(layer, make_pair(layer, 1 + int(part * (most - 1))))
-    back = pair.to_dense()
+    back = pair.dense_layer()
     assert type(back) is type(layer) and repr(back) == repr(layer)
     same(layer, back, x)
 
@@ -138,7 +138,7 @@ def test_embeddings(rows, width, pad, part):
     same(layer, pair, tokens)
     assert largest_difference(layer.weight, pair.weight + 0) <= ROUNDING
     is_best(layer, make_pair(layer, 1 + int(part * (most - 1))))
-    back = pair.to_dense()
+    back = pair.dense_layer()
     assert repr(back) == repr(layer) and back.padding_idx == layer.padding_idx
 
 
@@ -174,7 +174,7 @@ def test_fused_projections_in_three(width, inputs, bias, part):
     assert isinstance(pair, LowRankFusedLinear) and isinstance(pair.v, BlockLinear)
     x = randn(2, 3, inputs)
     same(layer, pair, x)
-    same(layer, pair.to_dense(), x)
+    same(layer, pair.dense_layer(), x)
     assert largest_difference(F.linear(x, layer.weight[:width]), F.linear(x, pair.weight[:width])) <= ROUNDING
     rank = 1 + int(part * (most - 1))
     cut = make_pair(layer, rank, form="qkv")

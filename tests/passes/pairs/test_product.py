@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxrank.passes.pairs import products as product
+from fxrank.passes.pairs.parameter import LowRankWeight
 from fxrank.passes.pairs.products import FactoredWeight
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.tracing.compare import largest_difference
@@ -412,3 +413,27 @@ def test_a_product_from_the_left_lies_in_memory_as_torchs_own(groups, flipped):
     found, expected = w @ x, w.dense() @ x
     assert isinstance(w, FactoredWeight) and found.stride() == expected.stride()
     torch.testing.assert_close(found, expected)
+
+
+def test_no_method_of_a_pair_hides_one_of_the_tensor_that_a_raw_weight_stands_for():
+    """What code calls on the weight, `w.split(8)`, must be the tensor's, or do the same."""
+    tensors = {name for name in dir(torch.Tensor) if not name.startswith("_")}
+    own = {name for cls in LowRankWeight.__mro__ if cls.__module__.startswith("fxrank") for name in vars(cls)}
+    assert tensors & (own - set(vars(LowRankWeight))) == set()
+    # A module's own ways to another device or type reach the factors.
+    of_module = tensors & {name for name in dir(nn.Module) if not name.startswith("_")}
+    assert of_module <= {
+        *vars(LowRankWeight),
+        "bfloat16",
+        "cpu",
+        "cuda",
+        "double",
+        "float",
+        "half",
+        "ipu",
+        "mtia",
+        "requires_grad_",
+        "to",
+        "type",
+        "xpu",
+    }

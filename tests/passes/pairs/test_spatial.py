@@ -66,7 +66,7 @@ def test_exact_at_full_rank_with_any_geometry(drawn, seed):
     torch.testing.assert_close(pair.v.weight.grad, pair.fold_v(g @ u.mT), rtol=0, atol=size)
     if dense.bias is not None:
         torch.testing.assert_close(pair.bias.grad, dense.bias.grad, rtol=0, atol=size)
-    back = pair.to_dense()
+    back = pair.dense_layer()
     assert repr(back) == repr(dense)
     torch.testing.assert_close(back.weight, dense.weight, rtol=0, atol=ROUNDING)
 
@@ -111,10 +111,10 @@ def test_a_convolution_that_pads_by_itself_goes_on_to():
     dense = SamePadConv2d(3, 4, 3, stride=2).double()
     dense.same_pad = True  # as timm's have it
     pair = LowRankSpatialConv2d(dense, 9)
-    pair.split(dense.weight)
+    pair.fill_from(dense.weight)
     for size in (7, 8, 9):
         assert largest_difference(dense(x := randn(2, 3, size, size)), pair(x)) <= ROUNDING
-    assert type(pair.to_dense()) is SamePadConv2d
+    assert type(pair.dense_layer()) is SamePadConv2d
 
 
 def test_channels_last_stays():
@@ -189,7 +189,7 @@ def test_a_kernel_that_is_read_elsewhere_is_the_product():
     (layer,) = discover(fxrank.trace(model, x), model)
     assert layer.other_forms == ()  # there it would save nothing
     model.conv = spatial(model.conv)
-    expected = F.conv2d(x, model.conv.to_dense().weight, model.conv.bias)
+    expected = F.conv2d(x, model.conv.dense_layer().weight, model.conv.bias)
     assert largest_difference(expected, model(x)) <= ROUNDING
 
 

@@ -195,7 +195,7 @@ def test_an_unbatched_input_and_keywords_go_to_the_first_factor():
     Factorize(pairs={"body": pair})(gm)
     assert code(gm)[1:] == ["body_u = self.body.u(input = stem)", "body_v = self.body.v(body_u)", "return body_v"]
     assert tuple(gm.graph.find_nodes(op="call_module", target="body.u")[0].meta["val"].shape) == (2, 4, 4)
-    assert Merge(dense={"body": pair.to_dense()})(gm).modified
+    assert Merge(dense={"body": pair.dense_layer()})(gm).modified
     assert code(gm)[1:] == ["body_1 = self.body(input = stem)", "return body_1"]
 
 
@@ -206,7 +206,7 @@ def test_torchs_pass_manager_takes_both_passes():
     result = PassManager(passes=[Factorize(pairs={"body": pair})])(gm)
     assert result.modified
     assert calls(result.graph_module) == ["stem", "body.u", "body.v", "body.u", "body.v", "head"]
-    result = PassManager(passes=[Merge(dense={"body": pair.to_dense()}), Factorize()])(result.graph_module)
+    result = PassManager(passes=[Merge(dense={"body": pair.dense_layer()}), Factorize()])(result.graph_module)
     assert result.modified
     assert calls(result.graph_module) == ["stem", "body", "body", "head"]
     assert not PassManager(passes=[Factorize()])(gm).modified
@@ -222,7 +222,7 @@ def test_merge_is_the_inverse(extra_bn):
             pair.norm.weight.normal_()
             pair.norm.bias.normal_()
     expected = gm(images())
-    dense = pair.to_dense()
+    dense = pair.dense_layer()
     result = Merge(dense={"body": dense})(gm)
     assert result.modified
     assert result.refused == {}
@@ -242,7 +242,7 @@ class InARow(Small):
 def test_two_calls_in_a_row_stay_two_calls():
     _, gm, pair, _ = rewritten(model=InARow())
     expected = gm(images())
-    Merge(dense={"body": pair.to_dense()})(gm)
+    Merge(dense={"body": pair.dense_layer()})(gm)
     assert calls(gm) == ["stem", "body", "body"]
     assert largest_difference(expected, gm(images())) <= ROUNDING
 
@@ -254,7 +254,7 @@ def test_merge_refuses_a_call_whose_middle_is_used_elsewhere_and_merges_the_othe
     output.args = ((output.args[0], first),)
     gm.recompile()
     expected = gm(images())
-    result = Merge(dense={"body": pair.to_dense()})(gm)
+    result = Merge(dense={"body": pair.dense_layer()})(gm)
     assert result.refused == {"body_v": "body_u, between the factors of 'body', is used elsewhere too"}
     assert calls(gm) == ["stem", "body.u", "body.v", "body"]
     assert result.modified
