@@ -27,7 +27,7 @@ from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.model.weights import is_derived
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
-from fxrank.passes.tracing.proof import TOLERANCE, _tensors_of_both, observers_off, without_data
+from fxrank.passes.tracing.proof import _tensors_of_both, observers_off, without_data
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.switch.apply_plan import Factors, apply_plan
@@ -100,13 +100,18 @@ class _Trial:
             for mode, expected in self._expected.items():
                 both = [*_tensors_of_both(expected, found[mode])]
                 difference = largest_difference([a for a, _ in both], [b for _, b in both])
-                if difference > TOLERANCE and difference > NOISE * self._rounding():
+                if difference > NOISE * self._precision and difference > NOISE * self._rounding():
                     if difference == float("inf"):
                         return f"goes on with the weight that the pair replaces, in {_name(mode)} mode"
                     return f"computes something else: its outputs differ by {difference:.1e} relative in {_name(mode)} mode"
         except Exception as error:
             return f"fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return None
+
+    @property
+    def _precision(self) -> float:
+        """Of the least precise weights, relative: no difference that is not well above it says anything."""
+        return max((torch.finfo(p.dtype).eps for p in self._model.parameters() if p.is_floating_point()), default=0.0)
 
     def _rounding(self) -> float:
         """How far one more rounding of the weights, or nothing but another run, moves the outputs."""

@@ -217,3 +217,18 @@ def test_a_model_that_never_computes_the_same_is_no_reason():
         warnings.simplefilter("ignore")
         small = fxrank.factorize(Unlike(), torch.randn(5, 8), rank=2, include="*")
     assert len(fxrank.plan_of(small).R) == 3
+
+
+def test_a_small_step_of_an_average_is_seen():
+    """It moves the outputs by less than a trace's proof would mind, and goes on in every step."""
+
+    class Slowly(Average):
+        def middle(self, x):
+            if self.training:
+                with torch.no_grad():
+                    for slow, fast in zip(self.slow.parameters(), self.b.parameters(), strict=True):
+                        slow.lerp_(fast, 1e-6)
+            return self.b(x) + self.slow(x)
+
+    plan = fxrank.plan_of(full(Slowly().double().train(), randn(5, 8)))
+    assert set(plan.R) == {"a", "c"}
