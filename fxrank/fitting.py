@@ -81,7 +81,8 @@ class Fitting:
         """A plan that is given, with factors from the data."""
         by_name = {layer.name: layer for layer in layers}
         decisions = [
-            self._with_data(d, by_name[d.name]) if d.factorized and d.name in by_name else d for d in plan.layers
+            self._with_data(d, by_name[d.name], d.gains_bias) if d.factorized and d.name in by_name else d
+            for d in plan.layers
         ]
         return replace(plan, layers=tuple(decisions), calibration_batches=self.evidence.batches or None)
 
@@ -114,13 +115,14 @@ class Fitting:
             decision = replace(decision, truncation_error=round(found.truncation_error(rank), 6))
         return self._with_data(decision, layer)
 
-    def _with_data(self, decision: LayerDecision, layer: Layer) -> LayerDecision:
+    def _with_data(self, decision: LayerDecision, layer: Layer, gains_bias: bool | None = None) -> LayerDecision:
         if not self.evidence.batches:
             return decision
-        fit = self.evidence.fit(layer.name, layer.form, decision.rank or 0)
+        fit = self.evidence.fit(layer.name, layer.form, decision.rank or 0, gains_bias)
         if fit is None:
             why = self.evidence.blind.get((layer.name, layer.form), "calibration did not look at it")
-            return replace(decision, reason=f"{decision.reason}; factors of the weight alone: {why}")
+            said = f"; factors of the weight alone: {why}"  # once, however often a plan is repeated
+            return replace(decision, reason=decision.reason.removesuffix(said) + said)
         self.factors[layer.name] = fit.factors
         return replace(decision, gains_bias=fit.gains_bias, output_error=round(fit.output_error, 6))
 

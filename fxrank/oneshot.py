@@ -64,6 +64,8 @@ def factorize(
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
     returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
     splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
+    `"auto"` takes for each layer, of all forms that it may have, the one that loses least with no more parameters, or, under a target,
+    at its cost.
     Without a rank it is a quarter of each layer's full rank, or what a target leaves.
 
     `target_params` and `target_macs` are budgets instead of ranks: the share, in (0, 1], of all the model's parameters, or of the
@@ -92,6 +94,7 @@ def factorize(
         return small
     gm = trace(small, example_inputs)
     layers = discover(gm, small)
+    notes: list[str] = []
     if isinstance(rank, Plan):
         rank = without_zero_weights(small, rank)
         layers = _as_planned(layers, rank)
@@ -101,7 +104,7 @@ def factorize(
             layers, named = _only_named(layers, rank)
         else:
             layers, named = candidates(layers, small, include=include, exclude=exclude), set()
-        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, []))
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, notes))
         for layer in layers:
             if layer.name in named:
                 _check_named(layer.name, layer)
@@ -123,6 +126,7 @@ def factorize(
     else:
         plan = fitting.plan_at(layers, _given(layers, RATIO if rank is None else rank), form)
         _warn_above_break_even(layers, plan.layers)
+    plan = replace(plan, note="; ".join([*([plan.note] if plan.note else []), *notes]))
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
         apply_plan(small, plan, example=example_inputs, factors=fitting.factors)
     if calls is not None and recalibrate:

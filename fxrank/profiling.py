@@ -35,6 +35,8 @@ class Profile:
     threshold: float
     seconds: float
     device: str
+    notes: tuple[str, ...] = ()
+    """What could not be checked before the layers were listed."""
 
     @property
     def K(self) -> int:
@@ -87,9 +89,8 @@ class Profile:
             "verdict",
         )
         table = tabulate(rows, headers=headers, disable_numparse=True)
-        return (
-            f"{table}\nK = {self.K} at threshold {self.threshold:g}x on {self.device}; measured in {self.seconds:.1f} s"
-        )
+        summary = f"K = {self.K} at threshold {self.threshold:g}x on {self.device}; measured in {self.seconds:.1f} s"
+        return "\n".join([table, summary, *self.notes])
 
 
 def profile(
@@ -125,8 +126,9 @@ def profile(
     found = [layer.if_in_form(form) for layer in discover(gm, model)]
     gm.let_go()
     layers = candidates(found, model, include=include, exclude=exclude)
-    layers = with_reasons(layers, misfits(layers, model, inputs, gm, []))
+    notes: list[str] = []
+    layers = with_reasons(layers, misfits(layers, model, inputs, gm, notes))
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))
-    return Profile(measured, tuple(layers), speedup_threshold, profiler.seconds, str(place))
+    return Profile(measured, tuple(layers), speedup_threshold, profiler.seconds, str(place), tuple(notes))

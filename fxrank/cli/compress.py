@@ -31,7 +31,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-params", type=float, default=None, help="share of all parameters to keep, as 0.5")
     parser.add_argument("--target-macs", type=float, default=None, help="share of all multiply-adds to keep")
     parser.add_argument(
-        "--rank", type=float, default=None, help=f"ratio of each layer's full rank (default {RATIO}, without a target)"
+        "--rank",
+        type=lambda text: int(text) if text.isdigit() else float(text),
+        default=None,
+        help=f"of every layer, or, with a point in it, ratio of its full rank (default {RATIO}, without a target)",
     )
     parser.add_argument("--form", default="auto", help="channel, spatial, qkv, … (default: whichever loses least)")
     parser.add_argument("--data", default=None, help=f"to calibrate on, and to compare on: {DATA_HELP}")

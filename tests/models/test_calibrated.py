@@ -2,6 +2,7 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,3 +226,62 @@ def test_batches_of_every_form_are_taken(model):
 def test_what_is_wrong_is_said_before_anything_is_done(model, options, error, text):
     with pytest.raises(error, match=re.escape(text)):
         fxrank.factorize(model, images(2), **options)
+
+
+class Raw(nn.Module):
+    """Nothing of it is a layer that calibration sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.a) @ self.b
+
+
+def test_a_model_that_calibration_cannot_see_says_so_and_still_needs_data(tmp_path):
+    torch.manual_seed(0)
+    model, x = Raw(), torch.randn(4, 8)
+    small = fxrank.factorize(model, x, rank=2, include="*", calibration=[x])
+    plan = fxrank.plan_of(small)
+    assert plan.calibration_batches == 1
+    why = "rank 2 as given; factors of the weight alone: it is multiplied with outside of any layer"
+    assert {d.reason for d in plan.layers} == {why}
+    again = fxrank.factorize(model, x, rank=plan, calibration=[x])  # the reason does not grow
+    assert fxrank.plan_of(again) == plan
+    with pytest.raises(CalibrationError, match="it is empty"):
+        fxrank.factorize(model, x, rank=2, include="*", calibration=[])
+
+
+def test_a_plan_decides_which_biases_are_gained_whatever_other_data_say(model, loader):
+    x = images(4)
+    plan = fxrank.plan_of(fxrank.factorize(model, x, rank=2, calibration=loader))
+    gains = {d.name for d in plan.layers if d.gains_bias}
+    other = [images(16, 7) - 0.3, -images(16, 8)]
+    for turned in (plan, plan.with_layers(replace(d, gains_bias=False) for d in plan.layers)):
+        small = fxrank.factorize(model, x, rank=turned, calibration=other)
+        assert {n for n in gains if small.get_submodule(n).bias is not None} == {
+            n for n in gains if turned.layer(n).gains_bias
+        }
+        assert {d.name for d in fxrank.plan_of(small).layers if d.gains_bias} == {
+            d.name for d in turned.layers if d.gains_bias
+        }
+
+
+def test_what_could_not_be_tried_is_in_the_plan(monkeypatch):
+    class Asks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.layer(x) * isinstance(self.layer, nn.Linear)
+
+    def fails(model, instead=None):
+        raise RuntimeError("odd")
+
+    model, x = nn.Sequential(nn.Linear(8, 8), Asks(), nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    monkeypatch.setattr("fxrank.switch.trial._twin", fails)
+    text = "not tried with pairs in it: a copy of the model fails with RuntimeError: odd"
+    assert fxrank.plan_of(fxrank.factorize(model, x, rank={"2": 2})).note == text
+    assert text in str(fxrank.profile(model, x))

@@ -44,16 +44,16 @@ class Evidence:
     centred_later: frozenset[str] = frozenset()
     batches: int = 0
 
-    def fit(self, name: str, form: str, rank: int) -> Fit | None:
-        """The best pair of a layer; None where only its weight is known."""
+    def fit(self, name: str, form: str, rank: int, gains_bias: bool | None = None) -> Fit | None:
+        """The best pair of a layer; None where only its weight is known. `gains_bias`: as a plan has it, else where it is needed."""
         best = self.known.get((name, form))
         if best is None:
             return None
-        if best.centred and name not in self.biased:
+        if best.centred and name not in self.biased and not gains_bias:
             if name in self.centred_later:
                 return Fit(best.factors(rank)[:2], False, best.output_error(rank))
             plain = replace(best, centred=False)
-            if plain.lost(rank) <= NEEDED * best.lost(rank):
+            if gains_bias is False or plain.lost(rank) <= NEEDED * best.lost(rank):
                 return Fit(plain.factors(rank), False, plain.output_error(rank))
         gains = best.centred and name not in self.biased
         return Fit(best.factors(rank), gains, best.output_error(rank))

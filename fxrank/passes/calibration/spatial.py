@@ -34,7 +34,7 @@ class SpatialProjection:
     moments: Moments
     width: int
     centred: bool
-    _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def sigma(self) -> Tensor:

@@ -1,5 +1,7 @@
 """Spatial factors that know the patches: never worse than the weight's own, and what is said to be lost is what is lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,3 +100,15 @@ def test_few_patches_constant_ones_and_none_that_vary():
             assert all(torch.isfinite(t).all() for t in factors)
             assert found.lost(rank) <= found.energy * (1 + 1e-9)
         assert outputs_lost(conv, images, found.factors(12)) < 1e-12
+
+
+def test_with_and_without_a_bias_are_two_fits():
+    """What one of them has found is not taken for the other's."""
+    conv, images = layer_and_images({"kernel_size": 3, "padding": 1, "bias": False})
+    with_bias = fitted(conv, images + 2)
+    without = replace(with_bias, centred=False)
+    alone = SpatialProjection(with_bias.stack, with_bias.moments, with_bias.width, centred=False)
+    for rank in (1, 3):
+        best = with_bias.lost(rank)
+        assert without.lost(rank) == pytest.approx(alone.lost(rank), rel=1e-9)
+        assert with_bias.lost(rank) == best < without.lost(rank)
