@@ -27,7 +27,7 @@ from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.model.weights import is_derived
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
-from fxrank.passes.tracing.proof import _tensors_of_both, observers_off, without_data
+from fxrank.passes.tracing.proof import observers_off, tensors_of_both, without_data
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
 from fxrank.switch.apply_plan import Factors, apply_plan
@@ -98,7 +98,7 @@ class _Trial:
             if strange := sorted(self._expected.keys() - found.keys()):
                 return f"fails in {_name(strange[0])} mode"
             for mode, expected in self._expected.items():
-                both = [*_tensors_of_both(expected, found[mode])]
+                both = [*tensors_of_both(expected, found[mode])]
                 difference = largest_difference([a for a, _ in both], [b for _, b in both])
                 if difference > NOISE * self._precision and difference > NOISE * self._rounding():
                     if difference == float("inf"):
@@ -117,7 +117,7 @@ class _Trial:
         """How far one more rounding of the weights, or nothing but another run, moves the outputs."""
         if self._noise is None:
             noisy = self._outputs(_twin(self._model, {id(p): _rounded(p) for p in self._model.parameters()}))
-            both = [b for mode in noisy for b in _tensors_of_both(self._expected[mode], noisy[mode])]
+            both = [b for mode in noisy for b in tensors_of_both(self._expected[mode], noisy[mode])]
             self._noise = largest_difference([a for a, _ in both], [b for _, b in both])
         return self._noise
 

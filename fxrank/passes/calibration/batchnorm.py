@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
-from fxrank.passes.model.restored import randoms_put_back, unwritten
+from fxrank.passes.model.restored import modes_put_back, randoms_put_back, unwritten
 from fxrank.torch_private.modules import BatchNorm
 
 
@@ -25,9 +25,15 @@ def measure_batchnorms(model: nn.Module, calls: Callable[[], Iterable[Call]]) ->
         return 0
     sums = {name: _Sums() for name in norms}
     hooks = [norm.register_forward_pre_hook(sums[name].add) for name, norm in norms.items()]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), torch.no_grad(), eagerly(model):
+        with (
+            torch.random.fork_rng(),
+            randoms_put_back(model),
+            unwritten(model),
+            torch.no_grad(),
+            eagerly(model),
+            modes_put_back(model),
+        ):
             model.eval()
             for norm in norms.values():
                 norm.train()
@@ -36,8 +42,6 @@ def measure_batchnorms(model: nn.Module, calls: Callable[[], Iterable[Call]]) ->
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     for name, found in sums.items():
         if found.count > 1 and not all(torch.isfinite(t).all() for t in found.moments()):
             raise CalibrationError(

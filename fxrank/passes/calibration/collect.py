@@ -14,7 +14,7 @@ from fxrank.passes.calibration.moments import Moments
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
-from fxrank.passes.model.restored import randoms_put_back, restored, unwritten
+from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
 from fxrank.passes.pairs.base import FactorPair
 
 K = TypeVar("K")
@@ -58,7 +58,7 @@ def collect(
     number = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    for keys in _rounds(watched):
+    for keys in list(_rounds(watched)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
             batch = _Batch()
@@ -112,14 +112,10 @@ class _Batch:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In evaluation mode, compiled parts as they were written, and everything as before at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    with restored(model), eagerly(model), randoms_put_back(model), unwritten(model), torch.random.fork_rng():
+    kept = restored(model), randoms_put_back(model), unwritten(model), modes_put_back(model)
+    with kept[0], kept[1], kept[2], kept[3], eagerly(model), torch.random.fork_rng():
         model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        yield
 
 
 def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.model.restored import randoms_put_back, restored, unwritten
+from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
 from fxrank.passes.model.weights import derives_weight, is_derived, numbers_of, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight
@@ -137,14 +137,11 @@ def _without_hooks(module: nn.Module, children: dict[str, nn.Module]) -> nn.Modu
 
 @contextmanager
 def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    before = [(m, m.training) for m in module.modules()]
-    for m, _ in before:
-        m.training = training
-    try:
+    """In this mode, without a call of `train`, which may write into weights."""
+    with modes_put_back(module):
+        for m in module.modules():
+            m.training = training
         yield
-    finally:
-        for m, mode in before:
-            m.training = mode
 
 
 def _inputs(layer: Layer, dense: nn.Module, module: nn.Module) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxrank.passes.model.code import cells, names
 from fxrank.torch_private.modules import all_hooks
 
 ASKING = {
@@ -70,11 +71,11 @@ _KNOWN = {"torch", "numpy", *sys.stdlib_module_names} - {"__main__"}
 
 
 def _asks(function: types.FunctionType, weights: frozenset[str]) -> bool:
-    names = set(_names(function.__code__))
-    in_place = any(name.endswith("_") and not name.startswith("_") for name in names)
-    if names & ASKING or (in_place and names & weights):
+    named = names(function)
+    in_place = any(name.endswith("_") and not name.startswith("_") for name in named)
+    if named & ASKING or (in_place and named & weights):
         return True
-    return any(not _is_plain(cell) and not isinstance(cell, types.FunctionType) for cell in _cells(function))
+    return any(not _is_plain(cell) and not isinstance(cell, types.FunctionType) for cell in cells(function))
 
 
 def _asks_somewhere(cls: type, weights: frozenset[str], seen: set[Any]) -> bool:
@@ -99,13 +100,13 @@ def _methods(cls: type) -> Iterator[types.FunctionType]:
 
 def _reached(function: types.FunctionType, cls: type) -> Iterator[types.FunctionType]:
     """The functions that a function names: methods of the class, globals, those in global containers and other modules."""
-    names = set(_names(function.__code__))
-    yield from _functions(value for base in cls.__mro__ for name, value in vars(base).items() if name in names)
-    yield from _functions(_cells(function))
-    for name in names & function.__globals__.keys():
+    named = names(function)
+    yield from _functions(value for base in cls.__mro__ for name, value in vars(base).items() if name in named)
+    yield from _functions(cells(function))
+    for name in named & function.__globals__.keys():
         value = function.__globals__[name]
         if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] not in _KNOWN:
-            yield from _functions(vars(value)[n] for n in names if n in vars(value))
+            yield from _functions(vars(value)[n] for n in named if n in vars(value))
         else:
             yield from _functions([value])
 
@@ -125,18 +126,3 @@ def _functions(values: Iterable[Any]) -> Iterator[types.FunctionType]:
             yield from _functions([value.fget, value.fset])
         elif isinstance(value, partial):
             yield from _functions([value.func])
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
-
-
-def _cells(function: types.FunctionType) -> Iterator[Any]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # nothing is in it yet
-            continue

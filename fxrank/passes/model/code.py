@@ -87,7 +87,7 @@ def _held(holder: Any, depth: int) -> Iterator[Any]:
 def _directly_held(thing: Any) -> list[Any]:
     if isinstance(thing, types.FunctionType):
         named = [thing.__globals__[n] for n in names(thing) if n in thing.__globals__]
-        return [*_cells(thing), *named, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
+        return [*cells(thing), *named, *(thing.__defaults__ or ()), *(thing.__kwdefaults__ or {}).values()]
     if isinstance(thing, types.MethodType):
         owner: Any = thing.__self__
         held = {n: v for n, v in vars(owner).items() if n not in _OWN} if isinstance(owner, nn.Module) else {}
@@ -100,7 +100,8 @@ def _directly_held(thing: Any) -> list[Any]:
     return list(vars(thing).values()) if hasattr(thing, "__dict__") else []
 
 
-def _cells(function: types.FunctionType) -> Iterator[Any]:
+def cells(function: types.FunctionType) -> Iterator[Any]:
+    """What is in a function's closure."""
     for cell in function.__closure__ or ():
         with suppress(ValueError):  # it is empty yet
             yield cell.cell_contents

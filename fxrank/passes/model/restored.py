@@ -54,6 +54,17 @@ def _put_back(saved: _Saved) -> None:
 
 
 @contextmanager
+def modes_put_back(model: nn.Module) -> Iterator[None]:
+    """Put back whether each module is in training mode."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
 def unwritten(model: nn.Module, but: Container[int] = ()) -> Iterator[None]:
     """Put back the numbers that a forward has written into parameters, and into other tensors that the modules hold: a momentum
     encoder, a codebook. Only what is written is copied, and all buffers: kernels of normalization do not say that they write.

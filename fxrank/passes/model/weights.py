@@ -2,8 +2,7 @@
 module.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from fxrank.passes.errors import PlanMismatchError
+from fxrank.passes.model.restored import modes_put_back
 from fxrank.torch_private.modules import own_buffers, own_parameters, pre_hooks
 
 
@@ -26,7 +26,9 @@ def weight_of(layer: nn.Module) -> Tensor:
     its power iteration; of a weight-standardized convolution the standardized one.
     """
     if parametrize.is_parametrized(layer, "weight"):
-        with _evaluating(layer.get_submodule("parametrizations.weight")):
+        steps = layer.get_submodule("parametrizations.weight")
+        with modes_put_back(steps):
+            steps.eval()
             return _tensor(layer.weight)
     hook = _old_norm(layer)
     if isinstance(hook, WeightNorm):
@@ -108,17 +110,6 @@ def _old_norm(layer: nn.Module) -> Any:
     norms = (WeightNorm, SpectralNorm)
     hooks = pre_hooks(layer).values()
     return next((h for h in hooks if isinstance(h, norms) and h.name == "weight"), None)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 def _tensor(value: object) -> Tensor:

@@ -86,11 +86,11 @@ def differs(
             continue
         try:
             found = differentiable_outputs(traced, inputs, {}) if recorded else seeded_outputs(traced, inputs, {})
-            both = [*_tensors_of_both(expected, found)]
+            both = [*tensors_of_both(expected, found)]
             difference = largest_difference([a for a, _ in both], [b for _, b in both])
             if also_without_gradients and recorded:
                 quiet = (seeded_outputs(model, call_args, call_kwargs), seeded_outputs(traced, inputs, {}))
-                quiet_both = [*_tensors_of_both(*quiet)]
+                quiet_both = [*tensors_of_both(*quiet)]
                 quiet_difference = largest_difference([a for a, _ in quiet_both], [b for _, b in quiet_both])
                 difference = max(difference, quiet_difference)
         except Exception as error:
@@ -137,18 +137,18 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _tensors_of_both(expected: Any, found: Any) -> Iterator[tuple[Any, Any]]:
+def tensors_of_both(expected: Any, found: Any) -> Iterator[tuple[Any, Any]]:
     """Tensors at the same places of two outputs. What no graph can return, a key-value cache say, is None in `found`."""
     if isinstance(expected, Tensor) and found is not None:
         yield expected, found
     elif isinstance(expected, Mapping) and isinstance(found, Mapping):
         for key in expected:
-            yield from _tensors_of_both(expected[key], found.get(key))
+            yield from tensors_of_both(expected[key], found.get(key))
     elif isinstance(expected, (tuple, list)) and isinstance(found, (tuple, list)):
         for a, b in zip(expected, found, strict=True):
-            yield from _tensors_of_both(a, b)
+            yield from tensors_of_both(a, b)
     elif is_dataclass(expected) and is_dataclass(found):
-        yield from _tensors_of_both(vars(expected), vars(found))
+        yield from tensors_of_both(vars(expected), vars(found))
 
 
 def without_data(model: nn.Module) -> bool:

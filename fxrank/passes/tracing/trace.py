@@ -18,7 +18,6 @@ own, from a real run's inputs, and stands in `regions`.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -31,7 +30,7 @@ from torch.nn.utils.rnn import PackedSequence
 from fxrank.passes.errors import TraceError
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly, uncompiled
-from fxrank.passes.model.restored import randoms_put_back, restored
+from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored
 from fxrank.passes.model.weights import made_in_inference
 from fxrank.passes.tracing.compare import alone, seeded_outputs
 from fxrank.passes.tracing.fake_values import Values
@@ -190,7 +189,8 @@ def _trace(
             graphs[not mode] = graphs[mode]
         else:
             try:
-                with _in_mode(model, not mode):
+                with modes_put_back(model):
+                    model.train(not mode)
                     other, more, *_ = _graph(
                         model, args, kwargs, types, dict(leaves), values, aside, leaves_may_grow=False
                     )
@@ -297,17 +297,6 @@ def _renamed(graph: fx.Graph, constants: Mapping[str, Tensor]) -> dict[str, Tens
         if node.op == "get_attr" and node.target in constants:
             node.target = f"_other{node.target}"
     return {f"_other{name}": value for name, value in constants.items()}
-
-
-@contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
 
 
 def _opaque(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TracedModule:
