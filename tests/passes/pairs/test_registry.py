@@ -396,6 +396,5 @@ def test_all_forms_of_a_layer_have_one_kind(register):
     for bad in (3, None):
         with pytest.raises(ValueError, match=f"a form's name must be an identifier other than 'auto'; got {bad}"):
             register(nn.Linear, fxrank.LowRankLinear, form=bad)
-    numbered = type("Numbered", (LowRankRolledLinear,), {"kind": 3})
     with pytest.raises(TypeError, match="kind must be a name and geometry a tuple of names; got 3 and"):
-        register(RolledLinear, numbered)
+        register(RolledLinear, type("Numbered", (LowRankRolledLinear,), {"kind": 3}))
