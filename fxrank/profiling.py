@@ -56,6 +56,7 @@ class Profile:
             "K": self.K,
             "kept": list(self.kept),
             "stacks": [s.to_dict() for s in self.stacks],
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:

@@ -42,6 +42,7 @@ CLAIMS = {
     "evaluation": (lambda m, out, x: out if m.training else out.relu(), "in evaluation mode"),
     "chance": (lambda m, out, x: out + torch.randn_like(out), "it computes more than its weight"),
     "input": (lambda m, out, x: out * x.mean(), "it computes more than its weight"),
+    "input, by a millionth": (lambda m, out, x: out * (1 + 1e-6 * x.mean()), "it computes more than its weight"),
     "size": (lambda m, out, x: out / len(x), "it computes more than its weight"),
     "gradient": (lambda m, out, x: out.detach() + 0 * x.sum(), "it computes more than its weight"),
     "reversed": (lambda m, out, x: 2 * out.detach() - out, "it computes more than its weight"),
