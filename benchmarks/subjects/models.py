@@ -1,5 +1,6 @@
 """The benchmark's own models, in the CIFAR shape of the papers, by name."""
 
+import importlib
 from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
@@ -67,17 +68,24 @@ def resnet20(num_classes: int = 10, width: int = 16) -> ResNet:
     return ResNet((width, 2 * width, 4 * width), 3, num_classes)
 
 
+def resnet56(num_classes: int = 10) -> ResNet:
+    """ResNet-56 (He et al. 2016, §4.2), with projection shortcuts."""
+    return ResNet((16, 32, 64), 9, num_classes)
+
+
+VGG11 = (64, 0, 128, 0, 256, 256, 0, 512, 512, 0, 512, 512, 0)
+VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
+"""Output channels of each convolution; 0 is a 2×2 max-pooling."""
+
+
 class VGG(nn.Module):
-    """VGG-19 with BatchNorm for 32×32 images."""
+    """VGG with BatchNorm for 32×32 images (Simonyan & Zisserman 2015, Table 1)."""
 
-    PLAN = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 512, 512, 512, 512, 0)
-    """Output channels of each convolution; 0 is a 2×2 max-pooling."""
-
-    def __init__(self, classes: int, hidden_layers: int) -> None:
+    def __init__(self, plan: Sequence[int], classes: int, hidden_layers: int = 0) -> None:
         super().__init__()
         before, number = 3, 0
         self.order: list[str | None] = []
-        for width in self.PLAN:
+        for width in plan:
             if width == 0:
                 self.order.append(None)
                 continue
@@ -103,9 +111,14 @@ class VGG(nn.Module):
         return out
 
 
+def vgg11_bn(num_classes: int = 10) -> VGG:
+    """VGG-11-BN: one Linear after the convolutions."""
+    return VGG(VGG11, num_classes)
+
+
 def vgg19_bn(num_classes: int = 10, hidden_layers: int = 0) -> VGG:
     """VGG-19-BN: one Linear after the convolutions (Cuttlefish), or two 512×512 layers before it (Pufferfish, `hidden_layers=2`)."""
-    return VGG(num_classes, hidden_layers)
+    return VGG(VGG19, num_classes, hidden_layers)
 
 
 class HandwrittenBlock(nn.Module):
@@ -143,7 +156,21 @@ def handwritten_lowrank_resnet18(ranks: Sequence[int], num_classes: int = 10) ->
     return model
 
 
-ZOO: dict[str, Callable[[int], nn.Module]] = {"resnet18": resnet18, "resnet20": resnet20, "vgg19_bn": vgg19_bn}
+def vit_tiny(num_classes: int = 10) -> nn.Module:
+    """timm's ViT-tiny, half as deep, with patches of 4×4 for 32×32 images."""
+    sizes = {"img_size": 32, "patch_size": 4, "num_classes": num_classes, "depth": 6}
+    model: nn.Module = importlib.import_module("timm").create_model("vit_tiny_patch16_224", **sizes)
+    return model
+
+
+ZOO: dict[str, Callable[[int], nn.Module]] = {
+    "resnet18": resnet18,
+    "resnet20": resnet20,
+    "resnet56": resnet56,
+    "vgg11_bn": vgg11_bn,
+    "vgg19_bn": vgg19_bn,
+    "vit_tiny": vit_tiny,
+}
 
 
 def build(name: str, num_classes: int = 10) -> nn.Module:

@@ -1,3 +1,4 @@
+import importlib
 import io
 import json
 import re
@@ -14,6 +15,7 @@ from benchmarks import cifar10, compiled, convergence, faults, oneshot, rank_tra
 from benchmarks.subjects.data import MEAN, STD, Cifar, DeviceLoader
 from benchmarks.subjects.data import cifar10 as load_cifar10
 from benchmarks.subjects.models import build, handwritten_lowrank_resnet18
+from benchmarks.subjects.peers import largest, size
 
 
 def images(count=20):
@@ -94,7 +96,7 @@ def test_decoding_an_archive_once(tmp_path):
 def test_model_names():
     assert type(build("resnet20", 5).linear).__name__ == "Linear"
     assert build("torchvision:resnet18").fc.out_features == 10
-    with pytest.raises(ValueError, match="must be one of 'resnet18', 'resnet20', 'vgg19_bn'; got 'resnet2'"):
+    with pytest.raises(ValueError, match=r"must be one of 'resnet18', 'resnet20', .*'vit_tiny'; got 'resnet2'"):
         build("resnet2")
     with pytest.raises(ValueError, match="the 12 convolutions of stages 2-4; got 3"):
         handwritten_lowrank_resnet18([1, 2, 3])
@@ -233,24 +235,27 @@ def test_no_row_of_the_fault_table_takes_what_another_counts():
 def test_the_one_shot_benchmark_has_a_row_for_each_way(tmp_path, monkeypatch, capsys):
     x, y = images(160)
     monkeypatch.setattr(oneshot, "cifar10", lambda root, source, cache: Cifar(x, y, x[:40], y[:40]))
-    command = [
-        "--epochs",
-        "1",
-        "--subset",
-        "128",
-        "--test-subset",
-        "40",
-        "--calibration",
-        "32",
-        "--budgets",
-        "0.5",
-        "--steps",
-        "1",
-    ]
-    path = oneshot.main([*command, "--weights", str(tmp_path / "weights.pt"), "--results", str(tmp_path)])
-    rows = json.loads(path.read_text())["results"]
-    assert rows[0]["form"] == "dense"
-    ways = [(r["form"], r["factors"], r["ranks"]) for r in rows[1:]]
+    options = {"model": "resnet20", "epochs": 1, "subset": 128, "test-subset": 40, "calibration": 32, "budgets": 0.5}
+    command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command += ["--steps", "1", "--peers", "torch-that-nobody-has", "--no-timing"]
+    command += ["--weights", str(tmp_path / "weights.pt"), "--results", str(tmp_path), "--output", str(tmp_path)]
+    monkeypatch.setitem(oneshot.PEERS, "torch-that-nobody-has", lambda *given: importlib.import_module("not_there"))
+    path = oneshot.main(command)
+    dense, *rows, peer = json.loads(path.read_text())["results"]
+    assert dense["tool"] == "dense"
+    ways = [(r["form"], r["factors"], r["ranks"]) for r in rows]
     assert len(set(ways)) == len(ways) == 10
-    assert all(abs(r["parameters"] / rows[0]["parameters"] - 0.5) < 0.02 for r in rows[1:])
+    assert all(abs(r["parameters"] / dense["parameters"] - 0.5) < 0.02 for r in rows)
+    assert peer["failed"].startswith("ModuleNotFoundError: No module named 'not_there'")
+    assert not any("forward" in r for r in rows)
+    assert any("healed" in r for r in rows)
     assert "healed" in capsys.readouterr().out
+    monkeypatch.setattr(oneshot.Bench, "_row", None)  # what is in the ledger is not done again
+    assert json.loads(oneshot.main(command).read_text())["results"] == [dense, *rows, peer]
+
+
+def test_the_largest_model_that_fits():
+    made = largest(lambda ratio: torch.nn.Linear(1, max(1, round(100 * ratio)), bias=False), 42, steps=12)
+    assert size(made) == 42
+    with pytest.raises(ValueError, match="no setting leaves at most 0 parameters"):
+        largest(lambda ratio: torch.nn.Linear(1, 1), 0)
