@@ -58,7 +58,7 @@ def collect(
     number = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    for keys in list(_rounds(watched)) or [[]]:  # with nothing to watch too, the batches must be good ones
+    for keys in list(rounds(watched)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
             batch = _Batch()
@@ -127,12 +127,12 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _rounds(watched: Mapping[K, Watch]) -> Iterator[list[K]]:
-    """Keys, in rounds that fit into `ROUND_BYTES`; a larger layer has one of its own."""
+def rounds(watched: Mapping[K, Watch], at_most: int = ROUND_BYTES) -> Iterator[list[K]]:
+    """Keys, in rounds whose moments fit into so many bytes; a larger layer has one of its own."""
     keys: list[K] = []
     held = 0
     for key, watch in watched.items():
-        if keys and held + watch.bytes > ROUND_BYTES:
+        if keys and held + watch.bytes > at_most:
             yield keys
             keys, held = [], 0
         keys.append(key)
