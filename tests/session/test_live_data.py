@@ -59,8 +59,9 @@ def test_outputs_differ_less_than_with_factors_of_the_weights(make, batch, optio
     plan = session.plan
     assert plan.calibration_batches == 1
     assert all(0 < d.output_error < 1 and not d.gains_bias for d in plan.layers if d.factorized)
+    known = len(plan.R)
     assert session.notes == [
-        "factors know what their layers saw in 1 calls of the model, of the step before the switch",
+        f"factors of {known} of {known} layers know what these saw in 1 call of the model, of the step before the switch"
     ]
 
 
@@ -129,6 +130,18 @@ def test_layers_that_cannot_be_watched_keep_the_factors_of_their_weight():
     assert decision.rank == 4 and decision.output_error is None
     assert decision.reason.endswith("factors of the weight alone: it is multiplied with outside of any layer")
     assert torch.equal(model.mixing.u.weight, plain.mixing.u.weight)
+
+
+def test_a_few_vectors_do_not_count():
+    model, session, _ = run(batch=(X[:15], Y[:15]))
+    plain, _, _ = run(replace(DATA, factors="weight"), batch=(X[:15], Y[:15]))
+    said = (
+        "factors of the weight alone: it saw 15 vectors of 16 numbers in this step, and as many as numbers are needed"
+    )
+    assert all(d.reason.endswith(said) for d in session.plan.layers if d.factorized)
+    assert session.notes[0].startswith("factors of 0 of 2 layers know")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert run(batch=(X[:16], Y[:16]))[1].notes[0].startswith("factors of 2 of 2 layers know")
 
 
 # -- from which calls

@@ -60,10 +60,15 @@ class Evidence:
 
 
 def gather(
-    model: nn.Module, layers: Sequence[Layer], calls: Callable[[], Iterable[Call]], centred_later: frozenset[str]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    calls: Callable[[], Iterable[Call]],
+    centred_later: frozenset[str],
+    *,
+    by_batch: bool = False,
 ) -> Evidence:
-    """Run the model over the calls, in evaluation mode, for the layers without a `reason`, which may come in several forms. Errors as of `collect`, and
-    `NonFiniteWeightError`.
+    """Run the model over the calls, in evaluation mode (`by_batch` as of `collect`), for the layers without a `reason`, which may come in
+    several forms. Errors as of `collect`, and `NonFiniteWeightError`.
     """
     watched: dict[Key, Watch] = {}
     blind: dict[Key, str] = {}
@@ -76,7 +81,7 @@ def gather(
         else:
             blind[key] = watch
     known: dict[Key, Known] = {}
-    moments_of, batches = collect(model, watched, calls)
+    moments_of, batches = collect(model, watched, calls, by_batch=by_batch)
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)

@@ -69,7 +69,7 @@ def train(folder, rank=0, size=1, ddp=None, factors="weight"):
     torch.manual_seed(0)
     np.random.seed(1 + rank)
     random.seed(2 + rank)
-    batch = -(-8 // size)
+    batch = -(-(8 if factors == "weight" else 40) // size)  # 32 numbers go into a layer
     model, data = network(), Noisy(8 * batch * size)
     inner = model
     if size > 1:
