@@ -60,7 +60,7 @@ def collect(
     number = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    for keys in list(rounds(watched)) or [[]]:  # with nothing to watch too, the batches must be good ones
+    for keys in list(rounds(watched, ROUND_BYTES)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
             batch = _Batch()
@@ -135,7 +135,7 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def rounds(watched: Mapping[K, Watch], at_most: int = ROUND_BYTES) -> Iterator[list[K]]:
+def rounds(watched: Mapping[K, Watch], at_most: int) -> Iterator[list[K]]:
     """Keys, in rounds whose moments fit into so many bytes; a larger layer has one of its own."""
     keys: list[K] = []
     held = 0
