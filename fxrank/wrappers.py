@@ -4,7 +4,7 @@ captured with.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -36,6 +36,20 @@ def outside_autocast(function: Callable[P, T]) -> Callable[P, T]:
             return function(*args, **kwargs)
 
     return called
+
+
+def autocast_as_now() -> Callable[[], AbstractContextManager[None]]:
+    """How to be, at any later time, under the autocast that is on now, if one is."""
+    on = [(device, torch.get_autocast_dtype(device)) for device in filter(torch.is_autocast_enabled, _AUTOCAST)]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for device, dtype in on:  # what is cast without gradients must not be met by a call that needs them
+                stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))
+            yield
+
+    return again
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

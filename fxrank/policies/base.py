@@ -7,7 +7,7 @@ a property or a method with an answer here, so that a policy of one's own needs 
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType
 from typing import Any, get_args
@@ -22,6 +22,8 @@ from fxrank.switch.zero_weights import without_zero_weights
 
 _KINDS: dict[Any, Any] = {float: Real, int: Integral, str: str, NoneType: NoneType}
 """What an option may be, by its annotation: numbers of numpy are as good as Python's."""
+LATER = {"later": True}
+"""Metadata of an option that earlier versions did not have: a `repr` has it only where it is not the default, so that their runs go on."""
 
 
 def _check_kind(name: str, annotation: Any, value: object) -> None:
@@ -45,7 +47,8 @@ class Policy(ABC):
     each third), `"auto"` (of the two, at the same number of parameters, the one with the smaller truncation error),
     `"spatial"` (two-dimensional kernels get one down and one across), or one of `register_pair`; layers without it keep theirs.
     `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
-    papers' BERT recipe.
+    papers' BERT recipe. `factors` are made of the `"weight"` alone, its truncated SVD, or of the `"data"`: those whose outputs differ
+    least from the layer's on what the model was called with in the step before the switch (see `session.live_data`); the ranks are the same.
     """
 
     # In this order, as a policy's `repr` is compared when a run goes on.
@@ -55,6 +58,18 @@ class Policy(ABC):
     lr_scale: float = Training.lr_scale
     rewarmup: float = Training.rewarmup
     freeze: tuple[str, ...] = Training.freeze
+    factors: str = field(default="weight", metadata=LATER)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Policy.__repr__  # type: ignore[method-assign]  # or `dataclass` would make its own
+
+    def __repr__(self) -> str:
+        shown = [
+            f for f in fields(self) if f.repr and not ("later" in f.metadata and getattr(self, f.name) == f.default)
+        ]
+        return f"{type(self).__qualname__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -67,6 +82,8 @@ class Policy(ABC):
         _ = self.training  # which has the rules for its options
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))
+        if self.factors not in ("weight", "data"):
+            raise unknown_name("factors", self.factors, ("weight", "data"))
 
     @property
     def name(self) -> str:

@@ -94,7 +94,8 @@ class FixedPlan(Policy):
         return "as planned" if clock.step >= (self.given.switch_step or 0) and self.given.R else None
 
     def decide(self, scene: Scene) -> list[LayerDecision]:
-        return list(self.given.layers)
+        # No optimizer would know a bias that is new.
+        return [replace(d, gains_bias=False) if d.gains_bias else d for d in self.given.layers]
 
     def plan_without_switch(self, scene: Scene, clock: Clock) -> Plan:
         return super().plan_without_switch(scene, clock) if self.given.R else self.given
@@ -146,7 +147,8 @@ def as_policy(policy: Policy | Plan | str | None) -> Policy:
     if policy is None:
         return Cuttlefish()
     if isinstance(policy, Plan):
-        return FixedPlan(given=policy, **({} if policy.training is None else vars(policy.training)))
+        factors = "weight" if policy.calibration_batches is None else "data"
+        return FixedPlan(given=policy, factors=factors, **({} if policy.training is None else vars(policy.training)))
     if isinstance(policy, str):
         if policy not in POLICIES:
             raise unknown_name("policy", policy, POLICIES)

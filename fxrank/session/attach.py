@@ -31,6 +31,7 @@ from fxrank.switch.averages import Average, averaged_in
 from fxrank.switch.freeze import frozen_names
 from fxrank.switch.optimizer import optimizers_of, refused_by
 from fxrank.switch.trial import misfits, with_reasons
+from fxrank.torch_private.dtensor import is_sharded
 from fxrank.wrappers import check_not_graphed, own_forward
 
 
@@ -93,6 +94,11 @@ def examine(
         raise TypeError(f"followers are several averages of the model; got {type(followers).__name__}. Give a list.")
     averages = tuple(averaged_in(follower, model) for follower in followers)
     frozen_names(model, policy.training.freeze)
+    if policy.factors == "data" and is_sharded(model):
+        raise TypeError(
+            'factors="data" needs a model that is whole in each process, whose layers are run by themselves; this one is in shards. '
+            "Leave it out, for factors of the weights alone, or train with DistributedDataParallel."
+        )
     if policy.known_plan is not None:
         team.check_plan(policy.known_plan)
     structure = team.structure

@@ -33,6 +33,7 @@ from fxrank.policies.fixed import as_policy
 from fxrank.policies.scene import Clock
 from fxrank.session.attach import Attachment, clock_of, examine
 from fxrank.session.hooks import StepHooks
+from fxrank.session.live_data import LastCalls, fitted_to
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
 from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
@@ -67,6 +68,7 @@ class LowRankSession:
         self._attached, self._listener = attached, listener or (lambda *_: None)
         self._averages, self._logger = list(attached.averages), attached.logger
         self._hooks = StepHooks(self.optimizers)
+        self._calls = LastCalls()
         self._elsewhere = StepsElsewhere(self.optimizers, self._say)
         self._end_watch: Callable[[], None] = lambda: None
         self._watch = Stopwatch(next(self.model.parameters()).device)
@@ -142,6 +144,8 @@ class LowRankSession:
             self._observe(exact=True)
         self._hooks.put_on(self._before_step, self._after_step)
         self._end_watch = self._elsewhere.watch()
+        if self.policy.factors == "data" and self.plan is None:
+            self._calls.watch(self.model)
         expect_end(self)
         try:
             if state is None:
@@ -189,6 +193,7 @@ class LowRankSession:
             self.step()
         elif self.clock.step % 64 == 0:
             self._collect_times()
+        self._calls.step_made()
         self._watch.mark()
 
     def step(self) -> bool:
@@ -229,6 +234,9 @@ class LowRankSession:
         self.team.together(lambda: self._listener("before_switch", self))
         start, profiled = time.perf_counter(), self._profiled()
         plan = self.team.agree(lambda: self.policy.plan(self.scene, self.clock, why))
+        if self.policy.factors == "data" and plan.R:
+            plan, note = fitted_to(plan, self._calls, self._attached)
+            self.notes.append(note)
         measured = self._profiled() - profiled
         self.seconds["profile"] += measured
         self.install(plan)
@@ -248,6 +256,7 @@ class LowRankSession:
         """
         if not plan.R:
             self.plan = plan
+            self._calls.stop()
             return
         with as_in_training(p for held in self._hooks.trained.values() for p in held):
             averages = [a.as_module(self.model) if isinstance(a, ListedAverage) else a for a in self._averages]
@@ -260,6 +269,7 @@ class LowRankSession:
                     self._broken = error
                 raise
         self._hooks.trained = {}
+        self._calls.stop()
 
     def _install(self, plan: Plan, averages: Sequence[nn.Module], split: bool) -> None:
         replacements = put_pairs(self._attached, averages, plan, split=split)
@@ -304,6 +314,7 @@ class LowRankSession:
     def detach(self) -> None:
         """Take the hooks off without an end of the training, as of one that was broken off."""
         self._hooks.take_off()
+        self._calls.stop()
         self._end_watch()
         has_ended(self)
 
@@ -344,6 +355,9 @@ class LowRankSession:
         restore_session(self, state)
 
     def pause(self) -> None:
-        """Leave the time since the last step out of the step times, as for the writing of a checkpoint."""
+        """Leave the time since the last step out of the step times, as for the writing of a checkpoint, which knows nothing of what the
+        model was called with.
+        """
+        self._calls.step_made()
         self._collect_times()
         self._watch.mark()

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 from torch.optim import Optimizer
 
+from fxrank.passes.model.weights import weight_of
+from fxrank.passes.pairs.locate import dense_at
 from fxrank.plan import Plan
 from fxrank.session.attach import Attachment
 from fxrank.switch.apply_plan import Replacement
@@ -17,9 +19,15 @@ from fxrank.switch.optimizer import swap_parameters
 def put_pairs(attached: Attachment, averages: Iterable[nn.Module], plan: Plan, *, split: bool) -> list[Replacement]:
     """The plan's pairs in the model, in its graph and in its averages. `split=False` leaves the factors unfilled."""
     team, scene = attached.team, attached.scene
+    averages, before = list(averages), {}
+    if averages and split and plan.calibration_batches is not None:
+        for name in plan.R:
+            dense = dense_at(team.model, name)
+            bias = getattr(dense, "bias", None)
+            before[name] = weight_of(dense).detach(), None if bias is None else bias.detach().clone()
     replacements = team.apply(plan, attached.graph_module, attached.example, scene.factors, split=split)
     for average in averages:
-        switch_average(average, team.model, plan, split=split)
+        switch_average(average, team.model, plan, split=split, before=before)
     return replacements
 
 

@@ -81,9 +81,11 @@ def apply_plan(
     layers: dict[int, nn.Module] = {}
     weights: list[tuple[nn.Module, str, FactorPair]] = []
     norms = []  # of tied layers each has its own
+    biases: list[Tensor] = []
     for site in found:
         pairs = _pairs(site, split, {} if factors is None else factors)
         norms += [pair.extra_norm for pair in pairs]
+        biases += [] if plan.calibration_batches is None else [p.bias for p in pairs if p.bias is not None]
         made.append(pairs[0])
         for place, pair in zip(site.places, pairs, strict=True):
             if place.attribute:
@@ -100,7 +102,7 @@ def apply_plan(
             module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
             module.use_nested_tensor = False
     if share is not None:
-        share(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight))
+        share([*(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight)), *biases])
     calibrate_on(example, model, norms, share)
     remember_plan(model, plan)
     return replacements

@@ -23,7 +23,7 @@ it has weights, and fails with torch's error about their shapes.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -151,9 +151,18 @@ def check_averages(averages: Iterable[nn.Module], plan: Plan) -> None:
             check_finite(weight_of(site.dense).detach(), f"{site.name} of an average")
 
 
-def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: bool = True) -> None:
+Before = Mapping[str, tuple[Tensor, Tensor | None]]
+"""By layer name the weight and the bias that a model had before the switch."""
+
+
+def switch_average(
+    average: nn.Module, model: nn.Module, plan: Plan, *, split: bool = True, before: Before | None = None
+) -> None:
     """Make of `average`, in place, what the plan has made of `model`: its own weights, split at the model's ranks and in
     the basis of its factors. `split=False` leaves the factors unfilled.
+
+    Factors that know the data leave out of a weight what other factors would have: with `before`, what the model's have lost, and what its bias
+    has gained, is lost and gained here as well.
 
     An extra BatchNorm starts as the model's own. Devices and dtypes of the average stay.
     """
@@ -164,13 +173,29 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
             pair = module_at(model, site.name)
             assert isinstance(pair, FactorPair)
             own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
-            factors[site.name] = fitted(type(pair).unroll(pair, weight_of(site.dense)), *own)
+            factors[site.name] = _following(pair, weight_of(site.dense).detach(), own, (before or {}).get(site.name))
     apply_plan(average, plan, split=False, factors=factors)
     for name in [site.name for site in found]:
         mine, theirs = module_at(average, name), module_at(model, name)
         assert isinstance(mine, FactorPair) and isinstance(theirs, FactorPair)
         if mine.extra_norm is not None and theirs.extra_norm is not None:
             mine.extra_norm.load_state_dict(theirs.extra_norm.state_dict())
+
+
+@torch.no_grad()
+def _following(
+    pair: FactorPair, weight: Tensor, own: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor | None] | None
+) -> tuple[Tensor, ...]:
+    """The factors of an averaged weight, from the model's `own`, and what its bias gains, if it does."""
+    stack = type(pair).unroll(pair, weight)
+    if before is None:
+        return fitted(stack, *own)
+    u, v = (t.to(dtype=torch.float64) for t in own)
+    lost = type(pair).unroll(pair, before[0]).to(v) - v @ u
+    found = fitted(stack.to(torch.float64) - lost.to(stack.device), *own)
+    if pair.bias is None or before[1] is None:
+        return found
+    return *found, (pair.bias - before[1]).to(weight)
 
 
 @torch.no_grad()

@@ -41,6 +41,24 @@ def test_a_killed_run_goes_on_to_the_same_result(kind, runs, whole, tmp_path):
     finishes_alike(runs, whole, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def whole_with_data(runs, tmp_path_factory):
+    """The same run, with factors that know the data."""
+    folder = tmp_path_factory.mktemp("data")
+    assert runs(folder, event=0, factors="data") == 0
+    return results(folder), *spans(folder)
+
+
+@pytest.mark.parametrize("kind", ["before", "inside", "after"])
+def test_factors_of_the_data_are_the_same_whatever_was_killed(kind, runs, whole, whole_with_data, tmp_path):
+    plain, ours = (ends[0][1]["plan.json"] for ends in (whole, whole_with_data))
+    assert '"output_error": 0.' in ours and '"output_error": 0.' not in plain
+    event = moment(*whole_with_data[1:], kind, random.Random(kind))
+    assert runs(tmp_path, event=event, factors="data") == -9
+    assert runs(tmp_path, factors="data") == 0
+    assert results(tmp_path) == whole_with_data[0]
+
+
 def test_a_run_that_is_killed_again_and_again(runs, whole, tmp_path):
     chance = random.Random(5)
     deaths = 0

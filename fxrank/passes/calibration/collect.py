@@ -16,6 +16,7 @@ from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
 from fxrank.passes.pairs.base import FactorPair
+from fxrank.torch_private.modules import BatchNorm
 
 K = TypeVar("K")
 POSITIONS = 4096
@@ -46,10 +47,11 @@ class Watch:
 
 
 def collect(
-    model: nn.Module, watched: Mapping[K, Watch], calls: Callable[[], Iterable[Call]]
+    model: nn.Module, watched: Mapping[K, Watch], calls: Callable[[], Iterable[Call]], *, by_batch: bool = False
 ) -> tuple[dict[K, Moments], int]:
     """The moments of each watched weight over all calls of the model in evaluation mode, and how many calls these were; one that no call
-    reached is not there. Padding is left out where the model is told of it (`MASKS`). Nothing of the model is changed.
+    reached is not there. Padding is left out where the model is told of it (`MASKS`). Nothing of the model is changed. `by_batch`: each
+    BatchNorm that is in training mode normalizes by the batch, as its statistics lag behind then.
 
     `calls` is asked anew in each round. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
     is no call.
@@ -58,7 +60,7 @@ def collect(
     number = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
-    for keys in list(_rounds(watched)) or [[]]:  # with nothing to watch too, the batches must be good ones
+    for keys in list(rounds(watched, ROUND_BYTES)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
             batch = _Batch()
@@ -66,7 +68,7 @@ def collect(
                 for layer in watched[key].layers:
                     hook = partial(batch.take_in, watched[key], moments[key])
                     hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-            with _evaluating(model), torch.no_grad():
+            with _evaluating(model, by_batch), torch.no_grad():
                 for batch.number, (args, kwargs) in enumerate(calls(), 1):
                     batch.padding = _padding(kwargs)
                     model(*args, **kwargs)
@@ -110,11 +112,17 @@ class _Batch:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode, compiled parts as they were written, and everything as before at the end."""
+def _evaluating(model: nn.Module, by_batch: bool) -> Iterator[None]:
+    """In evaluation mode, compiled parts as they were written, and everything as before at the end. `by_batch` as of `collect`, but for a
+    BatchNorm that would wait for other processes.
+    """
     kept = restored(model), randoms_put_back(model), unwritten(model), modes_put_back(model)
     with kept[0], kept[1], kept[2], kept[3], eagerly(model), torch.random.fork_rng():
+        norms = [m for m in model.modules() if isinstance(m, BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
+        trained = [norm for norm in norms if norm.training] if by_batch else []
         model.eval()
+        for norm in trained:
+            norm.training = True
         yield
 
 
@@ -127,12 +135,12 @@ def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
     return None
 
 
-def _rounds(watched: Mapping[K, Watch]) -> Iterator[list[K]]:
-    """Keys, in rounds that fit into `ROUND_BYTES`; a larger layer has one of its own."""
+def rounds(watched: Mapping[K, Watch], at_most: int) -> Iterator[list[K]]:
+    """Keys, in rounds whose moments fit into so many bytes; a larger layer has one of its own."""
     keys: list[K] = []
     held = 0
     for key, watch in watched.items():
-        if keys and held + watch.bytes > ROUND_BYTES:
+        if keys and held + watch.bytes > at_most:
             yield keys
             keys, held = [], 0
         keys.append(key)

@@ -1,11 +1,11 @@
 """What calibration knows of the layers of a model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
-from fxrank.passes.calibration.collect import Watch, collect
+from fxrank.passes.calibration.collect import Watch, collect, rounds
 from fxrank.passes.calibration.projection import Projection
 from fxrank.passes.calibration.spatial import SpatialProjection
 from fxrank.passes.discovery.layer import Layer, matrices_of
@@ -60,10 +60,15 @@ class Evidence:
 
 
 def gather(
-    model: nn.Module, layers: Sequence[Layer], calls: Callable[[], Iterable[Call]], centred_later: frozenset[str]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    calls: Callable[[], Iterable[Call]],
+    centred_later: frozenset[str],
+    *,
+    by_batch: bool = False,
 ) -> Evidence:
-    """Run the model over the calls, in evaluation mode, for the layers without a `reason`, which may come in several forms. Errors as of `collect`, and
-    `NonFiniteWeightError`.
+    """Run the model over the calls, in evaluation mode (`by_batch` as of `collect`), for the layers without a `reason`, which may come in
+    several forms. Errors as of `collect`, and `NonFiniteWeightError`.
     """
     watched: dict[Key, Watch] = {}
     blind: dict[Key, str] = {}
@@ -76,7 +81,7 @@ def gather(
         else:
             blind[key] = watch
     known: dict[Key, Known] = {}
-    moments_of, batches = collect(model, watched, calls)
+    moments_of, batches = collect(model, watched, calls, by_batch=by_batch)
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)
@@ -88,6 +93,18 @@ def gather(
     blind |= {key: "no batch reached it" for key in watched if key not in known}
     biased = {key[0] for key, w in watched.items() if all(getattr(m, "bias", None) is not None for m in w.layers)}
     return Evidence(known, blind, frozenset(biased), centred_later, batches)
+
+
+def in_rounds(model: nn.Module, layers: Sequence[Layer], at_most: int) -> Iterator[list[Layer]]:
+    """The layers, in rounds whose moments fit into so many bytes; a larger one has one of its own. Those that are blind are in the
+    first.
+    """
+    owners = owners_in(model)
+    watches = {i: _watch(model, owners, layer) for i, layer in enumerate(layers)}
+    seen = list(rounds({i: w for i, w in watches.items() if isinstance(w, Watch)}, at_most)) or [[]]
+    seen[0] += [i for i, w in watches.items() if not isinstance(w, Watch)]
+    for numbers in seen:
+        yield [layers[i] for i in numbers]
 
 
 def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:

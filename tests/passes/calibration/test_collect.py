@@ -170,3 +170,24 @@ def test_what_is_wrong_with_the_data_is_said():
         collect(layer, what, calls_of(torch.randn(4, 3), bad))
     with pytest.raises(CalibrationError, match="calibration must yield at least one batch; it is empty"):
         collect(layer, what, list)
+
+
+def test_each_trained_batchnorm_may_normalize_by_the_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 4), nn.BatchNorm1d(4).eval(), nn.Linear(4, 5)
+    )
+    model[3].running_mean.fill_(7)
+    x = torch.randn(64, 3) * 5 + 2  # of which the statistics know nothing yet
+    watched = {i: watch(model[i], LowRankLinear, "inputs", (1, model[i].in_features)) for i in (2, 4)}
+    before = copy.deepcopy(model.state_dict())
+    found, _ = collect(model, watched, calls_of(x), by_batch=True)
+    assert [m.training for m in model] == [True, True, True, False, True]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert found[2].mean.abs().max() < 1e-6  # no dropout, by the batch
+    torch.testing.assert_close(
+        found[2].second(centred=True).diagonal(dim1=1, dim2=2), torch.ones(1, 3).double(), rtol=1e-4, atol=0
+    )
+    assert found[4].mean.max() < -5  # the frozen one by its own
+    stale, _ = collect(model, watched, calls_of(x))
+    assert stale[2].mean.abs().max() > 1

@@ -4,7 +4,7 @@ Each request is a line of JSON on standard input, `{"folder": …, "event": …,
 standard output. `event` is the call (Python's or C's) counted from the run's start at which the run kills itself by
 SIGKILL (0: never, they are only counted, in events.json); `after_ms` the time after which it is killed from outside.
 
-With `"size": n` a team of n processes trains on gloo; the answer lists their exit codes. The process `"rank"` counts the
+`"factors"` is the policy's option. With `"size": n` a team of n processes trains on gloo; the answer lists their exit codes. The process `"rank"` counts the
 events, and takes the whole team with it, or dies `"alone"`. `"ddp"` holds options of DistributedDataParallel.
 """
 
@@ -62,20 +62,20 @@ def network():
     return nn.Sequential(*layers, nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
 
 
-def train(folder, rank=0, size=1, ddp=None):
+def train(folder, rank=0, size=1, ddp=None, factors="weight"):
     """40 steps, the switch after 20 of them, in the middle of an epoch; a checkpoint every 3 steps. Each process draws
     random numbers of its own.
     """
     torch.manual_seed(0)
     np.random.seed(1 + rank)
     random.seed(2 + rank)
-    batch = -(-8 // size)
+    batch = -(-(8 if factors == "weight" else 40) // size)  # 32 numbers go into a layer
     model, data = network(), Noisy(8 * batch * size)
     inner = model
     if size > 1:
         model = DistributedDataParallel(model, **(ddp or {}))
         torch.manual_seed(rank)
-    policy = dataclasses.replace(UNTIMED, lr_scale=0.5, rewarmup=0.1)
+    policy = dataclasses.replace(UNTIMED, lr_scale=0.5, rewarmup=0.1, factors=factors)
     if size > 1:  # where ranks fall more slowly
         policy = dataclasses.replace(policy, rank_metric="ratio", ratio=0.25)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.4, momentum=0.9, weight_decay=4e-2)
@@ -120,16 +120,16 @@ class Counter:
             self.seen.append((frame.f_code.co_name, what, self.count))
 
 
-def child(folder, event, rank=0, size=1, ddp=None, alone=False):
+def child(folder, event, rank=0, size=1, ddp=None, alone=False, factors="weight"):
     torch.set_num_threads(1)  # before any other thread asks: the pool of the parent did not come along
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # and has no successor that does as much
     if event is None:
-        train(folder, rank, size, ddp)
+        train(folder, rank, size, ddp, factors)
         return
     counter = Counter(event, alone or size == 1)
     sys.setprofile(counter)
-    train(folder, rank, size, ddp)
+    train(folder, rank, size, ddp, factors)
     sys.setprofile(None)
     (Path(folder) / "events.json").write_text(json.dumps({"total": counter.count, "seen": counter.seen}))
 
@@ -139,7 +139,8 @@ def member(request, rank, store):
     size, counts = request["size"], rank == request.get("rank", 0)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     event = request.get("event") if counts else None
-    child(request["folder"], event, rank, size, request.get("ddp"), request.get("alone", False))
+    factors = request.get("factors", "weight")
+    child(request["folder"], event, rank, size, request.get("ddp"), request.get("alone", False), factors)
     dist.destroy_process_group()
 
 
@@ -181,7 +182,8 @@ def main():
                     act = functools.partial(member, request, rank, Path(place) / "store")
                     pids.append(forked(pids[0] if pids else 0, act, folder / f"error{rank}.txt"))
             else:
-                act = functools.partial(child, request["folder"], request.get("event"))
+                factors = request.get("factors", "weight")
+                act = functools.partial(child, request["folder"], request.get("event"), factors=factors)
                 pids = [forked(None, act, folder / "error0.txt")]
             if request.get("after_ms") is not None:
                 time.sleep(request["after_ms"] / 1000)

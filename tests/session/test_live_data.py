@@ -1,0 +1,398 @@
+"""Factors that know the data, at a switch in training: from which calls, how well, and to the same bits whatever the run went through."""
+
+import copy
+import pickle
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nets import SOON, ConvNet, SixLayers, attach, batches, images, mlp, sgd, train, vectors
+from teams import team
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import fxrank
+from fxrank.session import attach as attaching
+from fxrank.session.live_data import CALLS
+
+X, Y = vectors(64)
+DATA = fxrank.Pufferfish(E=3, K=0, ratio=0.25, factors="data")
+
+
+def attached(model, policy=DATA, x=X, optimizer=None, **options):
+    optimizer = sgd(model) if optimizer is None else optimizer
+    return optimizer, attach(model, optimizer, policy, x, **({"steps_per_epoch": 1} | options))
+
+
+def run(policy=DATA, make=mlp, batch=(X, Y), steps=3, **options):
+    model = make()
+    optimizer, session = attached(model, policy, batch[0], **options)
+    losses = train(model, optimizer, steps, batch)
+    return model, session, losses
+
+
+# -- how well
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "options"),
+    [
+        (mlp, (X, Y), {}),
+        (ConvNet, images(16), {}),
+        (ConvNet, images(16), {"form": "spatial"}),
+        (ConvNet, images(16), {"extra_bn": True}),
+    ],
+    ids=["linear", "convolutions", "spatial", "extra_bn"],
+)
+def test_outputs_differ_less_than_with_factors_of_the_weights(make, batch, options):
+    plain, dense = replace(DATA, factors="weight", **options), make()
+    train(dense, sgd(dense), 3, batch)
+    off = {}
+    for policy in (plain, replace(plain, factors="data")):
+        model, session, _ = run(policy, make, batch)
+        assert set(session.plan.R) == set(run(plain, make, batch)[1].plan.R)
+        with torch.no_grad():
+            off[policy.factors] = float((model(batch[0]) - dense(batch[0])).norm())
+    assert off["data"] < off["weight"]
+    plan = session.plan
+    assert plan.calibration_batches == 1
+    assert all(0 < d.output_error < 1 and not d.gains_bias for d in plan.layers if d.factorized)
+    known = len(plan.R)
+    assert session.notes == [
+        f"factors of {known} of {known} layers know what these saw in 1 call of the model, of the step before the switch"
+    ]
+
+
+def test_a_fused_projection_in_thirds():
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.fused, self.head = nn.Linear(12, 16), nn.Linear(16, 48), nn.Linear(16, 4)
+
+        def forward(self, x):
+            q, k, v = self.fused(torch.relu(self.first(x))).chunk(3, -1)
+            return self.head(torch.tanh(q) * k + v)
+
+    _, session, _ = run(replace(DATA, form="qkv"), Fused)
+    decision = session.plan.layer("fused")
+    assert (decision.form, session.plan.calibration_batches) == ("qkv", 1)
+    assert 0 < decision.output_error < 1
+
+
+def test_until_the_switch_nothing_is_another():
+    _, _, losses = run()
+    assert losses == run(replace(DATA, factors="weight"))[2]
+
+
+def test_a_bias_takes_the_lost_mean_and_stays_the_optimizers():
+    model = mlp()
+    bias, optimizer = model[2].bias, sgd(model)
+    attached(model, optimizer=optimizer)
+    train(model, optimizer, 2, (X, Y))
+    twin = copy.deepcopy(model)
+    train(model, optimizer, 1, (X, Y))
+    assert model[2].bias is bias
+    assert any(p is bias for group in optimizer.param_groups for p in group["params"])
+    other = sgd(twin)
+    other.load_state_dict(optimizer_state_after(2))
+    train(twin, other, 1, (X, Y))
+    seen = model[:2](X)
+    assert torch.equal(seen, twin[:2](X))
+    lost = (model[2](seen) - twin[2](seen)).mean(0)
+    assert lost.abs().max() < 1e-6  # rounding of float32
+    assert not torch.equal(bias, twin[2].bias)
+
+
+def optimizer_state_after(steps):
+    model = mlp()
+    optimizer = sgd(model)
+    train(model, optimizer, steps, (X, Y))
+    return optimizer.state_dict()
+
+
+def test_layers_that_cannot_be_watched_keep_the_factors_of_their_weight():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.head = nn.Linear(12, 16), nn.Linear(16, 4)
+            self.mixing = nn.Parameter(torch.randn(16, 16) / 4)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.first(x)) @ self.mixing)
+
+    model, session, _ = run(make=Net)
+    plain, _, _ = run(replace(DATA, factors="weight"), Net)
+    decision = session.plan.layer("mixing")
+    assert decision.rank == 4 and decision.output_error is None
+    assert decision.reason.endswith("factors of the weight alone: it is multiplied with outside of any layer")
+    assert torch.equal(model.mixing.u.weight, plain.mixing.u.weight)
+
+
+def test_a_few_vectors_do_not_count():
+    model, session, _ = run(batch=(X[:15], Y[:15]))
+    plain, _, _ = run(replace(DATA, factors="weight"), batch=(X[:15], Y[:15]))
+    said = (
+        "factors of the weight alone: it saw 15 vectors of 16 numbers in this step, and as many as numbers are needed"
+    )
+    assert all(d.reason.endswith(said) for d in session.plan.layers if d.factorized)
+    assert session.notes[0].startswith("factors of 0 of 2 layers know")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    assert run(batch=(X[:16], Y[:16]))[1].notes[0].startswith("factors of 2 of 2 layers know")
+
+
+# -- from which calls
+
+
+def calls_of(session):
+    return session._calls._kept
+
+
+def test_calls_in_evaluation_or_without_gradients_do_not_count():
+    model = mlp()
+    _, session = attached(model)
+    model.eval()(X)
+    model.train()
+    with torch.no_grad():
+        model(X)
+    assert not calls_of(session)
+    model(X)
+    assert len(calls_of(session)) == 1
+
+
+def test_all_calls_of_one_step_count_and_no_others():
+    model = mlp()
+    optimizer, session = attached(model)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for x, y in batches(4):
+            (F.cross_entropy(model(x), y) / 4).backward()
+        optimizer.step()
+    assert session.plan.calibration_batches == 4
+    model = mlp()
+    _, session = attached(model)
+    for x, _ in batches(CALLS + 2):
+        model(x)
+    assert len(calls_of(session)) == CALLS
+
+
+def test_what_was_written_into_is_left_out():
+    def plan_of_step(spoil):
+        model = mlp()
+        optimizer, session = attached(model, x=X + 1)
+        train(model, optimizer, 2, (X, Y))
+        x = X.clone()
+        for batch in (x, X):
+            F.cross_entropy(model(batch), Y).backward()
+        if spoil:
+            x.zero_()
+        optimizer.step()
+        return session.plan
+
+    assert plan_of_step(False).calibration_batches == 2
+    assert plan_of_step(True).calibration_batches == 1
+
+
+def test_without_a_call_the_example_stands_in():
+    at_once = fxrank.SpectralInit(K=0, factors="data")
+    _, session, _ = run(at_once, steps=0)
+    assert session.plan.switch_step == 0 and session.plan.calibration_batches == 1
+    assert all(d.output_error is not None for d in session.plan.layers if d.factorized)
+
+
+@pytest.mark.parametrize("end", ["switch", "detach"])
+def test_nothing_is_left_on_the_model(end):
+    model = mlp()
+    optimizer, session = attached(model)
+    assert len(model._forward_pre_hooks) == 1
+    train(model, optimizer, 3 if end == "switch" else 1, (X, Y))
+    if end == "detach":
+        session.detach()
+    assert not model._forward_pre_hooks and not calls_of(session)
+    assert not run(replace(DATA, factors="weight"), steps=1)[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "stored"])
+def test_a_copy_of_the_model_keeps_no_calls(copied):
+    model = mlp()
+    _, session = attached(model)
+    model(X)
+    twin = copied(model)
+    twin(X)
+    (hook,) = twin._forward_pre_hooks.values()
+    assert not hook._kept
+    assert len(calls_of(session)) == 1
+
+
+@pytest.mark.parametrize("how", ["wrapper", "in place"])
+def test_a_model_that_is_compiled_whole(how):
+    torch._dynamo.reset()
+    model = mlp()
+    called = torch.compile(model, backend="eager", fullgraph=True) if how == "wrapper" else model
+    if how == "in place":
+        model.compile(backend="eager", fullgraph=True)
+    optimizer, session = attached(model)
+    torch._dynamo.utils.counters.clear()
+    for seed in range(3):
+        x, y = vectors(64, seed)
+        optimizer.zero_grad()
+        F.cross_entropy(called(x), y).backward()
+        if seed < 2:
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        optimizer.step()
+    assert session.plan.calibration_batches == 1
+    eager = mlp()
+    other, eager_session = attached(eager)
+    for seed in range(3):
+        train(eager, other, 1, vectors(64, seed))
+    assert [d.output_error for d in session.plan.layers] == [d.output_error for d in eager_session.plan.layers]
+
+
+def test_calls_under_autocast_are_made_again_under_it():
+    model = mlp()
+    optimizer, session = attached(model)
+    train(model, optimizer, 2, (X, Y))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(model(X.bfloat16()), Y)  # which fails without autocast
+    loss.backward()
+    optimizer.step()
+    assert session.plan.calibration_batches == 1
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_numbers_that_are_not_finite_leave_the_factors_of_the_weights():
+    def switched(policy):
+        model = mlp()
+        optimizer, session = attached(model, policy)
+        train(model, optimizer, 2, (X, Y))
+        F.cross_entropy(model(X), Y).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.full_like(X, torch.inf))
+        optimizer.step()
+        assert not torch.is_autocast_enabled("cpu")
+        return model, session
+
+    model, session = switched(DATA)
+    plain, _ = switched(replace(DATA, factors="weight"))
+    assert session.plan.calibration_batches is None
+    (note,) = session.notes
+    assert note.startswith("factors were made of the weights alone: activations must be finite to calibrate on")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_many_rounds_make_the_same_factors(monkeypatch):
+    model, session, _ = run(make=SixLayers)
+    monkeypatch.setattr("fxrank.session.live_data.ROUND_BYTES", 1)
+    again, other, _ = run(make=SixLayers)
+    assert session.plan == other.plan and len(session.plan.R) > 2
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# -- averages
+
+
+def test_an_average_follows_the_models_factors():
+    model = mlp()
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer, _ = attached(model, followers=[average])
+    for _ in range(3):
+        train(model, optimizer, 1, (X, Y))
+        if isinstance(model[2], nn.Linear):
+            average.update_parameters(model)
+    dense, mean = dense_twins()
+    with torch.no_grad():
+        lost, theirs = model(X) - dense(X), average(X) - mean(X)
+    # What the pairs of both leave out is about the same: the average is not fitted to its own weights instead.
+    assert (theirs - lost).norm() < 0.25 * lost.norm()
+    assert not torch.equal(average.module[2].bias, mean.module[2].bias)
+
+
+def dense_twins():
+    model = mlp()
+    mean = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer = sgd(model)
+    for step in range(3):
+        train(model, optimizer, 1, (X, Y))
+        if step < 2:
+            mean.update_parameters(model)
+    return model, mean
+
+
+# -- the same again
+
+
+@pytest.mark.parametrize("stop", range(4))
+def test_a_stopped_run_goes_on_to_the_same_bits(stop):
+    def fresh(seed):
+        model = mlp(seed)
+        return model, *attached(model)
+
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            train(model, optimizer, 1, vectors(32, step))
+
+    whole, optimizer, session = fresh(0)
+    steps(whole, optimizer, 0, 6)
+    model, optimizer, session_before = fresh(0)
+    steps(model, optimizer, 0, stop)
+    saved = copy.deepcopy([thing.state_dict() for thing in (session_before, model, optimizer)])
+    again, *others = fresh(1)
+    for thing, state in zip((others[1], again, others[0]), saved, strict=True):
+        thing.load_state_dict(state)
+    steps(again, others[0], stop, 6)
+    assert session.finish() == others[1].finish()
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+def test_a_plan_repeats_the_run_and_gains_no_bias(tmp_path):
+    model, session, _ = run(replace(DATA, ratio=0.2), steps=5)
+    session.plan.save(tmp_path / "plan.json")
+    again, other, _ = run(fxrank.Plan.load(tmp_path / "plan.json"), steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert other.plan.layers == session.plan.layers and other.plan.calibration_batches == 1
+    bare = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 16, bias=False), nn.Linear(16, 4))
+    with torch.no_grad():
+        bare[0].bias += 10
+    shown = fxrank.plan_of(fxrank.factorize(bare, X, 0.25, calibration=[(X, Y)]))
+    assert shown.layer("1").gains_bias
+    optimizer, session = attached(bare, shown)
+    train(bare, optimizer, 1, (X, Y))
+    assert bare[1].bias is None and not session.plan.layer("1").gains_bias
+
+
+def test_the_option_is_told_from_its_default_and_leaves_earlier_runs_as_they_are():
+    assert "factors" not in repr(SOON) and "factors" not in repr(fxrank.FullRank())
+    assert repr(fxrank.SpectralInit()) == (
+        "SpectralInit(frobenius_decay='auto', extra_bn=False, form='channel', lr_scale=1.0, rewarmup=0.0, freeze=(), E=0.0, K=1, ratio=0.25)"
+    )
+    assert "freeze=(), factors='data', E=3" in repr(DATA)
+    with pytest.raises(ValueError, match=re.escape("factors must be one of")):
+        fxrank.Cuttlefish(factors="dat")
+
+
+# -- several processes
+
+
+def in_a_team(rank, size):
+    model = mlp()
+    wrapped = DistributedDataParallel(model)
+    optimizer, session = attached(wrapped)
+    for step in range(5):
+        train(wrapped, optimizer, 1, vectors(32, 10 * step + rank))
+    return session.plan.to_json(), [p.detach().tolist() for p in model.parameters()]
+
+
+def test_all_processes_of_a_team_have_the_same_factors():
+    first, second = team(in_a_team, 2)
+    assert first == second
+    assert fxrank.Plan.from_json(first[0]).calibration_batches
+
+
+def test_shards_are_refused(monkeypatch):
+    monkeypatch.setattr(attaching, "is_sharded", lambda model: True)
+    message = 'factors="data" needs a model that is whole in each process, whose layers are run by themselves; this one is in shards.'
+    with pytest.raises(TypeError, match=re.escape(message)):
+        attached(mlp())
