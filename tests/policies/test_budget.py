@@ -12,7 +12,7 @@ from fxrank.passes.discovery.discover import discover
 from fxrank.passes.errors import BudgetError
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Budget
-from fxrank.policies.budget import Ladder, allocate, ranks_within
+from fxrank.policies.budget import Ladder, allocate, counted, ranks_within
 
 
 def layers_of(widths):
@@ -39,7 +39,7 @@ def brute_force(ladders, budget):
 )
 def test_the_budget_is_kept_and_nothing_better_fits(widths, decays, share, of):
     _, layers = layers_of(widths)
-    ladders = {a.name: Ladder([(a, spectrum(a, d))], of) for a, d in zip(layers, decays, strict=False)}
+    ladders = {a.name: Ladder([(a, spectrum(a, d))], counted(of)) for a, d in zip(layers, decays, strict=False)}
     least = sum(ladder.options[0].cost for ladder in ladders.values())
     budget = max(least, share * sum(ladder.options[-1].cost for ladder in ladders.values()))
     chosen = allocate(ladders, budget)
@@ -49,7 +49,9 @@ def test_the_budget_is_kept_and_nothing_better_fits(widths, decays, share, of):
 
 def test_a_flat_spectrum_gets_more_ranks_than_a_steep_one():
     _, layers = layers_of([32, 32, 32])
-    ladders = {a.name: Ladder([(a, spectrum(a, d))], "params") for a, d in zip(layers, (0.98, 0.5), strict=True)}
+    ladders = {
+        a.name: Ladder([(a, spectrum(a, d))], counted("params")) for a, d in zip(layers, (0.98, 0.5), strict=True)
+    }
     chosen = allocate(ladders, 1024)
     flat, steep = (chosen[a.name] for a in layers)
     assert (flat.rank, steep.rank) == (13, 3)
@@ -81,5 +83,7 @@ def test_a_budget_out_of_reach_says_what_can_be_reached():
     assert reached.reached == pytest.approx(96 / 544)
     with pytest.raises(ValueError, match=r"target_params is a share in \(0, 1\]; got 1\.5"):
         Budget("params", 1.5, 0.0)
-    with pytest.raises(ValueError, match="a budget's quantity must be one of 'macs', 'params'; got 'bytes'"):
+    with pytest.raises(
+        ValueError, match="a budget's quantity must be one of 'latency', 'macs', 'params', 'step_time'; got 'bytes'"
+    ):
         Budget("bytes", 0.5, 0.0)

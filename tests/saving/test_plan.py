@@ -148,10 +148,10 @@ KNOWN = sorted(LayerDecision.__dataclass_fields__)
         ("{}", 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not.'),
         (with_plan(format="onnx"), 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not.'),
         (
-            with_plan(version=3),
-            "this fxrank reads plans up to version 2; got version 3. Install the fxrank that wrote it.",
+            with_plan(version=4),
+            "this fxrank reads plans up to version 3; got version 4. Install the fxrank that wrote it.",
         ),
-        (with_plan(version=None), "this fxrank reads plans up to version 2; got version None."),
+        (with_plan(version=None), "this fxrank reads plans up to version 3; got version None."),
         (
             with_plan(training={"lr_scale": 1.0}),
             "the plan's training must be an object with frobenius_decay, lr_scale,",
