@@ -5,6 +5,7 @@ layer's energy that it leaves out. Choosing one for each within a sum of costs i
 scipy solves by branch and bound.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ the time for the solver grows with them.
 GAP, SECONDS = 1e-3, 20.0
 """How far, relative, the sum of losses may be from the least, and when the solver must answer with the best that it has."""
 NEAR = 0.01
-"""A plan's note says why if a budget of parameters or multiply-adds is left with more than this share of it unspent."""
+"""No more than this share of a budget of parameters or multiply-adds is left, or the plan's note says why."""
 
 
 class Option(NamedTuple):
@@ -59,11 +60,11 @@ Extra = Callable[[Layer, int], int]
 """Parameters that come with a pair of a rank beside its factors: of a normalization, of a bias."""
 
 
-def counted(of: str, extra: Extra = lambda layer, rank: 0) -> CostsOf:
-    """What a layer costs in `"params"` or in `"macs"`, at every rank."""
+def counted(of: str, extra: Extra = lambda layer, rank: 0, most: int | None = None) -> CostsOf:
+    """What a layer costs in `"params"` or in `"macs"`, at every rank up to the most that is asked for."""
 
     def costs(layer: Layer) -> Costs:
-        ranks = range(1, layer.full_rank + 1)
+        ranks = range(1, (most or layer.full_rank) + 1)
         if of == "macs":
             return Costs(layer.macs, {r: layer.pair_macs(r) for r in ranks})
         return Costs(layer.parameters, {r: layer.pair_parameters(r) + extra(layer, r) for r in ranks})
@@ -110,8 +111,8 @@ def ranks_within(
     """
     fixed, total = check_reach(budget, layers, model, {n: [a for a, _ in f] for n, f in forms.items()}, extra)
     ladders = ladders_of(forms, counted(budget.of, extra), weights)
-    chosen = allocate(ladders, budget.target * total - fixed)
-    spent = fixed + sum(option.cost for option in chosen.values())
+    chosen = allocate(ladders, budget.target * total - fixed, NEAR * budget.target * total)
+    spent = fixed + _sum(chosen)
     return chosen, replace(budget, reached=spent / total)
 
 
@@ -124,7 +125,7 @@ def check_reach(
 ) -> tuple[int, int]:
     """What the model costs without the layers in `forms`, and with them, dense. Raises `BudgetError` as `ranks_within`."""
     total = sum(p.numel() for p in model.parameters()) if budget.of == "params" else sum(a.macs for a in layers)
-    costs = [[counted(budget.of, extra)(layer) for layer in of_layer] for of_layer in forms.values()]
+    costs = [[counted(budget.of, extra, most=1)(layer) for layer in of_layer] for of_layer in forms.values()]
     fixed = total - sum(of_layer[0].dense for of_layer in costs)
     least = fixed + sum(min(c for one in of_layer for c in (one.dense, *one.pairs.values())) for of_layer in costs)
     if least > budget.target * total:
@@ -139,7 +140,7 @@ def why_unspent(budget: Budget) -> str:
     """What a plan should say of a budget of which more than `NEAR` is left; nothing if it is spent."""
     if budget.reached >= (1 - NEAR) * budget.target:
         return ""
-    return f"target_{budget.of}={budget.target:g} is kept to with {budget.reached:.4f}: the next rank of any layer is above it"
+    return f"target_{budget.of}={budget.target:g} is kept to with {budget.reached:.4f}: no ranks that are worth their cost come nearer"
 
 
 def ladders_of(
@@ -192,22 +193,33 @@ class Ladder:
         return [Option(cost, float(lost[r - 1]), layer, r) for r, cost in self.costs(layer).pairs.items()]
 
 
-def allocate(ladders: Mapping[str, Ladder], budget: float) -> dict[str, Option]:
+def allocate(ladders: Mapping[str, Ladder], budget: float, left: float = math.inf) -> dict[str, Option]:
     """An option for each layer, with a sum of costs of at most `budget` and the least sum of losses (to `GAP`). The budget pays for the
-    cheapest of each.
+    cheapest of each. Where more than `left` of it would remain, as one rank is much of a small model, it is the least of those that leave
+    no more, if there are any.
     """
-    some = {name: ladder.some for name, ladder in ladders.items()}
-    chosen = _solved(some, budget)
-    if any(len(some[name]) < len(ladder.options) for name, ladder in ladders.items()):
-        chosen = _solved({name: ladder.near(chosen[name]) for name, ladder in ladders.items()}, budget)
-    return _with_rest(chosen, ladders, budget)
-
-
-def _solved(choices: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
-    """One of the choices for each layer, which begin with the cheapest."""
-    options = [(number, option) for number, of_layer in enumerate(choices.values()) for option in of_layer]
-    if not options:
+    if not ladders:
         return {}
+    some = {name: ladder.some for name, ladder in ladders.items()}
+    cheapest = {name: of_layer[0] for name, of_layer in some.items()}
+    chosen = _solved(some, budget) or cheapest
+    if any(len(some[name]) < len(ladder.options) for name, ladder in ladders.items()):
+        chosen = _solved({name: ladder.near(chosen[name]) for name, ladder in ladders.items()}, budget) or chosen
+    chosen = _with_rest(chosen, ladders, budget)
+    if budget - _sum(chosen) > left:
+        chosen = _solved({n: ladder.options for n, ladder in ladders.items()}, budget, budget - left) or chosen
+    return chosen
+
+
+def _sum(chosen: Mapping[str, Option]) -> float:
+    return sum(option.cost for option in chosen.values())
+
+
+def _solved(
+    choices: Mapping[str, Sequence[Option]], budget: float, at_least: float = -math.inf
+) -> dict[str, Option] | None:
+    """One of the choices for each layer; None if no way was found in time."""
+    options = [(number, option) for number, of_layer in enumerate(choices.values()) for option in of_layer]
     owners = [number for number, _ in options]
     scale = max(abs(budget), 1.0)
     one_each = sparse.csr_array((np.ones(len(options)), (owners, range(len(options)))))
@@ -215,20 +227,24 @@ def _solved(choices: Mapping[str, Sequence[Option]], budget: float) -> dict[str,
     for room in (1.0, 1 - 1e-5):  # the solver takes a little more for as much
         found = milp(
             np.array([option.loss for _, option in options]),
-            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost, -np.inf, room * budget / scale)],
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(cost, at_least / scale, room * budget / scale),
+            ],
             integrality=np.ones(len(options)),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": GAP, "time_limit": SECONDS},
         )
-        chosen = {} if found.x is None else {options[i][0]: options[i][1] for i in np.flatnonzero(found.x > 0.5)}
-        if chosen and sum(option.cost for option in chosen.values()) <= budget:
-            return {name: chosen[number] for number, name in enumerate(choices)}
-    return {name: of_layer[0] for name, of_layer in choices.items()}  # not even one way was found in time
+        picked = {} if found.x is None else {options[i][0]: options[i][1] for i in np.flatnonzero(found.x > 0.5)}
+        chosen = {name: picked[number] for number, name in enumerate(choices) if number in picked}
+        if len(chosen) == len(choices) and _sum(chosen) <= budget:
+            return chosen
+    return None
 
 
 def _with_rest(chosen: dict[str, Option], ladders: Mapping[str, Ladder], budget: float) -> dict[str, Option]:
     """With what `GAP` has left of the budget spent: calibration may see no loss where other data would."""
-    rest = budget - sum(option.cost for option in chosen.values())
+    rest = budget - _sum(chosen)
     costs = {name: np.array([option.cost for option in ladder.options]) for name, ladder in ladders.items()}
     losses = {name: np.array([option.loss for option in ladder.options]) for name, ladder in ladders.items()}
     while True:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.errors import BudgetError
+from fxrank.passes.spectra.exact import Spectrum
 from fxrank.plan import Budget, LayerDecision
-from fxrank.policies.budget import Option, check_reach, norm_parameters, ranks_within, why_unspent
+from fxrank.policies.budget import check_reach, norm_parameters, ranks_within, why_unspent
 from fxrank.policies.forms import open_forms, spectrum_of
 from fxrank.policies.scene import Scene
 from fxrank.switch.zero_weights import why_dead
@@ -23,8 +24,7 @@ class Within:
 
     def check(self, scene: Scene) -> None:
         """Raise `BudgetError` if no ranks of the layers without a `reason` keep to it."""
-        forms = {layer.name: open_forms(layer, self.form) for layer in scene.layers if layer.reason is None}
-        check_reach(self.budget, scene.layers, scene.model, forms, norm_parameters(self.extra_bn))
+        self._check([layer for layer in scene.layers if layer.reason is None], scene)
 
     def decide(self, scene: Scene, kept: Mapping[str, str]) -> tuple[list[LayerDecision], Budget, str]:
         """A decision for each layer, the budget with what they reach, and what the plan should say. Layers that are `kept` for a reason
@@ -47,28 +47,30 @@ class Within:
         asked = f"under target_{self.budget.of}={self.budget.target:g}"
         decisions = []
         for layer in scene.layers:
-            option: Option | None = chosen.get(layer.name)
-            if option is None:
-                decisions.append(keep(layer, reasons[layer.name]))
-            elif option.rank is None:
-                decisions.append(keep(layer, f"worth its cost {asked}"))
-            else:
-                spectrum = spectra[layer.name, option.layer.form]
-                scene.factors[layer.name] = spectrum.factors(option.rank)
-                taken_in = (
-                    f"; taken in, as the target cannot be met without: {needed[layer.name]}"
-                    if layer.name in needed
-                    else ""
-                )
-                why = f"rank {option.rank} of {option.layer.full_rank} {asked}{taken_in}"
-                decisions.append(
-                    replace(
-                        take(option.layer, option.rank, why, extra_bn=self.extra_bn),
-                        stable_rank=round(spectrum.stable_rank, 4),
-                        truncation_error=round(spectrum.truncation_error(option.rank), 6),
-                    )
-                )
+            option = chosen.get(layer.name)
+            if option is None or option.rank is None:
+                decision = keep(layer, reasons.get(layer.name, f"worth its cost {asked}"))
+                profile = scene.profiles.get(layer.name)
+                decisions.append(replace(decision, speedup=None if profile is None else round(profile.speedup, 4)))
+                continue
+            why = f"rank {option.rank} of {option.layer.full_rank} {asked}"
+            if layer.name in needed:
+                why += f"; taken in, as the target cannot be met without it: {needed[layer.name]}"
+            decisions.append(self._taken(option.layer, option.rank, why, spectra[layer.name, option.layer.form], scene))
         return decisions, reached, why_unspent(reached)
+
+    def _taken(self, layer: Layer, rank: int, why: str, spectrum: Spectrum, scene: Scene) -> LayerDecision:
+        scene.factors[layer.name] = spectrum.factors(rank)
+        speedup = None
+        if scene.profiler is not None:
+            dense_ms, pair_ms = scene.profiler.times_ms(layer, [rank])
+            speedup = round(dense_ms / pair_ms, 4)
+        return replace(
+            take(layer, rank, why, extra_bn=self.extra_bn),
+            stable_rank=round(spectrum.stable_rank, 4),
+            truncation_error=round(spectrum.truncation_error(rank), 6),
+            speedup=speedup,
+        )
 
     def _check(self, layers: list[Layer], scene: Scene) -> None:
         forms = {layer.name: open_forms(layer, self.form) for layer in layers}
