@@ -1,6 +1,6 @@
 """One-shot factorization's own questions: which forms a layer may take, what a rank would lose, and the decision with its factors."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.pairs.registry import AUTO
 from fxrank.passes.spectra.exact import Spectrum
 from fxrank.plan import Budget, LayerDecision, Plan
-from fxrank.policies.budget import ranks_within
+from fxrank.policies.budget import Option, norm_parameters, ranks_within, why_unspent
 from fxrank.policies.forms import spectrum_of
+from fxrank.policies.times import Trials, ranks_within_time
 from fxrank.switch.apply_plan import Factors
 
 
@@ -53,14 +54,41 @@ class Fitting:
             decisions.append(self._decided(best, its_rank, reason + other))
         return self._plan(decisions)
 
-    def plan_within(self, budget: Budget, layers: Sequence[Layer], form: str) -> Plan:
-        """The plan that keeps to the budget. Errors as of `ranks_within`."""
+    def plan_within(
+        self,
+        budget: Budget,
+        layers: Sequence[Layer],
+        form: str,
+        trials: Trials | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> Plan:
+        """The plan that keeps to the budget; `trials` measure one of time. Errors as of `ranks_within` and `ranks_within_time`."""
         forms = {
             layer.name: [(variant, self._sigma(variant)) for variant in variants(layer, form)]
             for layer in layers
             if layer.reason is None
         }
-        chosen, reached = ranks_within(budget, layers, self.model, forms)
+        if trials is None:
+            chosen, reached = ranks_within(budget, layers, self.model, forms, extra=self._extra, weights=weights)
+            decisions = self._decisions(budget, layers, chosen)
+            if budget.of == "params":
+                reached = replace(reached, reached=reached.reached - self._not_gained(decisions, chosen))
+            note = why_unspent(reached)
+        else:
+            chosen, reached, note = ranks_within_time(
+                budget,
+                forms,
+                trials.costs([variant for of_layer in forms.values() for variant, _ in of_layer]),
+                trials.dense_ms(),
+                lambda ways: trials.share(self._plan(self._decisions(budget, layers, ways)), self.factors),
+                trials.device,
+                weights,
+            )
+            self.factors.clear()
+            decisions = self._decisions(budget, layers, chosen)
+        return self._plan(decisions, reached, note)
+
+    def _decisions(self, budget: Budget, layers: Sequence[Layer], chosen: Mapping[str, Option]) -> list[LayerDecision]:
         asked = f"under target_{budget.of}={budget.target:g}"
         decisions = []
         for layer in layers:
@@ -70,12 +98,18 @@ class Fitting:
             else:
                 reason = f"rank {option.rank} of {option.layer.full_rank} {asked}"
                 decisions.append(self._decided(option.layer, option.rank, reason))
-        if budget.of == "params":
-            gained = sum(d.weight_shape[0] for d in decisions if d.gains_bias)
-            reached = replace(
-                reached, reached=reached.reached + gained / sum(p.numel() for p in self.model.parameters())
-            )
-        return self._plan(decisions, reached)
+        return decisions
+
+    def _extra(self, layer: Layer, rank: int) -> int:
+        """Parameters of a normalization, and of a bias that the pair may gain, beside its factors."""
+        gained = layer.weight_shape[0] if self.evidence.may_gain_bias(layer) else 0
+        return norm_parameters(self.extra_bn)(layer, rank) + gained
+
+    def _not_gained(self, decisions: Sequence[LayerDecision], chosen: Mapping[str, Option]) -> float:
+        """The share of the parameters that biases were to have that no pair needed."""
+        kept = (d for d in decisions if d.factorized and not d.gains_bias)
+        spared = sum(d.weight_shape[0] for d in kept if self.evidence.may_gain_bias(chosen[d.name].layer))
+        return spared / sum(p.numel() for p in self.model.parameters())
 
     def fitted(self, plan: Plan, layers: Sequence[Layer]) -> Plan:
         """A plan that is given, with factors from the data."""
@@ -86,9 +120,9 @@ class Fitting:
         ]
         return replace(plan, layers=tuple(decisions), calibration_batches=self.evidence.batches or None)
 
-    def _plan(self, decisions: list[LayerDecision], budget: Budget | None = None) -> Plan:
+    def _plan(self, decisions: list[LayerDecision], budget: Budget | None = None, note: str = "") -> Plan:
         batches = self.evidence.batches or None
-        return Plan("factorize", tuple(decisions), budget=budget, calibration_batches=batches)
+        return Plan("factorize", tuple(decisions), note=note, budget=budget, calibration_batches=batches)
 
     def _sigma(self, layer: Layer) -> Tensor:
         known = self.evidence.known.get((layer.name, layer.form))

@@ -4,6 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,8 +27,10 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.registry import AUTO, check_form
 from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
 from fxrank.passes.tracing.trace import trace
-from fxrank.plan import Budget, LayerDecision, Plan
+from fxrank.plan import LayerDecision, Plan
+from fxrank.policies.budget import asked_budget
 from fxrank.policies.ranks import ratio_rank
+from fxrank.policies.times import Trials
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
 from fxrank.switch.trial import misfits, with_reasons
@@ -52,6 +55,8 @@ def factorize(
     extra_bn: bool = False,
     target_params: float | None = None,
     target_macs: float | None = None,
+    target_step_time: float | None = None,
+    target_latency: float | None = None,
     calibration: Iterable[Any] | None = None,
     calibration_batches: int | None = None,
     recalibrate: bool = True,
@@ -70,7 +75,9 @@ def factorize(
 
     `target_params` and `target_macs` are budgets instead of ranks: the share, in (0, 1], of all the model's parameters, or of the
     multiply-adds of its weight layers, that the copy may have. The ranks are then chosen so that the least is lost (see
-    `policies.budget`), and layers that are worth their cost stay dense.
+    `policies.budget`), and layers that are worth their cost stay dense. `target_step_time` and `target_latency` are the share of the
+    milliseconds of the model's forward and backward in training mode, or of its forward alone in evaluation mode, with these inputs on the
+    device where they are: the layers are timed, and then whole copies (see `policies.times`). `plan_of(copy).budget` says what was reached.
 
     `calibration` is a loader, or a list of batches as a training loader yields them, of which `calibration_batches` are taken:
     the factors are then those whose outputs differ least on these data (see `passes.calibration.projection`), a pair may gain a
@@ -85,7 +92,9 @@ def factorize(
     """
     if form != AUTO:
         check_form(form)
-    budget = _budget(rank, target_params, target_macs)
+    budget = asked_budget(
+        rank, params=target_params, macs=target_macs, step_time=target_step_time, latency=target_latency
+    )
     model = uncompiled(model)
     small = copied(model)
     calls = None if calibration is None else calls_of(small, calibration, calibration_batches)
@@ -122,7 +131,8 @@ def factorize(
     if isinstance(rank, Plan):
         plan = fitting.fitted(rank, layers)
     elif budget is not None:
-        plan = fitting.plan_within(budget, layers, form)
+        trials = Trials(budget, partial(copied, small), example_inputs) if budget.is_time else None
+        plan = fitting.plan_within(budget, layers, form, trials)
     else:
         plan = fitting.plan_at(layers, _given(layers, RATIO if rank is None else rank), form)
         _warn_above_break_even(layers, plan.layers)
@@ -210,22 +220,6 @@ def _as_planned(layers: Sequence[Layer], plan: Plan) -> list[Layer]:
         else replace(layer, reason="not in the plan")
         for layer in layers
     ]
-
-
-def _budget(rank: Rank | None, params: float | None, macs: float | None) -> Budget | None:
-    """What a user asks for, checked."""
-    targets = {"params": params, "macs": macs}
-    asked = {of: target for of, target in targets.items() if target is not None}
-    if len(asked) > 1 or (asked and rank is not None):
-        given = [f"target_{of}={target}" for of, target in asked.items()] + ([] if rank is None else ["rank="])
-        raise ValueError(
-            f"ranks are given, or chosen for one target; got {' and '.join(given)}. Leave all but one out."
-        )
-    for of, target in asked.items():
-        if isinstance(target, bool) or not isinstance(target, (int, float)):
-            raise TypeError(f"target_{of} is a number in (0, 1]; got {type(target).__name__}.")
-        return Budget(of, float(target), 0.0)
-    return None
 
 
 def _check_named(name: str, layer: Layer) -> None:

@@ -12,8 +12,10 @@ from tabulate import tabulate
 
 from fxrank.passes.errors import PlanMismatchError, unknown_name
 
-PLAN_VERSION = 2
-"""Files of version 1 are read: they know no calibration and no budget."""
+PLAN_VERSION = 3
+"""Files of earlier versions are read: those of version 1 know no calibration and no budget, those of 2 no budget of time."""
+SHARES = ("params", "macs", "step_time", "latency")
+"""What a budget may be of."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,9 @@ class Training:
 
 @dataclass(frozen=True)
 class Budget:
-    """What all layers together may cost, as a share of the dense model's: of its `"params"`, or of its `"macs"`, and the share that
-    the plan takes.
+    """What all layers together may cost, as a share of the dense model's: of its `"params"`, of its `"macs"`, or, measured on a `device`,
+    of the milliseconds of its `"step_time"` (forward and backward in training) or of its `"latency"` (forward in evaluation); and the
+    share that the plan takes. `spread` is half the distance between the quartiles of a measured share.
 
     Raises `ValueError` for one that is out of bounds.
     """
@@ -98,12 +101,23 @@ class Budget:
     of: str
     target: float
     reached: float
+    spread: float | None = None
+    device: str | None = None
 
     def __post_init__(self) -> None:
-        if self.of not in ("params", "macs"):
-            raise unknown_name("a budget's quantity", self.of, ["params", "macs"])
+        if self.of not in SHARES:
+            raise unknown_name("a budget's quantity", self.of, SHARES)
         if not 0 < self.target <= 1:
             raise ValueError(f"target_{self.of} is a share in (0, 1]; got {self.target}. 0.5 halves them.")
+
+    @property
+    def is_time(self) -> bool:
+        """Whether it is measured, not counted."""
+        return self.of in ("step_time", "latency")
+
+    def __str__(self) -> str:
+        measured = "" if self.spread is None else f" ± {self.spread:.4f}, measured on {self.device}"
+        return f"target_{self.of}={self.target:g}, reached {self.reached:.4f}{measured}"
 
 
 @dataclass(frozen=True)
@@ -245,6 +259,8 @@ _TYPES: dict[str, tuple[type, bool]] = {
 }
 _VERSION_1 = {"gains_bias": False}
 """What layers of version 1 do not say."""
+_VERSION_2 = {"spread": None, "device": None}
+"""What budgets of version 2 do not say."""
 
 
 def _read_layer(entry: Any, index: int) -> LayerDecision:
@@ -292,11 +308,18 @@ def _read_budget(entry: Any) -> Budget | None:
     if entry is None:
         return None
     where, known = "the plan's budget", [f.name for f in fields(Budget)]
+    if isinstance(entry, dict):
+        entry = _VERSION_2 | entry
     if not isinstance(entry, dict) or set(entry) != set(known):
         raise PlanMismatchError(f"{where} must be an object with {', '.join(known)}; got {entry!r:.200}.")
+    target, reached = (_typed(entry, name, float, where) for name in ("target", "reached"))
     try:
         return Budget(
-            _typed(entry, "of", str, where), *(_typed(entry, name, float, where) for name in ("target", "reached"))
+            _typed(entry, "of", str, where),
+            target,
+            reached,
+            _typed(entry, "spread", float, where, optional=True),
+            _typed(entry, "device", str, where, optional=True),
         )
     except ValueError as error:
         raise PlanMismatchError(f"{where}: {error}") from error

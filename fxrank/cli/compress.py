@@ -31,6 +31,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-params", type=float, default=None, help="share of all parameters to keep, as 0.5")
     parser.add_argument("--target-macs", type=float, default=None, help="share of all multiply-adds to keep")
     parser.add_argument(
+        "--target-step-time",
+        type=float,
+        default=None,
+        help="share to keep of the milliseconds of forward and backward, measured on this device",
+    )
+    parser.add_argument(
+        "--target-latency",
+        type=float,
+        default=None,
+        help="share to keep of the milliseconds of the forward alone, measured",
+    )
+    parser.add_argument(
         "--rank",
         type=lambda text: int(text) if text.isdigit() else float(text),
         default=None,
@@ -66,6 +78,8 @@ def run(options: argparse.Namespace) -> None:
         form=options.form,
         target_params=options.target_params,
         target_macs=options.target_macs,
+        target_step_time=options.target_step_time,
+        target_latency=options.target_latency,
         calibration=train,
         calibration_batches=None if train is None else options.calibration_batches,
     )
@@ -77,6 +91,8 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"\n{after:,} of {before:,} parameters ({after / before:.3f}), {planned / max(1, dense):.3f} of the multiply-adds"
     )
+    if plan.budget is not None:
+        print("; ".join([f"budget: {plan.budget}", *([plan.note] if plan.note else [])]))
     if val is not None:
         print(f"dense: {accuracy(model, val, device)}\ncompressed: {accuracy(small, val, device)}")
     print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))

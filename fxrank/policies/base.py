@@ -10,14 +10,16 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from fxrank.decisions import keep
 from fxrank.passes.errors import unknown_name
 from fxrank.passes.pairs.registry import AUTO, forms
-from fxrank.plan import LayerDecision, Plan, Training
+from fxrank.plan import Budget, LayerDecision, Plan, Training
+from fxrank.policies.budget import asked_budget
 from fxrank.policies.monitor import Detector
 from fxrank.policies.scene import Clock, Scene
+from fxrank.policies.within import Within
 from fxrank.switch.zero_weights import without_zero_weights
 
 _KINDS: dict[Any, Any] = {float: Real, int: Integral, str: str, NoneType: NoneType}
@@ -48,8 +50,13 @@ class Policy(ABC):
     `"spatial"` (two-dimensional kernels get one down and one across), or one of `register_pair`; layers without it keep theirs.
     `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
     papers' BERT recipe. `factors` are made of the `"weight"` alone, its truncated SVD, or of the `"data"`: those whose outputs differ
-    least from the layer's on what the model was called with in the step before the switch (see `session.live_data`); the ranks are the same.
+    least from the layer's on what the model was called with in the step before the switch (see `session.live_data`); the ranks are the same. `target_params` and `target_macs` are a budget, one of them at most: the share, in (0, 1], of all the
+    model's parameters, or of the multiply-adds of its weight layers, that the model may have after the switch. The policy decides when, and
+    which layers stay dense, and the ranks are chosen by the spectra at the switch, so that the least is lost (see `policies.within`).
     """
+
+    takes_target: ClassVar[bool] = True
+    """Whether ranks may be chosen for a target."""
 
     # In this order, as a policy's `repr` is compared when a run goes on.
     frobenius_decay: float | str | None = Training.frobenius_decay
@@ -59,13 +66,16 @@ class Policy(ABC):
     rewarmup: float = Training.rewarmup
     freeze: tuple[str, ...] = Training.freeze
     factors: str = field(default="weight", metadata=LATER)
+    target_params: float | None = field(default=None, metadata=LATER)
+    target_macs: float | None = field(default=None, metadata=LATER)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "__repr__" not in vars(cls):
-            cls.__repr__ = Policy.__repr__  # type: ignore[method-assign]  # or `dataclass` would make its own
+            cls.__repr__ = Policy.__repr__  # type: ignore[method-assign]  # else the dataclass makes its own
 
     def __repr__(self) -> str:
+        """Every option, but for a `LATER` one that has its default: it is compared when a run goes on."""
         shown = [
             f for f in fields(self) if f.repr and not ("later" in f.metadata and getattr(self, f.name) == f.default)
         ]
@@ -80,6 +90,10 @@ class Policy(ABC):
                 )
             _check_kind(option.name, option.type, value)
         _ = self.training  # which has the rules for its options
+        if self.budget is not None and not self.takes_target:
+            raise ValueError(
+                f"a target is what ranks are chosen for; {self.name} chooses none, and got target_{self.budget.of}={self.budget.target:g}. Leave it out."
+            )
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))
         if self.factors not in ("weight", "data"):
@@ -94,6 +108,20 @@ class Policy(ABC):
     def training(self) -> Training:
         """How the run goes on after the switch."""
         return Training(self.frobenius_decay, self.lr_scale, self.rewarmup, self.freeze)
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the model may have after the switch; None if the policy's own ranks count."""
+        return asked_budget(params=self.target_params, macs=self.target_macs)
+
+    @property
+    def _within(self) -> Within | None:
+        return None if self.budget is None else Within(self.budget, self.form, self.extra_bn)
+
+    def check(self, scene: Scene) -> None:
+        """Raise before anything is changed what would be in the way at the switch: `BudgetError` for a target out of reach."""
+        if self._within is not None:
+            self._within.check(scene)
 
     @property
     def may_switch(self) -> bool:
@@ -138,14 +166,21 @@ class Policy(ABC):
         """R: one decision per layer, in order."""
 
     def plan(self, scene: Scene, clock: Clock, why: str) -> Plan:
-        """The plan for a switch at `clock`."""
+        """The plan for a switch at `clock`. Under a target `decide` is not asked. `BudgetError` as of `check`, if weights have become zero."""
+        budget: Budget | None = None
+        if self._within is None:
+            decisions = self.decide(scene)
+        else:
+            decisions, budget, unspent = self._within.decide(scene, self.eligible(scene))
+            why = f"{why}; {unspent}" if unspent else why
         plan = Plan(
             policy=self.name,
-            layers=tuple(self.decide(scene)),
+            layers=tuple(decisions),
             switch_step=clock.step,
             switch_epoch=round(clock.epoch, 4),
             note=why,
             training=self.training,
+            budget=budget,
         )
         plan = without_zero_weights(scene.model, plan)
         for name in scene.factors.keys() - plan.R.keys():

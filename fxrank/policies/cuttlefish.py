@@ -37,7 +37,9 @@ class Cuttlefish(Policy):
       rounded up to a multiple of it; `"auto"` measures the rank and the next multiples of 8 and 16 and takes the
       fastest.
 
-    Always: a layer whose rank reaches break-even, or whose pair is not faster at the rank chosen, stays dense.
+    - Under a target ranks are chosen for it, by the spectra: `rank_metric`, `share`, `ratio`, `min_ratio` and `round_to` decide nothing then.
+
+    Else always: a layer whose rank reaches break-even, or whose pair is not faster at the rank chosen, stays dense.
     """
 
     rank_metric: str = "scaled_stable_rank"
@@ -221,7 +223,7 @@ class Cuttlefish(Policy):
                 ),
                 **known,
             )
-        layer, rank, spectrum = in_best_form(layer, rank, self, scene.model, spectrum)
+        layer, rank, spectrum = in_best_form(layer, rank, self.form, scene.model, spectrum)
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
             return replace(

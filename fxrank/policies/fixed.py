@@ -18,6 +18,8 @@ from fxrank.policies.scene import Clock, Scene
 class FullRank(Policy):
     """Never switch: the full-rank twin, through the same calls."""
 
+    takes_target = False
+
     @property
     def may_switch(self) -> bool:
         return False
@@ -54,15 +56,14 @@ class Pufferfish(Policy):
     def ready(self, clock: Clock, scene: Scene) -> str | None:
         return f"E = {self.E:g} epochs as given" if clock.epoch >= self.E else None
 
+    def eligible(self, scene: Scene) -> dict[str, str]:
+        return {layer.name: f"among the first K = {self.K} layers" for layer in scene.layers[: self.K]}
+
     def decide(self, scene: Scene) -> list[LayerDecision]:
-        leading = {layer.name for layer in scene.layers[: self.K]}
+        leading = self.eligible(scene)
 
         def rank(layer: Layer) -> int | str:
-            return (
-                f"among the first K = {self.K} layers"
-                if layer.name in leading
-                else ratio_rank(layer.full_rank, self.ratio)
-            )
+            return leading.get(layer.name) or ratio_rank(layer.full_rank, self.ratio)
 
         return _fixed(self, scene, rank, f"{self.ratio:g} of full rank as given")
 
@@ -85,6 +86,7 @@ class FixedPlan(Policy):
     """
 
     given: Plan
+    takes_target = False
 
     @property
     def known_plan(self) -> Plan:
@@ -117,7 +119,7 @@ def _fixed(policy: Policy, scene: Scene, rank_of: Callable[[Layer], int | str], 
                 )
             )
             continue
-        layer, rank, spectrum = in_best_form(layer, rank, policy, scene.model)
+        layer, rank, spectrum = in_best_form(layer, rank, policy.form, scene.model)
         rank_now = spectrum.stable_rank
         if rank_now == 0:  # both factors would be zero, and stay so: each one's gradient is a product with the other
             decisions.append(keep(layer, "its weight is zero (stable rank 0)"))

@@ -5,18 +5,17 @@ from torch import nn
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.pairs.registry import AUTO
 from fxrank.passes.spectra.exact import Spectrum, check_finite
-from fxrank.policies.base import Policy
 
 
 def in_best_form(
-    layer: Layer, rank: int, policy: Policy, model: nn.Module, known: Spectrum | None = None
+    layer: Layer, rank: int, wanted: str, model: nn.Module, known: Spectrum | None = None
 ) -> tuple[Layer, int, Spectrum]:
-    """The layer in the form that the policy wants or that suits it best, the rank in that form with no more parameters
+    """The layer in the form that is `wanted` or that suits it best, the rank in that form with no more parameters
     than `rank` has in the layer's own, and the spectrum. `known` is that of the layer as it is, if it has been computed.
     """
     best = layer, rank, known or spectrum_of(layer, model)
     lost: float | None = None
-    for form in _choices(layer, policy.form):
+    for form in _choices(layer, wanted):
         other = layer.in_form(form)
         same_size = min(other.full_rank, layer.pair_parameters(rank) // other.pair_parameters(1))
         if same_size < 1:
@@ -24,9 +23,15 @@ def in_best_form(
         found = spectrum_of(other, model)
         error = found.truncation_error(same_size)
         lost = best[2].truncation_error(best[1]) if lost is None else lost
-        if error < lost or policy.form == form:
+        if error < lost or wanted == form:
             best, lost = (other, same_size, found), error
     return best
+
+
+def open_forms(layer: Layer, wanted: str) -> list[Layer]:
+    """The layer in each form that it may take where a policy wants this one."""
+    others = [layer.in_form(form) for form in _choices(layer, wanted)]
+    return [layer, *others] if wanted == AUTO else others or [layer]
 
 
 def _choices(layer: Layer, wanted: str) -> list[str]:

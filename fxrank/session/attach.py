@@ -115,6 +115,7 @@ def examine(
             reasons = misfits(layers, structure, team.example(example_inputs), graph_module, notes)
         layers = with_reasons(layers, team.agree(lambda: reasons))
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
+    policy.check(scene)
     logger = team.logger(logger)
     _profile(scene, team, policy, amp, known=state is not None)
     detector = policy.detector(clock)

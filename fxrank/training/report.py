@@ -84,6 +84,8 @@ class Report:
         lines = [
             f"policy {plan.policy}: {switched}, K = {plan.K}, {count} of {len(plan.layers)} layers factorized ({plan.note})"
         ]
+        if plan.budget is not None:
+            lines.append(f"budget: {plan.budget}")
         if not count and plan.policy != "FullRank":
             lines.append("NOTHING WAS FACTORIZED: the model is full-rank; the table says why, layer by layer.")
         full_memory, low_memory = self.memory_bytes.get("full-rank"), self.memory_bytes.get("low-rank")

@@ -9,6 +9,8 @@ import torch
 import fxrank
 from fxrank.cli.main import main
 from fxrank.demo import DigitsNet
+from fxrank.passes.profiling.timing import Profiler
+from fxrank.policies import times
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,18 @@ def test_without_data_the_weights_alone_are_looked_at(tmp_path, capsys):
     assert fxrank.Plan.load(tmp_path / "small" / "plan.json").calibration_batches is None
 
 
+@pytest.mark.parametrize("of", ["latency", "step_time"])
+def test_a_target_of_time_is_measured_and_told(tmp_path, capsys, monkeypatch, of):
+    monkeypatch.setattr(times, "compare", lambda models, *_, **__: [[8.0] * 5, [6.0] * 5][: len(models)])
+    monkeypatch.setattr(Profiler, "times_ms", lambda self, layer, ranks: [1.0, *(r / 99 for r in ranks)])
+    out = str(tmp_path / "small")
+    asked = [f"--target-{of.replace('_', '-')}", "0.75", "--input", "2x1x8x8", "--form", "channel"]
+    assert main(["compress", "digits", *asked, "--output", out]) == 0
+    assert f"budget: target_{of}=0.75, reached 0.7500 ± 0.0000, measured on cpu, " in capsys.readouterr().out
+    budget = fxrank.Plan.load(tmp_path / "small" / "plan.json").budget
+    assert (budget.of, budget.reached, budget.spread) == (of, 0.75, 0.0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -56,6 +70,7 @@ def test_without_data_the_weights_alone_are_looked_at(tmp_path, capsys):
         (["--weights", "garbage.safetensors"], "--weights must be a state dict of the model, DigitsNet"),
         (["--weights", "other.pt"], "--weights must be a state dict of the model, DigitsNet; other.pt is not"),
         (["--target-params", "0.0001"], "target_params must be at least 0."),
+        (["--target-latency", "0.5", "--target-macs", "0.1"], "got target_macs=0.1 and target_latency=0.5."),
         (["--target-params", "0.5", "--rank", "0.1"], "got target_params=0.5 and rank=."),
         (["--form", "best"], "form must be one of"),
     ],

@@ -66,6 +66,7 @@ CASES = {
     "not resharded": (PUFFERFISH, {"reshard_after_forward": False}),
     "precision": (PUFFERFISH, {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.float64)}),
     "frozen": (fxrank.Pufferfish(E=4, K=0, ratio=0.25, freeze=("inlet.*",)), {}),
+    "within a target": (fxrank.Pufferfish(E=4, K=0, target_params=0.5), {}),
 }
 
 

@@ -117,7 +117,10 @@ def test_targets_are_met_as_nearly_as_whole_ranks_allow(model, loader, form, dat
         small = fxrank.factorize(model, images(2), target_params=target, **options)
         share = sum(p.numel() for p in small.parameters()) / total
         budget = fxrank.plan_of(small).budget
-        assert target - 0.02 <= share <= target + 0.01  # one rank of the largest layer is a hundredth
+        assert (
+            0.99 * target <= share <= target
+            or "no ranks that are worth their cost come nearer" in fxrank.plan_of(small).note
+        )
         assert budget.reached == pytest.approx(share)
         small = fxrank.factorize(model, images(2), target_macs=target, **options)
         layers = fxrank.plan_of(small).layers

@@ -1,5 +1,7 @@
 """Ranks under a budget: kept to, and as good as an exact solver's."""
 
+import functools
+import math
 from itertools import pairwise, product
 
 import pytest
@@ -12,7 +14,7 @@ from fxrank.passes.discovery.discover import discover
 from fxrank.passes.errors import BudgetError
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Budget
-from fxrank.policies.budget import Ladder, allocate, ranks_within
+from fxrank.policies.budget import Ladder, allocate, counted, ranks_within, why_unspent
 
 
 def layers_of(widths):
@@ -39,7 +41,7 @@ def brute_force(ladders, budget):
 )
 def test_the_budget_is_kept_and_nothing_better_fits(widths, decays, share, of):
     _, layers = layers_of(widths)
-    ladders = {a.name: Ladder([(a, spectrum(a, d))], of) for a, d in zip(layers, decays, strict=False)}
+    ladders = {a.name: Ladder([(a, spectrum(a, d))], counted(of)) for a, d in zip(layers, decays, strict=False)}
     least = sum(ladder.options[0].cost for ladder in ladders.values())
     budget = max(least, share * sum(ladder.options[-1].cost for ladder in ladders.values()))
     chosen = allocate(ladders, budget)
@@ -47,9 +49,75 @@ def test_the_budget_is_kept_and_nothing_better_fits(widths, decays, share, of):
     assert sum(o.loss for o in chosen.values()) <= brute_force(ladders, budget) * 1.001 + 1e-6
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_random_models_come_as_near_to_their_targets_as_whole_ranks_can(data):
+    sizes = st.integers(1, 12) | st.integers(24, 400)
+    widths = data.draw(st.lists(sizes, min_size=3, max_size=6))
+    of, target = data.draw(st.sampled_from(["params", "macs"])), data.draw(st.floats(0.02, 1.0))
+    powers = data.draw(st.lists(st.floats(0.1, 2), min_size=5, max_size=5))
+    model, layers = layers_of(widths)
+    forms = {a.name: [(a, ((1 + torch.arange(a.full_rank)) ** -p)[None])] for a, p in zip(layers, powers, strict=False)}
+
+    def cost(layer, rank):
+        count, pair = (layer.parameters, layer.pair_parameters) if of == "params" else (layer.macs, layer.pair_macs)
+        return count if rank is None else pair(rank)
+
+    total = sum(p.numel() for p in model.parameters()) if of == "params" else sum(a.macs for a in layers)
+    cheapest = sum(min(cost(a, None), cost(a, 1)) for a in layers)
+    least = (total - sum(cost(a, None) for a in layers) + cheapest) / total
+    if least > target:
+        with pytest.raises(BudgetError, match=f"must be at least {least:.4f} here"):
+            ranks_within(Budget(of, target, 0.0), layers, model, forms)
+        return
+    chosen, budget = ranks_within(Budget(of, target, 0.0), layers, model, forms)
+    spent = total - sum(cost(a, None) - cost(a, chosen[a.name].rank) for a in layers)
+    assert budget.reached == pytest.approx(spent / total) and spent <= target * total * (1 + 1e-12)
+    if spent < 0.99 * target * total:
+        assert not reachable([open_costs(a, cost) for a in layers], total, 0.99 * target * total, target * total)
+        assert why_unspent(budget).startswith(f"target_{of}={target:g} is kept to with {budget.reached:.4f}: no ranks")
+    else:
+        assert why_unspent(budget) == ""
+
+
+def open_costs(layer, cost):
+    """What a layer may cost, less than dense; and dense."""
+    return {c for r in range(1, layer.full_rank + 1) if (c := cost(layer, r)) < cost(layer, None)} | {cost(layer, None)}
+
+
+def reachable(costs, total, least, most):
+    """Whether one of the costs of each layer, and what no layer has, make a sum in these bounds."""
+    sums = 1 << (total - sum(map(max, costs)))
+    for of_layer in costs:
+        sums = functools.reduce(lambda a, c, sums=sums: a | sums << c, of_layer, 0)
+    return any(sums >> number & 1 for number in range(math.ceil(least), math.floor(most) + 1))
+
+
+def test_large_layers_meet_their_target_to_half_a_hundredth():
+    model, layers = layers_of([1024, 2048, 1024, 700, 1300])
+    forms = {a.name: [(a, spectrum(a, d))] for a, d in zip(layers, (0.999, 0.995, 0.9995, 0.99), strict=True)}
+    for of, target in product(["params", "macs"], [0.1, 0.333, 0.7, 0.97]):
+        _, budget = ranks_within(Budget(of, target, 0.0), layers, model, forms)
+        assert 0.995 * target < budget.reached <= target
+
+
+def test_losses_may_be_weighed():
+    model, layers = layers_of([64, 64, 64, 64])
+    forms = {a.name: [(a, spectrum(a, 0.95))] for a in layers}
+    budget = Budget("params", 0.4, 0.0)
+    plain, _ = ranks_within(budget, layers, model, forms)
+    weighed, _ = ranks_within(budget, layers, model, forms, weights={"1": 3.0})
+    assert weighed["1"].rank > plain["1"].rank and weighed["0"].rank < plain["0"].rank
+    assert weighed["1"].loss == pytest.approx(
+        3 * (1 - sum(0.95 ** (2 * i) for i in range(weighed["1"].rank)) / sum(0.95 ** (2 * i) for i in range(64)))
+    )
+
+
 def test_a_flat_spectrum_gets_more_ranks_than_a_steep_one():
     _, layers = layers_of([32, 32, 32])
-    ladders = {a.name: Ladder([(a, spectrum(a, d))], "params") for a, d in zip(layers, (0.98, 0.5), strict=True)}
+    ladders = {
+        a.name: Ladder([(a, spectrum(a, d))], counted("params")) for a, d in zip(layers, (0.98, 0.5), strict=True)
+    }
     chosen = allocate(ladders, 1024)
     flat, steep = (chosen[a.name] for a in layers)
     assert (flat.rank, steep.rank) == (13, 3)
@@ -81,5 +149,7 @@ def test_a_budget_out_of_reach_says_what_can_be_reached():
     assert reached.reached == pytest.approx(96 / 544)
     with pytest.raises(ValueError, match=r"target_params is a share in \(0, 1\]; got 1\.5"):
         Budget("params", 1.5, 0.0)
-    with pytest.raises(ValueError, match="a budget's quantity must be one of 'macs', 'params'; got 'bytes'"):
+    with pytest.raises(
+        ValueError, match="a budget's quantity must be one of 'latency', 'macs', 'params', 'step_time'; got 'bytes'"
+    ):
         Budget("bytes", 0.5, 0.0)

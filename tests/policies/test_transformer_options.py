@@ -71,19 +71,19 @@ def test_a_fused_projection_takes_the_form_that_loses_less_at_the_same_size():
     assert (layer.form, layer.other_forms) == ("channel", ("qkv",))
     found = {}
     for form in ("channel", "qkv", "auto"):
-        chosen, rank, spectrum = in_best_form(layer, 9, fxrank.Cuttlefish(form=form), model)
+        chosen, rank, spectrum = in_best_form(layer, 9, form, model)
         assert chosen.pair_parameters(rank) <= layer.pair_parameters(9)
         found[form] = truncation_error(spectrum.sigma, rank)
         assert chosen.form == (form if form != "auto" else chosen.form)
     assert found["auto"] == min(found["channel"], found["qkv"])
     with torch.no_grad():  # three matrices of rank 2 in directions of their own: three pairs are exact
         model.qkv.weight.copy_(torch.cat([torch.randn(24, 2) @ torch.randn(2, 24) for _ in range(3)]))
-    chosen, rank, spectrum = in_best_form(layer, 3, fxrank.Cuttlefish(), model)
+    chosen, rank, spectrum = in_best_form(layer, 3, fxrank.Cuttlefish().form, model)
     assert (chosen.form, rank) == ("qkv", 2)
     assert truncation_error(spectrum.sigma, rank) < 1e-3  # a spectrum's tail is known to the root of float32's rounding
     with torch.no_grad():  # one space for all: one pair is exact, and three are wasteful
         model.qkv.weight.copy_(torch.randn(72, 3) @ torch.randn(3, 24))
-    chosen, rank, spectrum = in_best_form(layer, 3, fxrank.Cuttlefish(), model)
+    chosen, rank, spectrum = in_best_form(layer, 3, fxrank.Cuttlefish().form, model)
     assert (chosen.form, rank) == ("channel", 3)
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fxrank import FxrankError, LayerDecision, Plan, PlanMismatchError
+from fxrank import Budget, FxrankError, LayerDecision, Plan, PlanMismatchError
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
 counts = st.integers(0, 10**12)
@@ -40,6 +40,15 @@ plans = st.builds(
     switch_step=st.none() | counts,
     switch_epoch=st.none() | numbers.map(abs),
     note=st.text(),
+    budget=st.none()
+    | st.builds(
+        Budget,
+        st.sampled_from(["params", "macs", "step_time", "latency"]),
+        st.floats(0, 1, exclude_min=True),
+        numbers,
+        st.none() | numbers,
+        st.none() | st.text(),
+    ),
 )
 
 EXAMPLE = Plan(
@@ -148,10 +157,10 @@ KNOWN = sorted(LayerDecision.__dataclass_fields__)
         ("{}", 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not.'),
         (with_plan(format="onnx"), 'a plan must be a JSON object with "format": "fxrank-plan"; this one is not.'),
         (
-            with_plan(version=3),
-            "this fxrank reads plans up to version 2; got version 3. Install the fxrank that wrote it.",
+            with_plan(version=4),
+            "this fxrank reads plans up to version 3; got version 4. Install the fxrank that wrote it.",
         ),
-        (with_plan(version=None), "this fxrank reads plans up to version 2; got version None."),
+        (with_plan(version=None), "this fxrank reads plans up to version 3; got version None."),
         (
             with_plan(training={"lr_scale": 1.0}),
             "the plan's training must be an object with frobenius_decay, lr_scale,",
@@ -223,3 +232,20 @@ def test_no_json_value_does_anything_but_read_or_be_refused(field, value):
     except FxrankError:
         return
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_budget_of_version_2_is_read_and_a_damaged_one_refused():
+    data = json.loads(with_plan(budget={"of": "macs", "target": 0.5, "reached": 0.49}))
+    assert Plan.from_json(json.dumps(data | {"version": 2})).budget == Budget("macs", 0.5, 0.49)
+    for change, text in [
+        (
+            {"of": "bytes"},
+            "the plan's budget: a budget's quantity must be one of 'latency', 'macs', 'params', 'step_time'; got 'bytes'",
+        ),
+        ({"target": 0}, "the plan's budget: target_macs is a share in (0, 1]; got 0.0. 0.5 halves them."),
+        ({"spread": "wide"}, "the plan's budget: spread must be float or null; got 'wide'."),
+        ({"device": 7}, "the plan's budget: device must be str or null; got 7."),
+        ({"colour": 1}, "the plan's budget must be an object with of, target, reached, spread, device; got {"),
+    ]:
+        with pytest.raises(PlanMismatchError, match=re.escape(text)):
+            Plan.from_json(json.dumps(data | {"budget": data["budget"] | change}))

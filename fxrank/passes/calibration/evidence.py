@@ -44,6 +44,12 @@ class Evidence:
     centred_later: frozenset[str] = frozenset()
     batches: int = 0
 
+    def may_gain_bias(self, layer: Layer) -> bool:
+        """Whether a pair of the layer may gain a bias that the layer has not."""
+        known = self.known.get((layer.name, layer.form))
+        has_one = layer.name in self.biased or layer.name in self.centred_later
+        return known is not None and known.centred and not has_one
+
     def fit(self, name: str, form: str, rank: int, gains_bias: bool | None = None) -> Fit | None:
         """The best pair of a layer; None where only its weight is known. `gains_bias`: as a plan has it, else where it is needed."""
         best = self.known.get((name, form))

@@ -105,7 +105,7 @@ class Profiler:
 
     `amp` is the autocast dtype or None; `rounds` how many interleaved measurements the median is over; `budget_ms`
     bounds the time for one comparison (at least 3 rounds are made). Inputs are random; the model's weights are
-    neither read nor changed.
+    neither read nor changed. Without `backward` it is the forward alone, in evaluation mode and without gradients.
     """
 
     def __init__(
@@ -116,11 +116,12 @@ class Profiler:
         amp: torch.dtype | None = None,
         rounds: int = 11,
         budget_ms: float = 200.0,
+        backward: bool = True,
     ) -> None:
         if amp is not None and not (isinstance(amp, torch.dtype) and amp.is_floating_point):
             raise TypeError(f"amp must be a floating-point dtype or None; got {amp!r}. torch.bfloat16 is one.")
         self._model, self._device, self._amp = model, device, amp
-        self._rounds, self._budget_ms = rounds, budget_ms
+        self._rounds, self._budget_ms, self._backward = rounds, budget_ms, backward
         self.seconds = 0.0
         """Wall-clock time spent measuring so far."""
 
@@ -147,7 +148,7 @@ class Profiler:
         )
 
     def times_ms(self, layer: Layer, ranks: Sequence[int]) -> list[float]:
-        """Median forward + backward milliseconds of the dense layer, then of a pair of each rank."""
+        """Median milliseconds, forward + backward, of the dense layer, then of a pair of each rank."""
         start = time.perf_counter()
         source = dense_at(self._model, layer.name)
         cls = pair_class(source, layer.form)
@@ -165,13 +166,22 @@ class Profiler:
                 inputs = [x for made in layer.made for x in made.random_inputs(self._device)]
             else:
                 inputs = [cls.probe_input(source, layer.input_shape, layer.dtype, self._device)]
-            medians = self._interleaved([self._step(module, *inputs) for module in modules])
+            steps = [self._step(module.train(self._backward), *inputs) for module in modules]
+            laps = interleaved(steps, Stopwatch(self._device), self._rounds, self._budget_ms)
+            medians = [statistics.median(of_one) for of_one in laps]
         self.seconds += time.perf_counter() - start
         return medians
 
     def _step(self, module: nn.Module, *inputs: Any) -> Callable[[], None]:
         given = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
         operands = [x for x in given if isinstance(x, Tensor)]
+        if not self._backward:
+
+            def forward() -> None:
+                with torch.no_grad(), autocast(self._device, self._amp):
+                    module(*given)
+
+            return forward
         with autocast(self._device, self._amp):
             gradients = [torch.randn_like(out) for out in _listed(module(*given))]
 
@@ -185,20 +195,25 @@ class Profiler:
 
         return step
 
-    def _interleaved(self, steps: list[Callable[[], None]]) -> list[float]:
+
+def interleaved(
+    steps: Sequence[Callable[[], None]], watch: Stopwatch, rounds: int, budget_ms: float, least: int = 3
+) -> list[list[float]]:
+    """The milliseconds of each step in each round, after one round that is not counted: at most `rounds`, and not more than `least`
+    beyond `budget_ms`.
+    """
+    for step in steps:
+        step()
+    laps: list[list[float]] = []
+    spent = 0.0
+    while len(laps) < rounds and (len(laps) < least or spent < budget_ms):
+        watch.mark()
         for step in steps:
             step()
-        laps: list[list[float]] = []
-        watch = Stopwatch(self._device)
-        spent = 0.0
-        while len(laps) < self._rounds and (len(laps) < 3 or spent < self._budget_ms):
             watch.mark()
-            for step in steps:
-                step()
-                watch.mark()
-            laps.append(watch.laps_ms())
-            spent += sum(laps[-1])
-        return [statistics.median(column) for column in zip(*laps, strict=True)]
+        laps.append(watch.laps_ms())
+        spent += sum(laps[-1])
+    return [list(column) for column in zip(*laps, strict=True)]
 
 
 class _Products(nn.Module):

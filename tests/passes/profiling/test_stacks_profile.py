@@ -1,6 +1,7 @@
 """Stacks of interchangeable layers, what they cost by count, and how they are timed (never how long it takes)."""
 
 import copy
+from statistics import median
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.discovery.stacks import Stack, stacks
-from fxrank.passes.profiling import timing as profile_module
-from fxrank.passes.profiling.timing import Profiler, Stopwatch
+from fxrank.passes.profiling.timing import Profiler, Stopwatch, interleaved
 from fxrank.passes.tracing.trace import trace
 
 CPU = torch.device("cpu")
@@ -123,10 +123,9 @@ def clocked(monkeypatch):
 
     def measure(times, **options):
         clock = Clock(times)
-        monkeypatch.setattr(profile_module, "Stopwatch", clock)
-        profiler = Profiler(nn.Linear(1, 1), CPU, **options)
         steps = [lambda name=name: clock.marks.append(name) for name in ("dense", "pair")]
-        return profiler._interleaved(steps), clock.marks
+        columns = interleaved(steps, clock(CPU), **({"budget_ms": 200.0} | options))
+        return [median(column) for column in columns], clock.marks
 
     return measure
 
