@@ -34,7 +34,7 @@ from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.plan import Plan
-from fxrank.switch.apply_plan import Factors, apply_plan
+from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.sites import sites
 from fxrank.torch_private.dtensor import is_sharded
 from fxrank.torch_private.modules import COMPILED, own_children
@@ -158,17 +158,18 @@ def switch_average(average: nn.Module, model: nn.Module, plan: Plan, *, split: b
     An extra BatchNorm starts as the model's own. Devices and dtypes of the average stay.
     """
     found = sites(average, plan)
-    factors: Factors = {}
-    if split:
-        for site in found:
-            pair = module_at(model, site.name)
-            assert isinstance(pair, FactorPair)
-            own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
-            factors[site.name] = fitted(type(pair).unroll(pair, weight_of(site.dense)), *own)
-    apply_plan(average, plan, split=False, factors=factors)
+    factors = {}
+    for site in found if split else ():
+        pair = module_at(model, site.name)
+        assert isinstance(pair, FactorPair)
+        own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
+        factors[site.name] = fitted(type(pair).unroll(pair, weight_of(site.dense)), *own)
+    apply_plan(average, plan, split=False)
     for name in [site.name for site in found]:
         mine, theirs = module_at(average, name), module_at(model, name)
         assert isinstance(mine, FactorPair) and isinstance(theirs, FactorPair)
+        if name in factors:
+            mine.fill(*factors[name], like=theirs)
         if mine.extra_norm is not None and theirs.extra_norm is not None:
             mine.extra_norm.load_state_dict(theirs.extra_norm.state_dict())
 

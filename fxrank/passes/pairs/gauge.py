@@ -73,16 +73,16 @@ class FreeRows(nn.Module):
         """See the class."""
         places = self.weight.ndim - 2
         rows = -1 - places  # the dimension
-        out = input
-        if len(self.weight):
-            options = (None, 1, 0, 1, self.groups) if places else ()
-            out = torch.cat([input, _MULTIPLY[places](input, self.weight, *options)], rows)
-            there = -1 if out.stride(rows) == 1 else rows  # so that channels_last stays
-            out = out.movedim(rows, there).index_select(there, self.order).movedim(there, rows)
-        if self.bias is None:
-            return out
-        bias = self.bias.reshape(-1, *[1] * places)
-        return out.add_(bias) if len(self.weight) else out + bias.to(out.dtype)  # under autocast it is wider
+        if not len(self.weight):  # all rows are the identity
+            return input if self.bias is None else input + self.bias.to(input.dtype).reshape(-1, *[1] * places)
+        options = (None, 1, 0, 1, self.groups) if places else ()
+        out = torch.cat([input, _MULTIPLY[places](input, self.weight, *options)], rows)
+        last = rows != -1 and out.stride(rows) == 1  # channels_last, which stays
+        there = -1 if last else rows
+        out = (out.movedim(rows, -1) if last else out).index_select(there, self.order)
+        if self.bias is not None:
+            out.add_(self.bias.reshape(-1, *[1] * (-1 - there)))  # in place: under autocast a bias is wider
+        return out.movedim(-1, rows) if last else out
 
     def extra_repr(self) -> str:
         return f"{len(self.free)} rows, {len(self.weight)} of them free, rank={self.rank}, groups={self.groups}"
