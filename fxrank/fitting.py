@@ -17,10 +17,12 @@ from fxrank.policies.times import Trials, ranks_within_time
 from fxrank.switch.apply_plan import Factors
 
 
-def variants(layer: Layer, form: str) -> list[Layer]:
-    """The layer in each form that it may take where a user asks for this one."""
+def variants(layer: Layer, form: str, budget: Budget | None = None) -> list[Layer]:
+    """The layer in each form that it may take where a user asks for this one, under this budget."""
     if form == AUTO:
-        return [layer, *(layer.in_form(other) for other in layer.other_forms)]
+        saves_parameters = budget is not None and budget.of == "params"
+        others = [other for other in layer.others if other.pair and (saves_parameters or other.pair.saves_time)]
+        return [layer, *(layer.in_form(other.form) for other in others)]
     return [layer.if_in_form(form)]
 
 
@@ -64,7 +66,7 @@ class Fitting:
     ) -> Plan:
         """The plan that keeps to the budget; `trials` measure one of time. Errors as of `ranks_within` and `ranks_within_time`."""
         forms = {
-            layer.name: [(variant, self._sigma(variant)) for variant in variants(layer, form)]
+            layer.name: [(variant, self._sigma(variant)) for variant in variants(layer, form, budget)]
             for layer in layers
             if layer.reason is None
         }
@@ -125,26 +127,26 @@ class Fitting:
         return Plan("factorize", tuple(decisions), note=note, budget=budget, calibration_batches=batches)
 
     def _sigma(self, layer: Layer) -> Tensor:
-        known = self.evidence.known.get((layer.name, layer.form))
+        known = self.evidence.known.get(layer.key)
         return self._spectrum(layer).sigma if known is None else known.sigma
 
     def _loss(self, layer: Layer, rank: int) -> float:
         """Relative."""
-        known = self.evidence.known.get((layer.name, layer.form))
+        known = self.evidence.known.get(layer.key)
         if known is None:
             return self._spectrum(layer).truncation_error(rank)
         return known.output_error(rank)
 
     def _spectrum(self, layer: Layer) -> Spectrum:
-        key = layer.name, layer.form
+        key = layer.key
         if key not in self._spectra:
             self._spectra[key] = spectrum_of(layer, self.model)
         return self._spectra[key]
 
     def _decided(self, layer: Layer, rank: int, reason: str) -> LayerDecision:
         decision = take(layer, rank, reason, extra_bn=self.extra_bn)
-        found = self._spectra.get((layer.name, layer.form))
-        if found is not None and (layer.name, layer.form) not in self.evidence.known:
+        found = self._spectra.get(layer.key)
+        if found is not None and layer.key not in self.evidence.known:
             self.factors[layer.name] = found.factors(rank)
             decision = replace(decision, truncation_error=round(found.truncation_error(rank), 6))
         return self._with_data(decision, layer)
@@ -152,9 +154,9 @@ class Fitting:
     def _with_data(self, decision: LayerDecision, layer: Layer, gains_bias: bool | None = None) -> LayerDecision:
         if not self.evidence.batches:
             return decision
-        fit = self.evidence.fit(layer.name, layer.form, decision.rank or 0, gains_bias)
+        fit = self.evidence.fit(*layer.key, decision.rank or 0, gains_bias)
         if fit is None:
-            why = self.evidence.blind.get((layer.name, layer.form), "calibration did not look at it")
+            why = self.evidence.blind.get(layer.key, "calibration did not look at it")
             said = f"; factors of the weight alone: {why}"  # once, however often a plan is repeated
             return replace(decision, reason=decision.reason.removesuffix(said) + said)
         self.factors[layer.name] = fit.factors
@@ -165,4 +167,4 @@ def _same_size(layer: Layer, rank: int, variant: Layer) -> int:
     """The rank in another form with no more parameters; in the layer's own it is the one given."""
     if variant.form == layer.form:
         return rank
-    return min(variant.full_rank, layer.pair_parameters(rank) // variant.pair_parameters(1))
+    return variant.rank_within(layer.pair_parameters(rank))

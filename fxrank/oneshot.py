@@ -68,9 +68,10 @@ def factorize(
     layers (one whose pair would be multiplied out in every call stays dense, with a warning), a `Plan` is applied as it stands. Ranks are used as given; one warning lists those above break-even. The
     first and last layer stay dense unless included or named (`include="*"` takes everything). `fxrank.plan_of`
     returns the decisions with their reasons. Layers that have pairs of this `form` get them, the others those of their own: `"qkv"`
-    splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across; see `register_pair`.
+    splits fused projections in three, `"spatial"` two-dimensional kernels into one down and one across, `"gauge"` has rows of the
+    second factor that are the identity, so that its pairs are always smaller than their layers, though not faster; see `register_pair`.
     `"auto"` takes for each layer, of all forms that it may have, the one that loses least with no more parameters, or, under a target,
-    at its cost.
+    at its cost; `"gauge"` only under `target_params`.
     Without a rank it is a quarter of each layer's full rank, or what a target leaves.
 
     `target_params` and `target_macs` are budgets instead of ranks: the share, in (0, 1], of all the model's parameters, or of the
@@ -124,7 +125,10 @@ def factorize(
     evidence = Evidence()
     if calls is not None:
         open_forms = [
-            v for a in layers if a.reason is None for v in (variants(a, form) if budget or form == AUTO else [a])
+            v
+            for a in layers
+            if a.reason is None
+            for v in (variants(a, form, budget) if budget or form == AUTO else [a])
         ]
         evidence = gather(small, open_forms, calls, absorbed)
     fitting = Fitting(small, evidence, extra_bn)

@@ -47,7 +47,8 @@ class Policy(ABC):
     switch; `rewarmup` is the share of the run over which it ramps up linearly from there, never above the schedule.
     `form` is `"channel"` (one pair a layer), `"qkv"` (a fused projection of queries, keys and values gets a pair for
     each third), `"auto"` (of the two, at the same number of parameters, the one with the smaller truncation error),
-    `"spatial"` (two-dimensional kernels get one down and one across), or one of `register_pair`; layers without it keep theirs.
+    `"spatial"` (two-dimensional kernels get one down and one across), `"gauge"` (rows of the second factor are the identity and take no
+    parameters), or one of `register_pair`; layers without it keep theirs.
     `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
     papers' BERT recipe. `factors` are made of the `"weight"` alone, its truncated SVD, or of the `"data"`: those whose outputs differ
     least from the layer's on what the model was called with in the step before the switch (see `session.live_data`); the ranks are the same. `target_params` and `target_macs` are a budget, one of them at most: the share, in (0, 1], of all the

@@ -17,7 +17,7 @@ def in_best_form(
     lost: float | None = None
     for form in _choices(layer, wanted):
         other = layer.in_form(form)
-        same_size = min(other.full_rank, layer.pair_parameters(rank) // other.pair_parameters(1))
+        same_size = other.rank_within(layer.pair_parameters(rank))
         if same_size < 1:
             continue
         found = spectrum_of(other, model)

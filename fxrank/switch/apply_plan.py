@@ -102,7 +102,7 @@ def apply_plan(
             module.__dict__.setdefault(_NESTED, module.use_nested_tensor)
             module.use_nested_tensor = False
     if share is not None:
-        share([*(p for r in replacements for p in (r.pair.u.weight, r.pair.v.weight)), *biases])
+        share([*(t for r in replacements for t in r.pair.held), *biases])
     calibrate_on(example, model, norms, share)
     remember_plan(model, plan)
     return replacements
@@ -115,7 +115,7 @@ def _pairs(site: Site, split: bool, factors: Factors) -> list[FactorPair]:
     for place in site.places:
         pair = site.pair_at(place)
         if pairs:  # another place that holds the same weight: the same factors, its own bias and geometry
-            pair.u.weight, pair.v.weight = pairs[0].u.weight, pairs[0].v.weight
+            pair.share(pairs[0])
         elif site.name in factors:
             u, v, *more = factors.pop(site.name)
             pair.fill(u, v)

@@ -168,16 +168,18 @@ def switch_average(
     """
     found = sites(average, plan)
     factors: Factors = {}
-    if split:
-        for site in found:
-            pair = module_at(model, site.name)
-            assert isinstance(pair, FactorPair)
-            own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
-            factors[site.name] = _following(pair, weight_of(site.dense).detach(), own, (before or {}).get(site.name))
-    apply_plan(average, plan, split=False, factors=factors)
+    for site in found if split else ():
+        pair = module_at(model, site.name)
+        assert isinstance(pair, FactorPair)
+        own = pair.unfold_u(pair.u.weight), pair.unfold_v(pair.v.weight)
+        factors[site.name] = _following(pair, weight_of(site.dense).detach(), own, (before or {}).get(site.name))
+    apply_plan(average, plan, split=False, factors=dict(factors))
     for name in [site.name for site in found]:
         mine, theirs = module_at(average, name), module_at(model, name)
         assert isinstance(mine, FactorPair) and isinstance(theirs, FactorPair)
+        if name in factors:
+            u, v, *_ = factors[name]
+            mine.fill(u, v, like=theirs)
         if mine.extra_norm is not None and theirs.extra_norm is not None:
             mine.extra_norm.load_state_dict(theirs.extra_norm.state_dict())
 

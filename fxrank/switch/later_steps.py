@@ -149,28 +149,29 @@ class FactorRegime:
                 continue
             first, second = pair.u.weight, pair.v.weight
             assert isinstance(first, nn.Parameter) and isinstance(second, nn.Parameter)
-            if first.grad is None or second.grad is None:
+            if any(w.grad is None for w in (first, second) if w.numel()):  # a form may leave nothing of `V` to train
                 continue
             for w in (first, second):
                 if w.grad is not None and w.grad.is_sparse:  # of a table whose every entry decays
                     w.grad = w.grad.to_dense()
             u, v = pair.unfold_u(whole(first)), pair.unfold_v(whole(second))
             ut, vt = u.transpose(1, 2), v.transpose(1, 2)
-            pull_u, pull_v = (
-                placed_like(pair.fold_u((vt @ v) @ u), first),
-                placed_like(pair.fold_v(v @ (u @ ut)), second),
+            pulls = (
+                (first, placed_like(pair.fold_u((vt @ v) @ u), first)),
+                (second, placed_like(pair.fold_v(v @ (u @ ut)), second)),
             )
             if way == "weights":
                 # The step multiplies by 1 - lr·own; this makes the sum of both w - lr·strength·pull.
                 lr = float(group["lr"])
                 shrink = 1.0 - lr * own
-                for w, pull in ((first, pull_u), (second, pull_v)):
+                for w, pull in pulls:
                     change = w.mul(lr * own).sub_(pull, alpha=lr * strength).div_(shrink)
                     w.add_(change if found_inf is None else change.mul_(found_inf.to(w.device) == 0))
                 continue
             sign = -1.0 if group.get("maximize") else 1.0
-            for w, pull in ((first, pull_u), (second, pull_v)):
-                assert w.grad is not None
+            for w, pull in pulls:
+                if w.grad is None:
+                    continue
                 if grad_scale is None:
                     w.grad.add_(pull, alpha=sign * strength)
                     if own:

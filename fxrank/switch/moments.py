@@ -127,7 +127,7 @@ def _magnitude(moment: Tensor, pair: FactorPair, u: Tensor, v: Tensor) -> tuple[
 
 
 def _averaged(average: Tensor, pair: FactorPair, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    near_u, near_v = fitted(pair.unroll(pair, average), u, v)
+    near_u, near_v = pair.in_basis(*fitted(pair.unroll(pair, average), u, v))
     return pair.fold_u(near_u), pair.fold_v(near_v)
 
 

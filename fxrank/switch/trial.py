@@ -125,6 +125,7 @@ class _Trial:
         dense = [dense_at(self._model, layer.name) for layer in layers]
         gone = [layer.get_parameter("weight") for layer in dense if not is_derived(layer)]
         twin = _twin(self._model, {id(weight): _nothing_like(weight) for weight in gone})
+        layers = [_where_it_shows(layer) for layer in layers]
         plan = Plan(policy="trial", layers=tuple(take(layer, layer.full_rank, "tried") for layer in layers))
         factors: Factors = {
             layer.name: _exact(matrices_of(layer, self._model), seed) for seed, layer in enumerate(layers)
@@ -163,6 +164,15 @@ def _rounded(weight: nn.Parameter) -> nn.Parameter:
     way = torch.empty(weight.shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0)).sign()
     moved = weight.detach() * (1 + torch.finfo(weight.dtype).eps * way.to(weight))
     return nn.Parameter(moved, weight.requires_grad)
+
+
+def _where_it_shows(layer: Layer) -> Layer:
+    """The layer in a form that fixes nothing of `V`: one that does may have the layer itself for its first factor at full rank, and what
+    takes that for the layer would not be seen.
+    """
+    pair = layer.unrolled.pair
+    others = (other.form for other in layer.others if other.pair is not None and not other.pair.basis)
+    return layer.in_form(next(others, layer.form)) if pair is not None and pair.basis else layer
 
 
 def _exact(stack: Tensor, seed: int) -> tuple[Tensor, Tensor]:

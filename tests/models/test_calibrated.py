@@ -57,7 +57,7 @@ def off(small, model, x):
         return float((small(x) - model(x)).norm() / model(x).norm())
 
 
-@pytest.mark.parametrize("form", ["channel", "spatial", "qkv", "auto"])
+@pytest.mark.parametrize("form", ["channel", "spatial", "qkv", "gauge", "auto"])
 def test_outputs_differ_less_than_with_factors_of_the_weights(model, loader, form):
     x = images(64, 2)
     plain = fxrank.factorize(model, x[:2], form=form)
@@ -71,7 +71,7 @@ def test_outputs_differ_less_than_with_factors_of_the_weights(model, loader, for
 
 
 @pytest.mark.filterwarnings("ignore:ranks at or above break-even")
-@pytest.mark.parametrize("form", ["channel", "spatial", "qkv"])
+@pytest.mark.parametrize("form", ["channel", "spatial", "qkv", "gauge"])
 def test_full_rank_is_exact_and_what_was_gained_is_saved_merged_and_exported(model, loader, form, tmp_path):
     x = images(4, 3)
     full = fxrank.factorize(model, x, rank=1.0, include="*", form=form, calibration=loader, recalibrate=False)

@@ -12,8 +12,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.parallel import DataParallel
 
 import fxrank
-from fxrank.passes.pairs.factored_weight import CompiledWeight
-from fxrank.passes.pairs.products import factored
+from fxrank.passes.pairs.reading.factored_weight import CompiledWeight
+from fxrank.passes.pairs.reading.products import factored
 
 # Torch's own, where the input of a compiled part comes out of one that is not.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

@@ -229,10 +229,11 @@ def test_a_policy_of_ones_own():
     [
         SOON,
         dataclasses.replace(SOON, form="spatial"),
+        dataclasses.replace(SOON, form="gauge"),
         fxrank.Pufferfish(E=1, K=0, ratio=0.25),
         fxrank.Pufferfish(E=1, K=0, ratio=0.25, form="spatial"),
     ],
-    ids=["Cuttlefish", "Cuttlefish spatial", "Pufferfish", "Pufferfish spatial"],
+    ids=["Cuttlefish", "Cuttlefish spatial", "Cuttlefish gauge", "Pufferfish", "Pufferfish spatial"],
 )
 def test_each_weight_is_decomposed_once(policy, monkeypatch):
     """When its rank is decided; the factors wait for the switch."""

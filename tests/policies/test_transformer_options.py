@@ -68,14 +68,15 @@ def layer_of(model, name):
 def test_a_fused_projection_takes_the_form_that_loses_less_at_the_same_size():
     model = Block()
     layer = layer_of(model, "qkv")
-    assert (layer.form, layer.other_forms) == ("channel", ("qkv",))
+    assert (layer.form, layer.other_forms) == ("channel", ("qkv", "gauge"))
     found = {}
-    for form in ("channel", "qkv", "auto"):
+    for form in ("channel", "qkv", "gauge", "auto"):
         chosen, rank, spectrum = in_best_form(layer, 9, form, model)
         assert chosen.pair_parameters(rank) <= layer.pair_parameters(9)
         found[form] = truncation_error(spectrum.sigma, rank)
         assert chosen.form == (form if form != "auto" else chosen.form)
-    assert found["auto"] == min(found["channel"], found["qkv"])
+    assert found["auto"] == min(found["channel"], found["qkv"])  # gauge pairs are for who asks for them
+    assert found["gauge"] < found["channel"]
     with torch.no_grad():  # three matrices of rank 2 in directions of their own: three pairs are exact
         model.qkv.weight.copy_(torch.cat([torch.randn(24, 2) @ torch.randn(2, 24) for _ in range(3)]))
     chosen, rank, spectrum = in_best_form(layer, 3, fxrank.Cuttlefish().form, model)
@@ -98,7 +99,8 @@ def test_a_form_asked_for_is_installed_and_trains(form):
 
 def test_unknown_forms_are_refused():
     with pytest.raises(
-        ValueError, match=re.escape("form must be one of 'auto', 'channel', 'qkv', 'spatial', 'stack'; got 'head'.")
+        ValueError,
+        match=re.escape("form must be one of 'auto', 'channel', 'gauge', 'qkv', 'spatial', 'stack'; got 'head'."),
     ):
         fxrank.Cuttlefish(form="head")
 

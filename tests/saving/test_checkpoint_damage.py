@@ -211,7 +211,7 @@ def test_a_file_cut_anywhere_is_refused(saved):
         ),
         (
             {"form": "tucker"},
-            "a plan's forms must be among channel, qkv, spatial, stack; '2' has 'tucker'. Install the fxrank that wrote the plan.",
+            "a plan's forms must be among channel, gauge, qkv, spatial, stack; '2' has 'tucker'. Install the fxrank that wrote the plan.",
         ),
         ({"extra_bn": True}, "every tensor of the model must be stored"),
     ],

@@ -68,7 +68,7 @@ def test_every_kind_of_pair_is_in_the_plan_of_a_later_stage(name, tmp_path):
     assert fxrank.plan_of(fxrank.factorize(Words(), X, rank=plan)).R == plan.R
 
 
-@pytest.mark.parametrize("options", [{"extra_bn": True}, {"form": "spatial"}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"extra_bn": True}, {"form": "spatial"}, {"form": "gauge"}, {}], ids=str)
 def test_convolutions_keep_form_and_norm(options, tmp_path):
     x, _ = images()
     first = fxrank.factorize(ConvNet(), x, rank={"conv3": 4}, **options)

@@ -1,6 +1,7 @@
 """Averages of the weights, taken through the switch: what they are after it, and that averaging goes on."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -11,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_a
 
 import fxrank
 from fxrank.passes.pairs.registry import make_pair
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.switch.averages import fitted
 
 X, Y = vectors()
@@ -59,13 +61,14 @@ def run(model, average, steps=10, batch=None, policy=HALFWAY, told=True, optimiz
     return session
 
 
+@pytest.mark.parametrize("form", ["channel", "gauge"])
 @pytest.mark.parametrize("make", [mlp, ConvNet, Tied])
 @pytest.mark.parametrize("name", AVERAGES)
-def test_averages_go_on_through_the_switch(name, make):
+def test_averages_go_on_through_the_switch(name, make, form):
     model = make()
     batch = images() if make is ConvNet else vectors()
     average = AVERAGES[name](model)
-    session = run(model, average, batch=batch)
+    session = run(model, average, batch=batch, policy=dataclasses.replace(HALFWAY, form=form))
     session.finish()
     assert session.phase == "low-rank"
     inside = average.module
@@ -76,19 +79,23 @@ def test_averages_go_on_through_the_switch(name, make):
         assert inside.a.u.weight is inside.b.u.weight
     assert all(torch.isfinite(p).all() for p in inside.parameters())
     assert torch.isfinite(average(batch[0])).all()
+    for path, pair in pairs_in(model).items():  # an average of other rows would be of nothing
+        for mine, theirs in zip(pairs_in(inside)[path].held[2:], pair.held[2:], strict=True):
+            assert torch.equal(mine > 0.5, theirs > 0.5)
 
 
 def dense_of(net):
     return {n: p.detach().clone() for n, p in fxrank.merge(net).named_parameters()}
 
 
-def test_the_average_of_factors_is_the_average_of_products():
+@pytest.mark.parametrize("form", ["channel", "gauge"])
+def test_the_average_of_factors_is_the_average_of_products(form):
     """Beside it, the average that a dense run would make: of the products, from the average's own weights on."""
     model = mlp(dtype=torch.float64)
     batch = vectors(dtype=torch.float64)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    session = attach(model, optimizer, batch, 40, fxrank.Pufferfish(E=20, ratio=0.25))
+    session = attach(model, optimizer, batch, 40, fxrank.Pufferfish(E=20, ratio=0.25, form=form))
     session.follow(average)
     train(model, optimizer, 19, batch)
     for _ in range(3):  # the average lags behind

@@ -389,7 +389,7 @@ def test_selection_errors():
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "form must be one of 'channel', 'qkv', 'spatial', 'stack'; got 'chanel'. Did you mean 'channel'?"
+            "form must be one of 'channel', 'gauge', 'qkv', 'spatial', 'stack'; got 'chanel'. Did you mean 'channel'?"
         ),
     ):
         fxrank.factorize(net(), X, form="chanel")

@@ -232,3 +232,27 @@ def test_a_small_step_of_an_average_is_seen():
 
     plan = fxrank.plan_of(full(Slowly().double().train(), randn(5, 8)))
     assert set(plan.R) == {"a", "c"}
+
+
+class Steps(nn.Module):
+    """Runs whatever in it is a `Linear`."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(3))
+
+    def forward(self, x):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                x = torch.tanh(module(x))
+        return x
+
+
+@pytest.mark.parametrize("form", ["channel", "gauge"])
+def test_a_factor_that_is_the_layer_at_full_rank_hides_nothing(form):
+    """In form "gauge" the first one is then."""
+    torch.manual_seed(0)
+    with pytest.warns(
+        fxrank.NothingFactorizedWarning, match="with a pair in its place the model computes something else"
+    ):
+        fxrank.factorize(Steps(), torch.randn(3, 8), rank=0.5, include="*", form=form)

@@ -15,7 +15,7 @@ from fxrank.passes.spectra.exact import check_finite
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 Key = tuple[str, str]
-"""Name and form of a layer."""
+"""Name and form of a layer; see `Layer.key`."""
 Known = Projection | SpatialProjection
 NEEDED = 1.05
 """A pair gains a bias where its least squared error would be so many times as large without."""
@@ -78,7 +78,7 @@ def gather(
     """
     watched: dict[Key, Watch] = {}
     blind: dict[Key, str] = {}
-    by_key = {(layer.name, layer.form): layer for layer in layers if layer.reason is None}
+    by_key = {layer.key: layer for layer in layers if layer.reason is None}
     owners = owners_in(model)
     for key, layer in by_key.items():
         watch = _watch(model, owners, layer)

@@ -1,5 +1,6 @@
 """What fxrank knows about one weight: a `Layer`."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +92,12 @@ class Layer:
     def macs(self) -> int:
         return round(self.parameters * self.positions)
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Its name and form, of forms that read the same matrices the first by name: what is known of one is known of the others."""
+        alike = (a.form for a in self.others if a.matrices == self.unrolled.matrices and self._pair.reads_as(a.pair))
+        return self.name, min(self.form, *alike, self.form)
+
     def pair_parameters(self, rank: int) -> int:
         """Numbers in both factors of its pair."""
         return self._pair.pair_parameters(self.unrolled, rank)
@@ -103,6 +110,10 @@ class Layer:
     def break_even_rank(self) -> float:
         """The rank at which a pair is as large as the layer; 0 where there is no pair."""
         return 0.0 if self.unrolled.pair is None else self._pair.break_even_rank(self.unrolled)
+
+    def rank_within(self, parameters: int) -> int:
+        """The largest rank at which its pair has no more numbers than so many, 0 if there is none."""
+        return bisect_right(range(1, self.full_rank + 1), parameters, key=self.pair_parameters)
 
     @property
     def takes_norm(self) -> bool:

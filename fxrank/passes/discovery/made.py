@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.passes.pairs.products import factored
+from fxrank.passes.pairs.reading.products import factored
 from fxrank.torch_private.multiply_adds import MultiplyAdds
 
 Input = torch.device | tuple[tuple[int, ...], tuple[int, ...], torch.dtype]

@@ -16,17 +16,14 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxrank.passes.errors import RankError
-from fxrank.passes.model.quantized import numbers_in
 from fxrank.passes.model.weights import weight_of
-from fxrank.passes.pairs.factored_weight import FactoredWeight
-from fxrank.passes.pairs.products import factored, whole_product
-from fxrank.passes.spectra.exact import check_finite, truncated_factors
-from fxrank.passes.spectra.refit import refit
+from fxrank.passes.pairs.reading.weight import Norm, ReadsAsLayer
+from fxrank.passes.spectra.exact import truncated_factors
+from fxrank.torch_private.modules import own_buffers
 
-Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
 Layers = tuple[nn.Module, Norm | None, nn.Module]
 
 
@@ -72,7 +69,7 @@ def whole_number(dense: nn.Module, name: str) -> int:
     return value
 
 
-class FactorPair(nn.Module):
+class FactorPair(ReadsAsLayer):
     """Two thin layers, `v(u(x))`, in the place of one dense layer.
 
     Children: `u`, `v`, and `norm`, a BatchNorm between them if it was asked for. The state dict has only their
@@ -104,7 +101,13 @@ class FactorPair(nn.Module):
     takes_bias: ClassVar[bool] = True
     """Whether a pair of a layer without a bias may gain one."""
     automatic: ClassVar[bool] = False
-    """Whether `form="auto"` may choose this form by itself, which costs one more decomposition of each weight."""
+    """Whether a policy's `form="auto"` may choose this form by itself, which costs one more decomposition of each weight."""
+    saves_time: ClassVar[bool] = True
+    """Whether fewer multiply-adds take less time in this form. Else one-shot `form="auto"` takes it only to save parameters."""
+    basis: ClassVar[tuple[str, ...]] = ()
+    """Buffers of `v` that say which part of `V` the form fixes, where it fixes one: `V U = (V T⁻¹)(T U)` leaves that free. They go
+    where the factors go.
+    """
 
     u: Any
     v: Any
@@ -185,7 +188,9 @@ class FactorPair(nn.Module):
         return u.reshape(self.u.weight.shape)
 
     def fold_v(self, v: Tensor) -> Tensor:
-        """`V` `(groups, rows, r)` in the shape of `v.weight`."""
+        """`V` `(groups, rows, r)` in the shape of `v.weight`, without what the form fixes of it. Gradients and moments of all of `V`
+        become those of `v.weight` so.
+        """
         return v.reshape(self.v.weight.shape)
 
     def unfold_u(self, tensor: Tensor) -> Tensor:
@@ -193,7 +198,7 @@ class FactorPair(nn.Module):
         return tensor.reshape(1, self.rank, -1)
 
     def unfold_v(self, tensor: Tensor) -> Tensor:
-        """Inverse of `fold_v`."""
+        """Inverse of `fold_v`: all of `V` from `v.weight`."""
         return tensor.reshape(1, -1, self.rank)
 
     # -- what it costs
@@ -236,6 +241,14 @@ class FactorPair(nn.Module):
     def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
         """The vectors of one call, `(…, groups, size)`, of patches `(…, groups, channels, height, width)`: the call's own dimensions come first."""
         raise NotImplementedError(f"{cls.__name__} watches nothing")
+
+    @classmethod
+    def reads_as(cls, other: "type[FactorPair] | None") -> bool:
+        """Whether another form reads the weight as the same matrices, if these are of the same sizes, and watches the same."""
+        if other is None:
+            return False
+        ways = [[getattr(pair, name) for name in ("unroll", "side", "seen")] for pair in (cls, other)]
+        return all(getattr(a, "__func__", a) is getattr(b, "__func__", b) for a, b in zip(*ways, strict=True))
 
     # -- how it is timed
 
@@ -297,11 +310,38 @@ class FactorPair(nn.Module):
         if not weight.is_meta:
             self.fill(*truncated_factors(type(self).unroll(self, weight), self.rank))
 
-    def fill(self, u: Tensor, v: Tensor) -> None:
-        """Fill the factors with `U` `(groups, r, cols)` and `V` `(groups, rows, r)`."""
-        with torch.no_grad():
+    @torch.no_grad()
+    def fill(self, u: Tensor | None, v: Tensor, like: "FactorPair | None" = None) -> None:
+        """Fill the factors with `U` `(groups, r, cols)`, None for the one that is there, and `V` `(groups, rows, r)`, or with factors
+        of the same product if the form fixes a part of `V`: which part, it chooses, or takes from a pair that is `like` this one.
+        """
+        if like is None:
+            self.choose_basis(v)
+        else:
+            for mine, theirs in zip(self.held[2:], like.held[2:], strict=True):
+                mine.copy_(theirs)
+        if self.basis:
+            u, v = self.in_basis(self.unfold_u(self.u.weight) if u is None else u, v)
+        if u is not None:
             self.u.weight.copy_(self.fold_u(u))
-            self.v.weight.copy_(self.fold_v(v))
+        self.v.weight.copy_(self.fold_v(v))
+
+    def choose_basis(self, v: Tensor) -> None:
+        """Where the form fixes a part of `V`: choose it so that this `V` is well conditioned there."""
+
+    def in_basis(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of the same product with that part of `V` as the form has it."""
+        return u, v
+
+    @property
+    def held(self) -> tuple[Tensor, ...]:
+        """All that says what the factors are."""
+        return self.u.weight, self.v.weight, *(cast(Tensor, own_buffers(self.v)[name]) for name in self.basis)
+
+    def share(self, other: "FactorPair") -> None:
+        """Have the very factors of another pair of this class and rank."""
+        self.u.weight, self.v.weight = other.u.weight, other.v.weight
+        own_buffers(self.v).update({name: own_buffers(other.v)[name] for name in self.basis})
 
     def gain_bias(self) -> None:
         """A bias of zeros, where the dense layer has none."""
@@ -319,80 +359,10 @@ class FactorPair(nn.Module):
     # -- what a reader sees
 
     @property
-    def weight(self) -> Tensor:
-        """The dense weight as the product of the factors, made where its numbers are needed; differentiable. A `norm`
-        is not part of it.
-
-        It may be set to a parameter, and written into as a whole (`weight.data = …`, `weight.copy_(…)`), where the factors can
-        take that exactly: rows scaled, as BatchNorm is folded in, which is put into `v`, or, without a `norm`, any product of their
-        rank. Raises `RankError` else, and changes nothing then.
-        """
-        u, v = self.unfold_u(numbers_in(self.u)), self.unfold_v(numbers_in(self.v))
-        if issubclass(type(u), fx.Proxy):
-            return self.fold_dense(v @ u)  # the product in full, while being traced
-        if self.multiplies_when_read:
-            read: Any = factored(u, v, self.dense_shape)  # or what stands in for one while a graph is compiled
-        else:
-            read = whole_product(u, v, self.dense_shape, self.fold_dense)
-        if isinstance(read, FactoredWeight):
-            read.write = self._write
-        return cast(Tensor, read)
-
-    @weight.setter
-    def weight(self, weight: Tensor) -> None:
-        if getattr(weight, "write", None) == self._write:
-            return  # `pair.weight *= scale` has written into it
-        if not isinstance(weight, nn.Parameter):
-            raise TypeError(
-                f"the weight of a layer must be a parameter; got a {type(weight).__name__}. Wrap it in nn.Parameter."
-            )
-        u, v = self._refitted(weight)
-        trains = weight.requires_grad
-        self.v.weight = nn.Parameter(torch.empty_like(self.v.weight).copy_(self.fold_v(v)), trains)
-        if u is not None:
-            self.u.weight = nn.Parameter(torch.empty_like(self.u.weight).copy_(self.fold_u(u)), trains)
-
-    def _write(self, weight: Tensor) -> None:
-        """The same in place."""
-        u, v = self._refitted(weight)
-        self.v.weight.copy_(self.fold_v(v))
-        if u is not None:
-            self.u.weight.copy_(self.fold_u(u))
-
-    def _refitted(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
-        if tuple(weight.shape) != self.dense_shape:
-            raise RankError(
-                f"the weight of this pair must have the layer's shape {self.dense_shape}; got {tuple(weight.shape)}. Make a layer of your own for another."
-            )
-        check_finite(weight)
-        u, v = self.unfold_u(self.u.weight), self.unfold_v(self.v.weight)
-        return refit(type(self).unroll(self, weight.detach()), u, v, only_rows=self.extra_norm is not None)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As the dense layer's; `weight` and `bias` are the pair's own."""
-        if name == "weight" and param is not None:
-            object.__setattr__(self, name, param)
-        elif name == "bias" and hasattr(self.v, "bias"):
-            self.v.bias = param
-        else:
-            super().register_parameter(name, param)
-
-    @property
     def splits_products(self) -> bool:
         """Whether `x @ weight` is two products with `u.weight` and `v.weight` as they lie there."""
         as_they_lie = self.multiplies_when_read and len(self.unfold_u(self.u.weight)) == 1
         return as_they_lie and len(self.dense_shape) == 2 and not self.is_table
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The dense layer's own bias parameter, or None."""
-        bias: Tensor | None = numbers_in(self.v, "bias")
-        return bias
-
-    @property
-    def extra_norm(self) -> Norm | None:
-        """The BatchNorm between the factors, if there is one."""
-        return cast("Norm | None", self._modules.get("norm"))
 
     def extra_repr(self) -> str:
         return f"{self.kind} {self.dense_shape}, rank={self.rank}"

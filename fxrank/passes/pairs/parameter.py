@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair, Layers, whole_number
-from fxrank.passes.pairs.recurrent import steps
+from fxrank.passes.pairs.reading.recurrent import steps
 from fxrank.passes.pairs.registry import register_pair
 from fxrank.torch_private import pytree
 from fxrank.torch_private.compile import compiles_recurrent

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fxrank.passes.model.calls import Example, call_arguments
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import randoms_put_back, unwritten
-from fxrank.passes.pairs.base import Norm
+from fxrank.passes.pairs.reading.weight import Norm
 from fxrank.torch_private import pytree
 
 

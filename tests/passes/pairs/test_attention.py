@@ -13,7 +13,7 @@ from torch import nn
 import fxrank
 from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.products import FactoredWeight
+from fxrank.passes.pairs.reading.products import FactoredWeight
 from fxrank.passes.tracing.compare import largest_difference
 
 # float64: sums of some hundred products of order 1.

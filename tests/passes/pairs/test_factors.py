@@ -201,7 +201,7 @@ def test_other_layers_and_forms_are_refused():
     with pytest.raises(
         ValueError,
         match=re.escape(
-            "form must be one of 'channel', 'qkv', 'spatial', 'stack'; got 'chanel'. Did you mean 'channel'?"
+            "form must be one of 'channel', 'gauge', 'qkv', 'spatial', 'stack'; got 'chanel'. Did you mean 'channel'?"
         ),
     ):
         make_pair(nn.Linear(2, 2), 1, form="chanel")

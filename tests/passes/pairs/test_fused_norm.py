@@ -91,6 +91,8 @@ LAYERS = {
     "groups": (nn.Conv2d(4, 8, 3, groups=2), {}),
     "spatial": (nn.Conv2d(4, 8, 3), {"form": "spatial"}),
     "spatial groups": (nn.Conv2d(4, 8, 3, groups=2, bias=False), {"form": "spatial"}),
+    "gauge": (nn.Conv2d(4, 8, 3), {"form": "gauge"}),
+    "gauge groups": (nn.Conv2d(4, 8, 3, groups=2, bias=False), {"form": "gauge"}),
     "extra norm": (nn.Conv2d(4, 8, 3), {"extra_bn": True}),
     "channels last": (nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), {}),
 }
@@ -124,7 +126,8 @@ def test_batch_norm_folds_into_the_second_factor(case, way):
     assert (fused(x) - wanted).abs().max() < 2e-6 * wanted.abs().max()
     if way != "anew":
         assert type(fused) is type(pair) and fused.rank == 2
-        assert torch.equal(fused.u.weight, first)  # no numbers but the second factor's have changed
+        if "gauge" not in case:  # rows of the identity hold no scale
+            assert torch.equal(fused.u.weight, first)  # no numbers but the second factor's have changed
 
 
 def test_linear_and_transposed_layers_fold_too():
@@ -153,7 +156,8 @@ def test_half_precision(dtype):
     assert (fused(x.to(dtype)).float() - wanted).abs().max() < 8 * torch.finfo(dtype).eps * wanted.abs().max()
 
 
-def test_tied_layers_fold_each_with_its_own_norm():
+@pytest.mark.parametrize("form", ["channel", "gauge"])
+def test_tied_layers_fold_each_with_its_own_norm(form):
     """As detectors have heads that share convolutions and not their BatchNorm."""
     torch.manual_seed(0)
 
@@ -172,17 +176,19 @@ def test_tied_layers_fold_each_with_its_own_norm():
     for norm in model.norms:
         nn.init.normal_(norm.weight)
     model(x)
-    small = fxrank.factorize(model.eval(), x, rank={"one": 2})
+    small = fxrank.factorize(model.eval(), x, rank={"one": 2}, form=form)
     assert small.one.v.weight is small.two.v.weight
+    assert all(a is b for a, b in zip(small.one.held, small.two.held, strict=True))
     h = small.stem(x)
     wanted = small(x)
     small.one, small.two = (fuse_conv_bn_eval(p, n) for p, n in zip((small.one, small.two), small.norms, strict=True))
     assert all(torch.allclose(p(h), w, atol=1e-5) for p, w in zip((small.one, small.two), wanted, strict=True))
 
 
-def test_any_weight_of_its_rank_is_taken():
+@pytest.mark.parametrize("form", ["channel", "gauge"])
+def test_any_weight_of_its_rank_is_taken(form):
     torch.manual_seed(0)
-    pair, x = make_pair(nn.Linear(6, 8), 3), torch.randn(5, 6)
+    pair, x = make_pair(nn.Linear(6, 8), 3, form=form), torch.randn(5, 6)
     other = torch.randn(8, 3) @ torch.randn(3, 6)
     pair.weight = nn.Parameter(other, requires_grad=False)
     assert torch.allclose(pair(x), x @ other.T + pair.bias, atol=1e-5)
@@ -213,7 +219,7 @@ def test_a_raw_parameter_takes_data_as_the_tensor_does():
     assert torch.allclose(small(x), wanted, atol=1e-5) and "data" not in vars(small.w)
 
 
-@pytest.mark.parametrize("form", ["channel", "spatial"])
+@pytest.mark.parametrize("form", ["channel", "spatial", "gauge"])
 def test_other_weights_are_refused_and_nothing_changes(form):
     torch.manual_seed(0)
     pair = make_pair(nn.Conv2d(4, 8, 3), 2, form=form)
@@ -244,6 +250,15 @@ def test_other_weights_are_refused_and_nothing_changes(form):
     for write in (nn.init.normal_, lambda w: w.zero_(), lambda w: w.__setitem__(0, 0.0)):
         with pytest.raises(RuntimeError, match="cannot write into it"):
             write(pair.weight)
+    assert all(torch.equal(state[name], value) for name, value in pair.state_dict().items())
+
+
+def test_rows_of_the_identity_are_not_scaled_under_a_norm():
+    torch.manual_seed(0)
+    pair = make_pair(nn.Conv2d(4, 8, 3), 2, extra_bn=True, form="gauge")
+    state = {name: value.clone() for name, value in pair.state_dict().items()}
+    with torch.no_grad(), pytest.raises(fxrank.RankError, match=r"these rows cannot be scaled.*Merge the pair first"):
+        pair.weight.mul_(2)
     assert all(torch.equal(state[name], value) for name, value in pair.state_dict().items())
 
 

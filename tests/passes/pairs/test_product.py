@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fxrank.passes.pairs import products as product
-from fxrank.passes.pairs.products import FactoredWeight
+from fxrank.passes.pairs.reading import products as product
+from fxrank.passes.pairs.reading.products import FactoredWeight
 from fxrank.passes.pairs.registry import make_pair
 from fxrank.passes.tracing.compare import largest_difference
 

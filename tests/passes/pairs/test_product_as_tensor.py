@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.products import FactoredWeight
+from fxrank.passes.pairs.reading.products import FactoredWeight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

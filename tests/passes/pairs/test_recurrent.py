@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fxrank
-from fxrank.passes.pairs import recurrent
 from fxrank.passes.pairs.parameter import LowRankWeight
-from fxrank.passes.pairs.products import FactoredWeight
+from fxrank.passes.pairs.reading import recurrent
+from fxrank.passes.pairs.reading.products import FactoredWeight
 from fxrank.passes.tracing.compare import largest_difference
 
 # float64: sums of some dozen products of order 1, over a few steps.

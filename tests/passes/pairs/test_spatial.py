@@ -170,7 +170,9 @@ def test_which_layers_are_offered_the_form():
         nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, (3, 1)), nn.Conv2d(8, 8, (1, 3)), nn.Conv2d(8, 8, 3)
     )
     layers = discover(fxrank.trace(model, torch.randn(1, 3, 12, 12)), model)
-    assert [a.other_forms for a in layers] == [("spatial",), (), (), ("spatial",), ("spatial",)]
+    assert [a.other_forms for a in layers] == [
+        *(("spatial", "gauge"), ("gauge",), ("gauge",), ("spatial", "gauge"), ("spatial", "gauge"))
+    ]
     small = fxrank.factorize(model, torch.randn(1, 3, 12, 12), rank=0.25, include="*", form="spatial")
     kinds = [LowRankSpatialConv2d, LowRankConv2d, LowRankConv2d, LowRankSpatialConv2d, LowRankSpatialConv2d]
     assert [type(m) for m in small] == kinds

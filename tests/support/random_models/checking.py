@@ -58,7 +58,7 @@ def check(seed):
     seen |= {"dense": [d.reason for d in plan.layers if not d.factorized]}
     check_plan(model, plan)
     check_full_rank(model, full, examples)
-    options = {"form": draw.choice(["channel", "channel", "spatial", "qkv"]), "extra_bn": draw.flip(0.2)}
+    options = {"form": draw.choice(["channel", "gauge", "spatial", "qkv"]), "extra_bn": draw.flip(0.2)}
     low = factorize(model, examples[0], rank=draw.choice([0.2, 0.5, 0.8]), **options)
     check_bound(model, low)
     check_merge(model, low, examples)

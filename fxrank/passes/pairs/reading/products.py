@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrank.passes.pairs.factored_weight import (
+from fxrank.passes.pairs.reading.factored_weight import (
     PRODUCTS,
     CompiledWeight,
     Factored,
@@ -308,19 +308,19 @@ def _detached(w: Any) -> Any:
 
 
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    from fxrank.passes.pairs.attention import multi_head_attention
+    from fxrank.passes.pairs.reading.attention import multi_head_attention
 
     return multi_head_attention(*args, **kwargs)
 
 
 def _lstm(*args: Any) -> Any:
-    from fxrank.passes.pairs.recurrent import lstm
+    from fxrank.passes.pairs.reading.recurrent import lstm
 
     return lstm(*args)
 
 
 def _gru(*args: Any) -> Any:
-    from fxrank.passes.pairs.recurrent import gru
+    from fxrank.passes.pairs.reading.recurrent import gru
 
     return gru(*args)
 

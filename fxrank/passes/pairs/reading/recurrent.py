@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxrank.passes.pairs.factored_weight import in_torchscript_trace
+from fxrank.passes.pairs.reading.factored_weight import in_torchscript_trace
 
 WIDE = 512
 """Hidden size from which stepping through the factors is taken on a CPU. Measured on two cores, batch 20, 35 steps, rank a
