@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fxrank.passes.calibration.masks import paddings
 from fxrank.passes.calibration.moments import Moments
 from fxrank.passes.calibration.parts import Parts
+from fxrank.passes.calibration.processes import OfAll, alone, together
 from fxrank.passes.calibration.reads import Reading, Reads
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
@@ -50,13 +51,13 @@ class Watch:
 
 
 def collect(
-    model: nn.Module, watched: Mapping[K, Watch], calls: Callable[[], Iterable[Call]]
+    model: nn.Module, watched: Mapping[K, Watch], calls: Callable[[], Iterable[Call]], of_all: OfAll = alone
 ) -> tuple[dict[K, Moments | Parts], int]:
     """The moments of each watched weight over all calls of the model in evaluation mode, and how many calls these were; one that no call
     reached is not there, and of one that was multiplied with outside of its layers it is the `Parts`. Padding is left out where the
     model is told of it (see `masks`). Nothing of the model is changed.
 
-    `calls` is asked anew in each round. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
+    `calls` is asked anew in each round. What several processes see is added up. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
     is no call.
     """
     found: dict[K, Moments | Parts] = {}
@@ -73,24 +74,29 @@ def collect(
                     hook = partial(batch.take_in, watched[key], moments[key])
                     hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
             reads = batch.reads({key: watched[key] for key in keys})
-            with _evaluating(model), torch.no_grad():
+
+            def run(batch: _Batch = batch, reads: Reads[int] = reads) -> None:
                 for batch.number, (args, kwargs) in enumerate(calls(), 1):
                     batch.masks = paddings(model, args, kwargs)
                     with reads:  # torch's fused encoder layers, which call no hooks, step aside for it
                         model(*args, **kwargs)
-        number = batch.number
+
+            with _evaluating(model), torch.no_grad():
+                together(run, of_all)
+        number = sum(of_all(batch.number))
         if not number:
             raise CalibrationError(
                 "calibration must yield at least one batch; it is empty. Check the data set, batch_size, drop_last and calibration_batches."
             )
         for key in keys:
             weight = watched[key].weight
-            parts = None if weight is None else batch.parts.get(id(weight))
-            if parts is not None:
-                parts.called |= moments[key].count > 0
+            seen = Moments.added(of_all(moments[key])) if of_all is not alone else moments[key]
+            parts = Parts() if weight is None else Parts.added(of_all(batch.parts.get(id(weight), Parts())))
+            if parts.moments or parts.missed:
+                parts.called |= seen.count > 0
                 found[key] = parts
-            elif moments[key].count:
-                found[key] = moments[key]
+            elif seen.count:
+                found[key] = seen
     return found, number
 
 

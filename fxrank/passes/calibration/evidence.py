@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 
 from fxrank.passes.calibration.collect import Watch, collect
 from fxrank.passes.calibration.parts import Parts, of_parts
+from fxrank.passes.calibration.processes import OfAll, alone
 from fxrank.passes.calibration.projection import Projection
 from fxrank.passes.calibration.spatial import SpatialProjection
 from fxrank.passes.discovery.layer import Layer, matrices_of
@@ -65,7 +66,11 @@ class Evidence:
 
 
 def gather(
-    model: nn.Module, layers: Sequence[Layer], calls: Callable[[], Iterable[Call]], centred_later: frozenset[str]
+    model: nn.Module,
+    layers: Sequence[Layer],
+    calls: Callable[[], Iterable[Call]],
+    centred_later: frozenset[str],
+    of_all: OfAll = alone,
 ) -> Evidence:
     """Run the model over the calls, in evaluation mode, for the layers without a `reason`, which may come in several forms. Errors as of `collect`, and
     `NonFiniteWeightError`.
@@ -82,7 +87,7 @@ def gather(
             blind[key] = watch
     known: dict[Key, Known] = {}
     notes: dict[Key, str] = {}
-    moments_of, batches = collect(model, watched, calls)
+    moments_of, batches = collect(model, watched, calls, of_all)
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)

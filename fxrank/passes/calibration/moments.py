@@ -44,6 +44,20 @@ class Moments:
             found = found + mean[:, :, None] * mean[:, None, :]
         return found
 
+    @classmethod
+    def added(cls, all_of_them: Sequence["Moments"]) -> "Moments":
+        """Of the vectors of all of these together."""
+        like = all_of_them[0].mean
+        found = cls(like.shape[0], like.shape[1], like.device)
+        seen = [(m.count, m.mean.to(found.mean), m.second(centred=True).to(found.mean)) for m in all_of_them if m.count]
+        if seen:
+            found.count = sum(count for count, _, _ in seen)
+            found._origin = torch.stack([count * mean for count, mean, _ in seen]).sum(0) / found.count
+            for count, mean, second in seen:
+                off = mean - found._origin
+                found._products += count * (second + off[:, :, None] * off[:, None, :])
+        return found
+
     def is_like(self, other: "Moments") -> bool:
         """Whether they are of the same vectors, up to rounding."""
         mine, its = self.second(centred=False), other.second(centred=False)

@@ -1,5 +1,6 @@
 """From what was multiplied with parts of a weight to what is known of its matrices."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -17,6 +18,17 @@ class Parts:
     moments: dict[tuple[str, int, int], Moments] = field(default_factory=dict)
     missed: str = ""
     called: bool = False
+
+    @classmethod
+    def added(cls, all_of_them: "Sequence[Parts]") -> "Parts":
+        """What all of these saw together."""
+        places = sorted({place for parts in all_of_them for place in parts.moments})
+        moments = {
+            place: Moments.added([parts.moments[place] for parts in all_of_them if place in parts.moments])
+            for place in places
+        }
+        missed = next((parts.missed for parts in all_of_them if parts.missed), "")
+        return cls(moments, missed, any(parts.called for parts in all_of_them))
 
 
 def of_parts(parts: Parts, stack: Tensor, *, stacked: bool) -> tuple[Projection, int] | str:
