@@ -30,7 +30,7 @@ def run(rank, size, bad):
     model = Net().double().eval()
     mine = batches(bad)[rank::size]
     try:
-        small = fxrank.factorize(model, mine[0][0], 0.5, include="*", calibration=mine)
+        small = fxrank.factorize(model, mine[0][0], 2, include="*", calibration=mine)
     except fxrank.CalibrationError as error:
         return str(error)
     return {name: t.tolist() for name, t in fxrank.merge(small).state_dict().items()}
