@@ -160,6 +160,8 @@ class Fitting:
             said = f"; factors of the weight alone: {why}"  # once, however often a plan is repeated
             return replace(decision, reason=decision.reason.removesuffix(said) + said)
         self.factors[layer.name] = fit.factors
+        if (note := self.evidence.notes.get(layer.key)) is not None:
+            decision = replace(decision, reason=decision.reason.removesuffix(f"; {note}") + f"; {note}")
         return replace(decision, gains_bias=fit.gains_bias, output_error=round(fit.output_error, 6))
 
 

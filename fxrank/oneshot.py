@@ -10,9 +10,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from fxrank.distributed.team import Team
 from fxrank.fitting import Fitting, variants
 from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather
+from fxrank.passes.calibration.processes import alone
 from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
@@ -83,7 +85,8 @@ def factorize(
     `calibration` is a loader, or a list of batches as a training loader yields them, of which `calibration_batches` are taken:
     the factors are then those whose outputs differ least on these data (see `passes.calibration.projection`), a pair may gain a
     bias, and with `recalibrate` the statistics of every BatchNorm are measured again on the copy. A plan's `output_error` says what is
-    lost, and the reason which layers' factors are made of the weight alone.
+    lost, and the reason which layers' factors are made of the weight alone. Where torch.distributed is initialized every process calls
+    this, each with its own part of the data: what they see is added up.
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`; where nothing is left because of what the layers do, the copy is dense, with
@@ -99,6 +102,7 @@ def factorize(
     model = uncompiled(model)
     small = copied(model)
     calls = None if calibration is None else calls_of(small, calibration, calibration_batches)
+    of_all = alone if calls is None else Team.of(small).of_all
     if isinstance(rank, Plan) and calls is None:
         apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
@@ -130,7 +134,7 @@ def factorize(
             if a.reason is None
             for v in (variants(a, form, budget) if budget or form == AUTO else [a])
         ]
-        evidence = gather(small, open_forms, calls, absorbed)
+        evidence = gather(small, open_forms, calls, absorbed, of_all)
     fitting = Fitting(small, evidence, extra_bn)
     if isinstance(rank, Plan):
         plan = fitting.fitted(rank, layers)
@@ -144,7 +148,7 @@ def factorize(
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
         apply_plan(small, plan, example=example_inputs, factors=fitting.factors)
     if calls is not None and recalibrate:
-        measure_batchnorms(small, calls)
+        measure_batchnorms(small, calls, of_all)
     return small
 
 

@@ -162,7 +162,7 @@ class Team:
 
     def check_alike(self, **options: Any) -> None:
         """Raise `ValueError`, in all processes, unless they were given the same: they would part at a sample or the switch."""
-        for rank, theirs in enumerate(all_of_them := self._of_all(options)):
+        for rank, theirs in enumerate(all_of_them := self.of_all(options)):
             for name, value in all_of_them[0].items():
                 if theirs[name] != value:
                     raise ValueError(
@@ -173,9 +173,9 @@ class Team:
     def _has_one_model(self) -> bool:
         """Whether all processes have the same parameters, to the last bit."""
         mine = [(n, tuple(p.shape), _checksum(p)) for n, p in self._model.named_parameters() if not is_lazy(p)]
-        return all(theirs == mine for theirs in self._of_all(mine))
+        return all(theirs == mine for theirs in self.of_all(mine))
 
-    def _of_all(self, value: T) -> list[T]:
+    def of_all(self, value: T) -> list[T]:
         """The values of all processes, in each."""
         values: list[Any] = [value] * self.size
         if self.size > 1:

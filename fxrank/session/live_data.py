@@ -123,7 +123,7 @@ def _where_enough(evidence: Evidence) -> Evidence:
 
 def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment) -> tuple[Plan, str]:
     """The plan with what its pairs lose on the calls, or on the example where there were none, their factors in the scene's; and a note.
-    In all processes of a team: each runs its own calls, and the first one's factors are taken.
+    In all processes of a team: each runs its own calls, what they see is added up, and the first one's factors are taken.
     """
     team, scene = attached.team, attached.scene
     planned = {d.name: d.form for d in plan.layers if d.factorized}
@@ -142,7 +142,7 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment) -> tuple[Plan,
 
         try:
             for some in in_rounds(team.model, layers, ROUND_BYTES):
-                evidence = team.together(partial(gather, team.model, some, again, absorbed, by_batch=True))
+                evidence = gather(team.model, some, again, absorbed, team.of_all, by_batch=True)
                 fitting = Fitting(team.model, _where_enough(evidence), factors=scene.factors)
                 plan = team.agree(partial(fitting.fitted, plan, some))
         except CalibrationError as error:

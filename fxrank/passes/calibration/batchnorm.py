@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from fxrank.passes.calibration.processes import OfAll, alone, together
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
@@ -12,12 +13,12 @@ from fxrank.passes.model.restored import modes_put_back, randoms_put_back, unwri
 from fxrank.torch_private.modules import BatchNorm
 
 
-def measure_batchnorms(model: nn.Module, calls: Callable[[], Iterable[Call]]) -> int:
+def measure_batchnorms(model: nn.Module, calls: Callable[[], Iterable[Call]], of_all: OfAll = alone) -> int:
     """Set `running_mean` and `running_var` of every BatchNorm that keeps them to those of all its inputs over the calls, and return
     how many there are. Each position counts once, whatever the sizes of the batches, the variance as an unbiased one: a mean of the
     batches' own, as exponential averages and `torch.optim.swa_utils.update_bn` take it, misses what lies between them.
 
-    The layers normalize by the batch meanwhile, all else is in evaluation mode; nothing else of the model is changed. Raises
+    The layers normalize by the batch meanwhile, all else is in evaluation mode; nothing else of the model is changed. What several processes see is added up. Raises
     `CalibrationError` for statistics that are not finite, naming the layer; then none is set.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
@@ -37,12 +38,17 @@ def measure_batchnorms(model: nn.Module, calls: Callable[[], Iterable[Call]]) ->
             model.eval()
             for norm in norms.values():
                 norm.train()
-            for args, kwargs in calls():
-                model(*args, **kwargs)
+
+            def run() -> None:
+                for args, kwargs in calls():
+                    model(*args, **kwargs)
+
+            together(run, of_all)
     finally:
         for hook in hooks:
             hook.remove()
-    for name, found in sums.items():
+    for name, own in list(sums.items()):
+        found = sums[name] = _Sums.added(of_all(own))
         if found.count > 1 and not all(torch.isfinite(t).all() for t in found.moments()):
             raise CalibrationError(
                 f"the inputs of a BatchNorm must be finite to measure its statistics; those of {name!r} are not. Check the calibration data, or pass recalibrate=False."
@@ -73,9 +79,19 @@ class _Sums:
         norm.training = n > 1  # one position alone has no variance to normalize by
         if not n:
             return
-        mean = x.mean(over)
-        squares = x.var(over, correction=0) * n
-        off = mean - self.mean
+        self.take(n, x.mean(over), x.var(over, correction=0) * n)
+
+    @classmethod
+    def added(cls, all_of_them: "list[_Sums]") -> "_Sums":
+        """Of the inputs of all of these together."""
+        first, *others = all_of_them
+        for other in others:
+            if other.count:
+                first.take(other.count, other.mean, other.squares)
+        return first
+
+    def take(self, n: int, mean: Tensor | float, squares: Tensor | float) -> None:
+        off = torch.as_tensor(mean - self.mean)
         total = self.count + n
         self.squares = self.squares + squares + off.square() * (self.count * n / total)
         self.mean = self.mean + off * (n / total)

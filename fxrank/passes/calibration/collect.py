@@ -10,13 +10,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fxrank.passes.calibration.masks import paddings
 from fxrank.passes.calibration.moments import Moments
+from fxrank.passes.calibration.parts import Parts
+from fxrank.passes.calibration.processes import OfAll, alone, together
+from fxrank.passes.calibration.reads import Reading, Reads
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
 from fxrank.passes.pairs.base import FactorPair
-from fxrank.torch_private.modules import BatchNorm
+from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 K = TypeVar("K")
 POSITIONS = 4096
@@ -25,8 +29,6 @@ positions. The draws of several batches add up.
 """
 ROUND_BYTES = 2**30
 """Memory for the moments of the layers that are watched in one round over the batches; more layers take more rounds."""
-MASKS = {"attention_mask": True, "padding_mask": False, "key_padding_mask": False, "src_key_padding_mask": False}
-"""Arguments of models that say which positions are padding, and whether they hold 1 for those that are not."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Watch:
     side: str
     shape: tuple[int, int]
     """`(groups, size)` of one vector."""
+    weight: Tensor | None = None
+    """The parameter, if it may be multiplied with outside of the layers' calls too."""
 
     @property
     def bytes(self) -> int:
@@ -47,65 +51,130 @@ class Watch:
 
 
 def collect(
-    model: nn.Module, watched: Mapping[K, Watch], calls: Callable[[], Iterable[Call]], *, by_batch: bool = False
-) -> tuple[dict[K, Moments], int]:
+    model: nn.Module,
+    watched: Mapping[K, Watch],
+    calls: Callable[[], Iterable[Call]],
+    of_all: OfAll = alone,
+    *,
+    by_batch: bool = False,
+) -> tuple[dict[K, Moments | Parts], int]:
     """The moments of each watched weight over all calls of the model in evaluation mode, and how many calls these were; one that no call
-    reached is not there. Padding is left out where the model is told of it (`MASKS`). Nothing of the model is changed. `by_batch`: each
-    BatchNorm that is in training mode normalizes by the batch, as its statistics lag behind then.
+    reached is not there, and of one that was multiplied with outside of its layers it is the `Parts`. Padding is left out where the
+    model is told of it (see `masks`). Nothing of the model is changed. `by_batch`: each BatchNorm that is in training mode normalizes by
+    the batch, as its statistics lag behind then.
 
-    `calls` is asked anew in each round. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
+    `calls` is asked anew in each round. What several processes see is added up. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
     is no call.
     """
-    found: dict[K, Moments] = {}
+    found: dict[K, Moments | Parts] = {}
     number = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     exact = device if device.type in ("cpu", "cuda") else torch.device("cpu")
     for keys in list(rounds(watched, ROUND_BYTES)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
-            batch = _Batch()
+            batch = _Batch(exact)
             for key in keys:
                 for layer in watched[key].layers:
+                    hooks.callback(layer.register_forward_pre_hook(batch.enter).remove)
                     hook = partial(batch.take_in, watched[key], moments[key])
                     hooks.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
-            with _evaluating(model, by_batch), torch.no_grad():
+            reads = batch.reads({key: watched[key] for key in keys})
+
+            def run(batch: _Batch = batch, reads: Reads[int] = reads) -> None:
                 for batch.number, (args, kwargs) in enumerate(calls(), 1):
-                    batch.padding = _padding(kwargs)
-                    model(*args, **kwargs)
-        number = batch.number
+                    batch.masks = paddings(model, args, kwargs)
+                    with reads:  # torch's fused encoder layers, which call no hooks, step aside for it
+                        model(*args, **kwargs)
+
+            with _evaluating(model, by_batch), torch.no_grad():
+                together(run, of_all)
+        number = sum(of_all(batch.number))
         if not number:
             raise CalibrationError(
                 "calibration must yield at least one batch; it is empty. Check the data set, batch_size, drop_last and calibration_batches."
             )
-        found |= {key: one for key, one in moments.items() if one.count}
+        for key in keys:
+            weight = watched[key].weight
+            seen = Moments.added(of_all(moments[key])) if of_all is not alone else moments[key]
+            parts = Parts() if weight is None else Parts.added(of_all(batch.parts.get(id(weight), Parts())))
+            if parts.moments or parts.missed:
+                parts.called |= seen.count > 0
+                found[key] = parts
+            elif seen.count:
+                found[key] = seen
     return found, number
 
 
 class _Batch:
     """The batch that is on its way through the model."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        """Moments of weights that are read are added up on this `device`."""
         self.number = 0
-        self.padding: Tensor | None = None
+        self.masks: list[Tensor] = []
+        self.parts: dict[int, Parts] = {}
+        self._device = device
+        self._inside: set[int] = set()
+
+    def reads(self, watched: Mapping[Any, Watch]) -> Reads[int]:
+        """A mode in which the products with these weights outside of their layers are taken into `parts`, by the `id` of the weight."""
+        by_weight = {id(w.weight): w for w in watched.values() if w.weight is not None}
+        weights = {key: w.weight for key, w in by_weight.items() if w.weight is not None}
+
+        def see(key: int, reading: Reading) -> None:
+            if key in self._inside:
+                return
+            parts = self.parts.setdefault(key, Parts())
+            groups, size = reading.vectors.shape[-2:]
+            at = reading.side, reading.start, reading.length
+            if at not in parts.moments:
+                parts.moments[at] = Moments(groups, size, self._device)
+            moments = parts.moments[at]
+            self._add(
+                by_weight[key].name, "outputs" if reading.side == "outputs" else "inputs", moments, reading.vectors
+            )
+
+        def miss(key: int, why: str) -> None:
+            if key not in self._inside:
+                self.parts.setdefault(key, Parts()).missed = why
+
+        return Reads(weights, see, miss, self._with_mask)
+
+    @contextmanager
+    def _with_mask(self, mask: Tensor | None) -> Iterator[None]:
+        before = self.masks
+        self.masks = before if mask is None else [mask]
+        yield
+        self.masks = before
+
+    def enter(self, layer: nn.Module, args: Any) -> None:
+        """A forward pre-hook."""
+        self._inside.add(id(own_parameters(layer).get("weight")))
 
     def take_in(self, watch: Watch, moments: Moments, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         """A forward hook."""
+        self._inside.discard(id(own_parameters(layer).get("weight")))
         given = args[0] if args else next(iter(kwargs.values()))
         vectors = watch.pair.seen(layer, watch.side, given, output).detach()
-        leading = vectors.shape[: -4 if watch.side == "patches" else -2]
+        self._add(watch.name, watch.side, moments, vectors)
+
+    def _add(self, name: str, side: str, moments: Moments, vectors: Tensor) -> None:
+        leading = vectors.shape[: -4 if side == "patches" else -2]
         drawn = torch.randperm(math.prod(leading), generator=torch.Generator().manual_seed(moments.count))
-        if self.padding is not None and leading[: self.padding.ndim] == self.padding.shape:
-            trailing = (1,) * (len(leading) - self.padding.ndim)
-            kept = ~self.padding.cpu().reshape(*self.padding.shape, *trailing).expand(leading).flatten()
+        mask = next((m for m in self.masks if leading[: m.ndim] == m.shape), None)
+        if mask is not None:
+            trailing = (1,) * (len(leading) - mask.ndim)
+            kept = ~mask.cpu().reshape(*mask.shape, *trailing).expand(leading).flatten()
             drawn = drawn[kept[drawn]]
-        at_most = max(POSITIONS, 4 * watch.shape[1])
+        at_most = max(POSITIONS, 4 * moments.mean.shape[1])
         places = torch.unravel_index(drawn[:at_most].to(vectors.device), leading)
         vectors = vectors[places] if leading else vectors[None]
-        vectors = vectors.reshape(-1, *watch.shape).to(device=moments.mean.device, dtype=torch.float64)
+        vectors = vectors.reshape(-1, *moments.mean.shape).to(device=moments.mean.device, dtype=torch.float64)
         if not torch.isfinite(vectors).all():
             bad = int((~torch.isfinite(vectors)).sum())
             raise CalibrationError(
-                f"activations must be finite to calibrate on; the {watch.side} of {watch.name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
+                f"activations must be finite to calibrate on; the {side} of {name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
                 f"batch {self.number}. Check the inputs of that batch, or calibrate in a wider dtype."
             )
         moments.add(vectors)
@@ -124,15 +193,6 @@ def _evaluating(model: nn.Module, by_batch: bool) -> Iterator[None]:
         for norm in trained:
             norm.training = True
         yield
-
-
-def _padding(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Which positions `(batch, length)` of a call are padding; None if the model is not told."""
-    for name, keeps in MASKS.items():
-        mask = kwargs.get(name)
-        if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.is_floating_point():
-            return mask == 0 if keeps else mask != 0
-    return None
 
 
 def rounds(watched: Mapping[K, Watch], at_most: int) -> Iterator[list[K]]:

@@ -6,11 +6,15 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, fx, nn
 
 from fxrank.passes.calibration.collect import Watch, collect, rounds
+from fxrank.passes.calibration.parts import Parts, of_parts
+from fxrank.passes.calibration.processes import OfAll, alone
 from fxrank.passes.calibration.projection import Projection
 from fxrank.passes.calibration.spatial import SpatialProjection
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.model.calls import Call
+from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.locate import Owners, dense_at, holders, owners_in
+from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
@@ -43,10 +47,12 @@ class Evidence:
     biased: frozenset[str] = frozenset()
     centred_later: frozenset[str] = frozenset()
     batches: int = 0
+    notes: dict[Key, str] = field(default_factory=dict)
+    """What a reason says of layers that are known."""
 
     def may_gain_bias(self, layer: Layer) -> bool:
         """Whether a pair of the layer may gain a bias that the layer has not."""
-        known = self.known.get((layer.name, layer.form))
+        known = self.known.get(layer.key)
         has_one = layer.name in self.biased or layer.name in self.centred_later
         return known is not None and known.centred and not has_one
 
@@ -70,6 +76,7 @@ def gather(
     layers: Sequence[Layer],
     calls: Callable[[], Iterable[Call]],
     centred_later: frozenset[str],
+    of_all: OfAll = alone,
     *,
     by_batch: bool = False,
 ) -> Evidence:
@@ -87,18 +94,27 @@ def gather(
         else:
             blind[key] = watch
     known: dict[Key, Known] = {}
-    moments_of, batches = collect(model, watched, calls, by_batch=by_batch)
+    notes: dict[Key, str] = {}
+    moments_of, batches = collect(model, watched, calls, of_all, by_batch=by_batch)
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)
         check_finite(stack, layer.name)
-        if watch.side == "patches":
+        if isinstance(moments, Parts):
+            found = of_parts(moments, stack, stacked=layer.form == "stack")
+            if isinstance(found, str):
+                blind[key] = found
+                continue
+            known[key], unseen = found
+            if unseen:
+                notes[key] = f"{unseen} of its {len(stack)} matrices saw no data: they know their weights alone"
+        elif watch.side == "patches":
             known[key] = SpatialProjection(stack, moments, layer.weight_shape[-1], watch.pair.takes_bias)
         else:
             known[key] = Projection(stack, moments, watch.side, watch.pair.takes_bias)
-    blind |= {key: "no batch reached it" for key in watched if key not in known}
+    blind |= {key: "no batch reached it" for key in watched if key not in moments_of}
     biased = {key[0] for key, w in watched.items() if all(getattr(m, "bias", None) is not None for m in w.layers)}
-    return Evidence(known, blind, frozenset(biased), centred_later, batches)
+    return Evidence(known, blind, frozenset(biased), centred_later, batches, notes)
 
 
 def in_rounds(model: nn.Module, layers: Sequence[Layer], at_most: int) -> Iterator[list[Layer]]:
@@ -118,17 +134,22 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
     dense, pair = dense_at(model, layer.name), layer.unrolled.pair
     assert pair is not None, layer.name
     if pair.is_parameter:
-        return "it is multiplied with outside of any layer"
+        groups, _, cols = layer.unrolled.matrices
+        return Watch(layer.name, pair, (), "inputs", (groups, cols), weight_of(dense))
     side = pair.side(dense)
     if side is None:
         return f"{layer.form} pairs of {layer.kind} have none that know data"
     weight = own_parameters(dense).get("weight")
     places = [dense] if weight is None else [place for _, _, place in holders(owners, weight)]
-    if any(type(place) is not type(dense) for place in places):
-        return "its weight is shared with a layer of another kind"
     groups, rows, cols = layer.unrolled.matrices
+    if any(type(place) is not type(dense) for place in places):
+        if isinstance(dense, nn.Linear) and all(isinstance(place, (nn.Linear, RawWeight)) for place in places):
+            return Watch(layer.name, pair, (), "inputs", (groups, cols), weight)
+        return "its weight is shared with a layer of another kind, and no formula has the least error of both"
     size = rows if side == "outputs" else cols * layer.weight_shape[-1] if side == "patches" else cols
-    return Watch(layer.name, pair, tuple(places), side, (groups, size))
+    return Watch(
+        layer.name, pair, tuple(places), side, (groups, size), weight if isinstance(dense, nn.Linear) else None
+    )
 
 
 def before_batchnorm(graph: fx.Graph, model: nn.Module, layers: Sequence[Layer]) -> frozenset[str]:

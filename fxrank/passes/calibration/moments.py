@@ -1,5 +1,7 @@
 """Means and second moments of the vectors that a layer sees or gives."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,6 +42,45 @@ class Moments:
         if not centred:
             mean = self.mean
             found = found + mean[:, :, None] * mean[:, None, :]
+        return found
+
+    @classmethod
+    def added(cls, all_of_them: Sequence["Moments"]) -> "Moments":
+        """Of the vectors of all of these together."""
+        like = all_of_them[0].mean
+        found = cls(like.shape[0], like.shape[1], like.device)
+        seen = [(m.count, m.mean.to(found.mean), m.second(centred=True).to(found.mean)) for m in all_of_them if m.count]
+        if seen:
+            found.count = sum(count for count, _, _ in seen)
+            found._origin = torch.stack([count * mean for count, mean, _ in seen]).sum(0) / found.count
+            for count, mean, second in seen:
+                off = mean - found._origin
+                found._products += count * (second + off[:, :, None] * off[:, None, :])
+        return found
+
+    def is_like(self, other: "Moments") -> bool:
+        """Whether they are of the same vectors, up to rounding."""
+        mine, its = self.second(centred=False), other.second(centred=False)
+        return (
+            self.count == other.count and mine.shape == its.shape and torch.allclose(mine, its, rtol=1e-6, atol=1e-12)
+        )
+
+    def of_groups(self) -> list[tuple[int, Tensor, Tensor]]:
+        """Of each group how many vectors there were, their mean, and their second moments, which are not centred."""
+        return [(self.count, *both) for both in zip(self.mean, self.second(centred=False), strict=True)]
+
+    @classmethod
+    def joined(cls, of_groups: Sequence[Sequence[tuple[int, Tensor, Tensor]]]) -> "Moments":
+        """For each group several others' added up (see `of_groups`). A group counts for as many vectors as it saw; only
+        the `second` moments that are not `centred` have a meaning.
+        """
+        some = next(mean for parts in of_groups for _, mean, _ in parts)
+        found = cls(len(of_groups), len(some), some.device)
+        found.count = max(sum(count for count, _, _ in parts) for parts in of_groups)
+        for group, parts in enumerate(of_groups):
+            for count, mean, second in parts:
+                found._sum[group] += count * mean
+                found._products[group] += count * second
         return found
 
     def of_parts(self, parts: int) -> "Moments":

@@ -88,6 +88,16 @@ class Projection:
         return energies[:, :kept].clamp(min=0).sqrt().cpu(), basis[..., :kept]
 
 
+@dataclass(frozen=True)
+class ColumnProjection(Projection):
+    """Of a weight that is multiplied from the left, `x W`. `stack` is `Wᵀ`, and so are its inputs; `factors` are those of `W`."""
+
+    def factors(self, rank: int) -> tuple[Tensor, ...]:
+        """`U` and `V` of `W`, as of a `Projection`."""
+        u, v = super().factors(rank)
+        return v.mT, u.mT
+
+
 def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """The same product with `‖u_i‖ = ‖v_i‖`."""
     of_u, of_v = torch.linalg.vector_norm(u, dim=2, keepdim=True), torch.linalg.vector_norm(v, dim=1, keepdim=True)

@@ -259,12 +259,23 @@ class _LowRankConvTranspose(_LowRankConv):
     """
 
     takes_norm = False
+    takes_bias = False  # the mean of what a place becomes differs by the place in the kernel
     multiplies_when_read = False  # nobody multiplies with such a kernel outside of its layer
     pointwise_type: ClassVar[type[Any]]
 
     @classmethod
     def side(cls, dense: nn.Module) -> str | None:
-        return None  # what overlaps in its output is not told apart
+        """Its `"inputs"`, where what they become does not overlap in the output, and none of it is cut off."""
+        assert isinstance(dense, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        spans = ((size - 1) * gap + 1 for size, gap in zip(dense.kernel_size, dense.dilation, strict=True))
+        apart = all(span <= stride for span, stride in zip(spans, dense.stride, strict=True))
+        return "inputs" if apart and not any(dense.padding) else None
+
+    @classmethod
+    def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        places = len(weight_of(dense).shape) - 2
+        moved = (input if input.ndim == places + 2 else input[None]).movedim(1, -1)
+        return moved.reshape(*moved.shape[:-1], whole_number(dense, "groups"), -1)
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:

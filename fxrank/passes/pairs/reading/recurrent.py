@@ -46,11 +46,21 @@ def gru(*args: Any) -> Any:
     return _run(args, packed, [state], _gru_cell)
 
 
+def step_by_step(kernel: Any, *args: Any) -> Any:
+    """What the `kernel`, `torch.lstm` or one of its like, returns, each product a `F.linear` of its own, whatever the size."""
+    packed = isinstance(args[1 if kernel is torch.lstm else 2], Tensor)
+    states = args[2] if packed else args[1]
+    cells = {torch.lstm: _lstm_cell, torch.gru: _gru_cell, torch.rnn_tanh: _tanh_cell, torch.rnn_relu: _relu_cell}
+    return _stepped(args, packed, list(states) if kernel is torch.lstm else [states], cells[kernel])
+
+
 def _run(args: tuple[Any, ...], packed: bool, states: list[Tensor], cell: Any) -> Any:
+    return _stepped(args, packed, states, cell) if steps(args[0].device, states[-1].shape[-1]) else NotImplemented
+
+
+def _stepped(args: tuple[Any, ...], packed: bool, states: list[Tensor], cell: Any) -> Any:
     x = args[0]
     weights, has_biases, layers, dropout, train, both_ways = args[3 if packed else 2 :][:6]
-    if not steps(x.device, states[-1].shape[-1]):
-        return NotImplemented
     batch_first = not packed and args[8]
     if packed:
         sizes = args[1].tolist()
@@ -120,3 +130,11 @@ def _gru_cell(from_input: Tensor, from_hidden: Tensor, states: list[Tensor]) -> 
     z = torch.sigmoid(z_in + z_hid)
     n = torch.tanh(n_in + torch.sigmoid(r_in + r_hid) * n_hid)
     return [n + z * (states[0] - n)]
+
+
+def _tanh_cell(from_input: Tensor, from_hidden: Tensor, states: list[Tensor]) -> list[Tensor]:
+    return [torch.tanh(from_input + from_hidden)]
+
+
+def _relu_cell(from_input: Tensor, from_hidden: Tensor, states: list[Tensor]) -> list[Tensor]:
+    return [torch.relu(from_input + from_hidden)]
