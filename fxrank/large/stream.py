@@ -31,7 +31,7 @@ from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.spectra.exact import Spectrum, check_finite, singular_values, truncation_error
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Budget, LayerDecision, Plan
-from fxrank.saving.shards import SHARD_BYTES, Shards, ShardWriter, check_empty
+from fxrank.saving.shards import Shards, ShardWriter, check_empty
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.zero_weights import why_dead
 
@@ -52,11 +52,11 @@ def compress_shards(
     include: Iterable[Selector] | Selector = (),
     exclude: Iterable[Selector] | Selector = (),
     form: str = "channel",
-    limit: int = SHARD_BYTES,
+    limit: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Plan:
-    """Write the factorized model into the folder `output`, files of at most `limit` bytes with an index and the plan, which
-    `fxrank.load` reads; returns the plan.
+    """Write the factorized model into the folder `output`, files of at most `limit` bytes (as large as the largest of `source`) with an index
+    and the plan, which `fxrank.load` reads; returns the plan.
 
     `model`, on the meta device, is the dense one, whose numbers are in the folder `source`: `*.safetensors` with
     `model.safetensors.index.json`, by the names of its state dict. It has pairs afterwards, without numbers. Everything else is as of
@@ -66,7 +66,8 @@ def compress_shards(
     `NonFiniteWeightError`, `BudgetError`, `RankError` and `NothingToFactorizeError` as `factorize` does.
     """
     check_empty(Path(output))
-    weights = _Weights(model, Shards(Path(source)), torch.device(device))
+    shards = Shards(Path(source))
+    weights = _Weights(model, shards, torch.device(device))
     gm = trace(model.eval(), example)
     found = [layer.if_in_form(form) for layer in without_followed(discover(gm, model), model)]
     gm.let_go()
@@ -81,7 +82,7 @@ def compress_shards(
         plan = fitting.plan_at(layers, _given(layers, RATIO if rank is None else rank), form)
     replaced = {id(r.weight): r.pair for r in apply_plan(model, plan, split=False)}
     places = {id(value): name for name, value in reversed(own_state(model).items())}
-    with ShardWriter(output, limit) as writer:
+    with ShardWriter(output, shards.largest if limit is None else limit) as writer:
         for name, key in weights.keys.items():
             tensor = weights.read(name)
             if (pair := replaced.get(key)) is None:

@@ -25,8 +25,6 @@ from fxrank.plan import Plan
 
 INDEX = "model.safetensors.index.json"
 PLAN_FILE = "plan.json"
-SHARD_BYTES = 2**30
-"""No file is larger, unless one tensor is."""
 _ALGORITHM = "sha256:"
 
 
@@ -61,6 +59,11 @@ class Shards:
         """The file of each tensor, by the tensor's name."""
         return dict(self.index["weight_map"])
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest file."""
+        return max((self.folder / file).stat().st_size for file in self.files.values())
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By name, those of one file after the other."""
@@ -94,11 +97,11 @@ class Shards:
 
 
 class ShardWriter:
-    """Writes tensors as they come, into files of at most `limit` bytes, which get their names when all went well; in a `with` block
+    """Writes tensors as they come, into files of at most `limit` bytes, or one tensor, which get their names when all went well; in a `with` block
     that is left with an error nothing stays. Raises `CheckpointError` for a folder that holds weights already.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], limit: int = SHARD_BYTES) -> None:
+    def __init__(self, folder: str | os.PathLike[str], limit: int) -> None:
         self._folder, self._limit = Path(folder), limit
         check_empty(self._folder)
         self._waiting: dict[str, Tensor] = {}
