@@ -1,5 +1,5 @@
 """The `fxrank` command: demo, train, profile and inspect, and the models and data that it takes by name.
 
-May import: _version, auto, demo, distributed, oneshot, passes, plan, policies, profiling, saving, switch, training.
+May import: _version, auto, demo, distributed, large, oneshot, passes, plan, policies, profiling, saving, switch, training.
 Start reading: main.py.
 """

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fxrank.cli.data import DATA_HELP, build_loaders
+from fxrank.cli.folders import compress_by_shards, copy_settings, is_in_shards, model_folder, trained
 from fxrank.cli.models import MODEL_HELP, build_model, example_for
 from fxrank.oneshot import RATIO, factorize
 from fxrank.passes.errors import CheckpointError
@@ -24,7 +25,12 @@ from fxrank.training.measure import parameter_count, planned_macs
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Those of this command alone."""
-    parser.add_argument("spec", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument(
+        "spec",
+        metavar="MODEL",
+        help=f"{MODEL_HELP}; a folder as Transformers saves it, with or without hf:, brings its weights. In several files they are "
+        "read one at a time",
+    )
     parser.add_argument(
         "--weights", default=None, help="state dict of the trained model: .safetensors, or a file that torch.save wrote"
     )
@@ -58,9 +64,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Build, factorize, save, and print what became of every layer, and of the accuracy if there are data."""
-    model = build_model(options.spec, options.classes)
+    folder = model_folder(options.spec)
+    if folder is not None and is_in_shards(folder):
+        compress_by_shards(options, folder)
+        return
+    spec = options.spec if folder is None else f"hf:{folder}"
+    model = build_model(spec, options.classes)
     if options.weights is not None:
         load_weights(model, options.weights)
+    elif folder is not None:
+        model = trained(model, folder)
     device = known_device(options.device or "cpu")
     model = model.to(device).eval()
     train = val = None
@@ -68,7 +81,7 @@ def run(options: argparse.Namespace) -> None:
         train, val = build_loaders(options.data, options.batch_size, options.image_size, seed=0)
         example = to_device(model_inputs(model, first_batch(train)), device)
     else:
-        example = to_device(example_for(options.spec, model, options.input), device)
+        example = to_device(example_for(spec, model, options.input), device)
     small = factorize(
         model,
         example,
@@ -84,6 +97,8 @@ def run(options: argparse.Namespace) -> None:
         calibration_batches=None if train is None else options.calibration_batches,
     )
     save(small, options.output)
+    if folder is not None:
+        copy_settings(folder, options.output)
     plan = plan_of(small)
     before, after = parameter_count(model), parameter_count(small)
     dense, planned = planned_macs(plan)

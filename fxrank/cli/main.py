@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
 from fxrank.auto import train_lowrank
-from fxrank.cli import compress
+from fxrank.cli import compress, outlook
 from fxrank.cli.data import DATA_HELP, build_loaders
 from fxrank.cli.models import MODEL_HELP, build_model, example_for, on_meta_where_possible
 from fxrank.distributed.launch import in_shares, launched
@@ -91,6 +91,7 @@ def _inspect(options: argparse.Namespace) -> None:
     spec = options.model or options.spec
     if spec is None:
         raise ValueError(f"inspect needs a model: {MODEL_HELP}.")
+    target = outlook.asked(options)
 
     def build() -> tuple[nn.Module, Any]:
         model = build_model(spec, options.classes)
@@ -102,6 +103,9 @@ def _inspect(options: argparse.Namespace) -> None:
         model, example = build()
         graph = trace(model.eval(), example)
     layers = candidates(discover(graph, model), model, include=options.include, exclude=options.exclude)
+    if target is not None:
+        outlook.show(options, model, layers, *target)
+        return
     if options.json:
         names = ("name", "kind", "weight_shape", "full_rank", "break_even_rank", "parameters", "macs", "reason")
         print(json.dumps([{n: getattr(layer, n) for n in names} for layer in layers], indent=1))
@@ -160,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
         "inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights"
     )
     table.add_argument("spec", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    outlook.add_options(table)
     for sub in (timing, table, smaller):
         shape = "input shape, batch first, as 32x3x224x224 (default: the model's usual one, batch of 1)"
         sub.add_argument("--input", default=None, help=shape)

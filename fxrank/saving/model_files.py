@@ -16,6 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,12 +32,13 @@ from fxrank.passes.model.quantized import check_not_quantized
 from fxrank.plan import Plan
 from fxrank.saving.dense_twin import dense_twin
 from fxrank.saving.plainfile import pack, unpack, unstorable
+from fxrank.saving.shards import INDEX, PLAN_FILE, Shards
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import plan_of
 from fxrank.switch.sites import sites
 from fxrank.torch_private.dtensor import is_sharded, local, whole
 
-WEIGHTS, PLAN, EXTRA = "model.safetensors", "plan.json", "extra_state"
+WEIGHTS, PLAN, EXTRA = "model.safetensors", PLAN_FILE, "extra_state"
 WRITER = {"format": "pt", "writer": "fxrank"}
 ALGORITHM = "sha256:"
 _BLANK = ALGORITHM + "0" * 64
@@ -137,13 +139,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Turn a freshly built dense `model` into the saved one, in place, and return it. A compiled
     one stays compiled, and one in `DistributedDataParallel` averages the gradients of its factors.
 
-    Strict: both files must be as they were saved, and plan, names, shapes must fit; the first mismatch is named and
+    The weights may lie in several files with an index (`model.safetensors.index.json`). Strict: all files must be as they were saved, and plan, names, shapes must fit; the first mismatch is named and
     nothing is changed. Devices and dtypes stay the model's own. Raises `CheckpointError` for a missing, damaged or foreign
     file and for files of two saves, `PlanMismatchError` for a plan of another model, `ValueError` for a model on the meta
     device, `TypeError` for one in shards.
     """
     folder = Path(path)
-    for name in (PLAN, WEIGHTS):
+    sharded = (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file()
+    for name in (PLAN, INDEX if sharded else WEIGHTS):
         if not (folder / name).is_file():
             raise CheckpointError(
                 f"a checkpoint is a folder with {PLAN} and {WEIGHTS}; {name} is missing in {folder}. Pass what fxrank.save wrote."
@@ -152,19 +155,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         plan = Plan.from_json((folder / PLAN).read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{PLAN} must be UTF-8 JSON; {error}.") from error
-    try:
-        with safe_open(str(folder / WEIGHTS), "pt") as file:
-            stored: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            metadata = file.metadata() or {}
-        check_digest(folder, metadata)
-        extra = dict(unpack(metadata[EXTRA], {})) if EXTRA in metadata else {}
-        state = safetensors.torch.load_file(str(folder / WEIGHTS))
-    except CheckpointError:
-        raise
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
-        ) from error
+    stored, state, extra = _read_shards(folder) if sharded else _read_weights(folder)
     inner = uncompiled(model)
     if is_sharded(inner):
         raise TypeError(
@@ -179,6 +170,31 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     rewrap_all(p for r in replacements for p in r.parameters)
     load_own_state(inner, state | extra | {name: state[same] for name, same in aliases.items()})
     return model
+
+
+def _read_weights(folder: Path) -> tuple[Shapes, dict[str, Tensor], dict[str, Any]]:
+    """Shapes, numbers, and what is no tensor."""
+    try:
+        with safe_open(str(folder / WEIGHTS), "pt") as file:
+            stored: Shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            metadata = file.metadata() or {}
+        check_digest(folder, metadata)
+        extra = dict(unpack(metadata[EXTRA], {})) if EXTRA in metadata else {}
+        state = safetensors.torch.load_file(str(folder / WEIGHTS))
+    except CheckpointError:
+        raise
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{WEIGHTS} in {folder} must be a whole safetensors file; {error}. Save the model again."
+        ) from error
+    return stored, state, extra
+
+
+def _read_shards(folder: Path) -> tuple[Shapes, dict[str, Tensor], dict[str, Any]]:
+    """The same of a model in several files."""
+    shards = Shards(folder)
+    shards.check_digest()
+    return dict(shards.shapes), {name: shards.read(name) for name in shards.shapes}, {}
 
 
 def check_digest(folder: Path, metadata: Mapping[str, str]) -> None:

@@ -1,0 +1,90 @@
+"""`fxrank compress FOLDER`: models as Transformers saves them, whole or in several files."""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxrank.cli.models import build_model, example_for, on_meta_where_possible
+from fxrank.large.stream import compress_shards
+from fxrank.oneshot import _budget
+from fxrank.passes.errors import CheckpointError
+from fxrank.passes.model.device import known_device
+from fxrank.saving.model_files import WEIGHTS
+from fxrank.saving.shards import INDEX
+from fxrank.training.measure import parameter_count
+
+OF_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"}
+"""Files with these endings are not copied beside the small model."""
+
+
+def model_folder(spec: str) -> Path | None:
+    """The folder that is meant by `FOLDER` or `hf:FOLDER`, if it is one with a configuration."""
+    folder = Path(spec.removeprefix("hf:"))
+    return folder if (folder / "config.json").is_file() else None
+
+
+def is_in_shards(folder: Path | None) -> bool:
+    """Whether the folder's weights lie in several files."""
+    return folder is not None and (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file()
+
+
+def trained(model: nn.Module, folder: Path) -> nn.Module:
+    """A model of the same class with the weights in the folder; the model as it is if there are none. Raises `CheckpointError` unless
+    they are all of the model's.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return model
+    cls: Any = type(model)
+    found, said = cls.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    if lost := sorted({*said["missing_keys"], *(str(m[0]) for m in said["mismatched_keys"])}):
+        raise CheckpointError(
+            f"a folder must hold every weight of its model; {lost[0]!r} of {cls.__name__} is missing in {folder}, or of another shape. Name in the "
+            "architectures of its config.json the class that was saved, or save it again."
+        )
+    loaded: nn.Module = found
+    return loaded
+
+
+def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
+    """One weight at a time, and print what became of every layer."""
+    given = [f"--{name}" for name in ("weights", "data", "input") if getattr(options, name) is not None]
+    if given:
+        raise ValueError(
+            f"a model in several files is read one weight at a time, from {INDEX} alone, and never run; got {' and '.join(given)}. Leave them "
+            "out, or, where the model fits into memory, calibrate with fxrank.factorize(model, batch, calibration=loader)."
+        )
+    spec = f"hf:{folder}"
+
+    def build() -> tuple[nn.Module, Any]:
+        model = build_model(spec, options.classes)
+        return model, example_for(spec, model, None)
+
+    model, example = on_meta_where_possible(build)
+    before = parameter_count(model)
+    plan = compress_shards(
+        model,
+        example,
+        folder,
+        options.output,
+        options.rank,
+        budget=_budget(options.rank, options.target_params, options.target_macs),
+        include=options.include,
+        exclude=options.exclude,
+        form=options.form,
+        device=known_device(options.device or "cpu"),
+    )
+    copy_settings(folder, options.output)
+    after = parameter_count(model)
+    print(plan)
+    print(f"\n{after:,} of {before:,} parameters ({after / before:.3f}); factors of the weights alone")
+    print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))
+
+
+def copy_settings(folder: Path, output: str | Path) -> None:
+    """What lies beside a model's weights: its configuration, that of `generate`, the tokenizer."""
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix not in OF_WEIGHTS and file.name not in ("plan.json", INDEX):
+            shutil.copyfile(file, Path(output) / file.name)
