@@ -142,7 +142,7 @@ def factorize(
         trials = Trials(budget, partial(copied, small), example_inputs) if budget.is_time else None
         plan = fitting.plan_within(budget, layers, form, trials)
     else:
-        plan = fitting.plan_at(layers, _given(layers, RATIO if rank is None else rank), form)
+        plan = fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
         _warn_above_break_even(layers, plan.layers)
     plan = replace(plan, note="; ".join([*([plan.note] if plan.note else []), *notes]))
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
@@ -171,7 +171,7 @@ def whole_given_rank(name: str, full_rank: int, rank: object) -> int:
     return rank
 
 
-def _given(layers: Sequence[Layer], rank: int | float | Mapping[str, int | float]) -> dict[str, tuple[int, str]]:
+def given_ranks(layers: Sequence[Layer], rank: int | float | Mapping[str, int | float]) -> dict[str, tuple[int, str]]:
     """The whole rank of each layer without a `reason`, by name, and how it was given."""
     if isinstance(rank, Mapping):
         by_path = {path: layer.name for layer in layers for path in layer.paths}

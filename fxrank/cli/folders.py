@@ -9,9 +9,9 @@ from torch import nn
 
 from fxrank.cli.models import build_model, example_for, on_meta_where_possible
 from fxrank.large.stream import compress_shards
-from fxrank.oneshot import _budget
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.device import known_device
+from fxrank.policies.budget import asked_budget
 from fxrank.saving.model_files import WEIGHTS
 from fxrank.saving.shards import INDEX
 from fxrank.training.measure import parameter_count
@@ -50,7 +50,8 @@ def trained(model: nn.Module, folder: Path) -> nn.Module:
 
 def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
     """One weight at a time, and print what became of every layer."""
-    given = [f"--{name}" for name in ("weights", "data", "input") if getattr(options, name) is not None]
+    run = ("weights", "data", "input", "target_step_time", "target_latency")
+    given = [f"--{name.replace('_', '-')}" for name in run if getattr(options, name) is not None]
     if given:
         raise ValueError(
             f"a model in several files is read one weight at a time, from {INDEX} alone, and never run; got {' and '.join(given)}. Leave them "
@@ -70,7 +71,7 @@ def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
         folder,
         options.output,
         options.rank,
-        budget=_budget(options.rank, options.target_params, options.target_macs),
+        budget=asked_budget(options.rank, params=options.target_params, macs=options.target_macs),
         include=options.include,
         exclude=options.exclude,
         form=options.form,

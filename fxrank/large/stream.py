@@ -5,18 +5,18 @@ singular values, which are kept, and, when the ranks have been chosen for all, f
 than one layer, what its decomposition takes, and the file that is being filled.
 """
 
+import copy
 import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxrank.fitting import Fitting, variants
-from fxrank.oneshot import RATIO, _given
+from fxrank.oneshot import RATIO, given_ranks
 from fxrank.passes.calibration.evidence import Evidence
 from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
@@ -74,12 +74,12 @@ def compress_shards(
     layers = candidates(found, model, include=include, exclude=exclude)
     require_some(layers)
     fitting = _Streamed(model, Evidence())
-    layers = [_looked_at(layer, weights, fitting, form, budget is not None) for layer in layers]
+    layers = [_looked_at(layer, weights, fitting, form, budget) for layer in layers]
     require_some(layers)
     if budget is not None:
         plan = fitting.plan_within(budget, layers, form)
     else:
-        plan = fitting.plan_at(layers, _given(layers, RATIO if rank is None else rank), form)
+        plan = fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
     replaced = {id(r.weight): r.pair for r in apply_plan(model, plan, split=False)}
     places = {id(value): name for name, value in reversed(own_state(model).items())}
     with ShardWriter(output, shards.largest if limit is None else limit) as writer:
@@ -88,20 +88,21 @@ def compress_shards(
             if (pair := replaced.get(key)) is None:
                 writer.add(places[key], tensor.cpu())
                 continue
-            for factor, numbers in _factors(pair, tensor, name):
-                writer.add(places[id(factor)], numbers)
+            for held, numbers in zip(pair.held, _numbers(pair, tensor, name), strict=True):
+                writer.add(places[id(held)], numbers)
             log.info("factorized %s", name)
         writer.finish(plan)
     return plan
 
 
-def _factors(pair: FactorPair, weight: Tensor, name: str) -> list[tuple[Any, Tensor]]:
-    """The pair's two parameters with their numbers."""
+def _numbers(pair: FactorPair, weight: Tensor, name: str) -> list[Tensor]:
+    """What a pair on the meta device holds (see `FactorPair.held`), for this weight."""
     stack = type(pair).unroll(pair, weight)
     check_finite(stack, name)
+    real = copy.deepcopy(pair).to_empty(device="cpu")
     u, v = Spectrum(stack).factors(pair.rank)
-    folded = (pair.u.weight, pair.fold_u(u)), (pair.v.weight, pair.fold_v(v))
-    return [(parameter, numbers.to(device="cpu", dtype=weight.dtype)) for parameter, numbers in folded]
+    real.fill(u.cpu(), v.cpu())
+    return [t.detach().to(weight.dtype if t.is_floating_point() else t.dtype) for t in real.held]
 
 
 class _Weights:
@@ -144,7 +145,7 @@ class _Weights:
         return self._source.read(name).to(self._device)
 
 
-def _looked_at(layer: Layer, weights: _Weights, fitting: "_Streamed", form: str, chooses: bool) -> Layer:
+def _looked_at(layer: Layer, weights: _Weights, fitting: "_Streamed", form: str, budget: Budget | None) -> Layer:
     """The layer, with a reason if its weight cannot become a pair, once what must be known of its numbers is."""
     if layer.reason is not None:
         return layer
@@ -152,15 +153,15 @@ def _looked_at(layer: Layer, weights: _Weights, fitting: "_Streamed", form: str,
     if is_derived(dense):
         return replace(layer, reason="its weight is made of others, which are not read together")
     weight = weights.of(dense)
-    open_forms = variants(layer, form)
+    open_forms = variants(layer, form, budget)
     for variant in open_forms:
         assert variant.unrolled.pair is not None, layer.name
         stack = variant.unrolled.pair.unroll(dense, weight)
         check_finite(stack, layer.name)
         if (reason := why_dead(stack)) is not None:
             return replace(layer, reason=reason)
-        if chooses or len(open_forms) > 1:
-            fitting.sigmas[variant.name, variant.form] = singular_values(stack)
+        if variant.key not in fitting.sigmas and (budget is not None or len(open_forms) > 1):
+            fitting.sigmas[variant.key] = singular_values(stack)
     log.info("looked at %s", layer.name)
     return layer
 
@@ -172,13 +173,13 @@ class _Streamed(Fitting):
     sigmas: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
     def _sigma(self, layer: Layer) -> Tensor:
-        return self.sigmas[layer.name, layer.form]
+        return self.sigmas[layer.key]
 
     def _loss(self, layer: Layer, rank: int) -> float:
         return truncation_error(self._sigma(layer), rank)
 
     def _decided(self, layer: Layer, rank: int, reason: str) -> LayerDecision:
         decision = super()._decided(layer, rank, reason)
-        if (layer.name, layer.form) in self.sigmas:
+        if layer.key in self.sigmas:
             decision = replace(decision, truncation_error=round(self._loss(layer, rank), 6))
         return decision

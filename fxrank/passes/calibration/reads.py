@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxrank.passes.pairs.attention import multi_head_attention
-from fxrank.passes.pairs.recurrent import step_by_step
+from fxrank.passes.pairs.reading.attention import multi_head_attention
+from fxrank.passes.pairs.reading.recurrent import step_by_step
 from fxrank.torch_private import pytree
 from fxrank.torch_private.kernels import GROUPED
 
