@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fxrank
 from benchmarks import record
+from benchmarks.subjects.allocations import by_kl
 from benchmarks.subjects.data import Cifar, DeviceLoader, cifar10
 from benchmarks.subjects.models import build
 from benchmarks.subjects.peers import PEERS, largest, size
@@ -125,6 +126,17 @@ def ours(dense: nn.Module, x: Tensor, calibration: Batches, budget: float, forms
                     return uniform(dense, x, budget, form, given)
 
                 yield Way(about | {"ranks": "one ratio"}, evenly, heals=False)
+
+
+def by_loss_of_the_model(dense: nn.Module, calibration: Batches, budget: float) -> Iterator[Way]:
+    """Ranks by what the outputs of the whole model lose."""
+    about = {"tool": "fxrank", "budget": budget, "form": "spatial", "factors": "data"}
+    for ranks, at in (("KL at a tenth of break-even", 0.1), ("KL at the chosen ranks", None)):
+
+        def make(at: float | None = at) -> nn.Module:
+            return by_kl(dense, calibration, budget, "spatial", at)
+
+        yield Way(about | {"ranks": ranks}, make, heals=False)
 
 
 def uniform(model: nn.Module, x: Tensor, share: float, form: str, calibration: Batches | None) -> nn.Module:
@@ -259,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     p.add_argument("--test-subset", type=int, default=2000)
     p.add_argument("--calibration", type=int, default=512, help="images")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.3])
-    p.add_argument("--forms", nargs="+", default=["channel", "spatial", "auto"])
+    p.add_argument("--forms", nargs="+", default=["channel", "spatial", "gauge", "auto"])
     p.add_argument("--peers", nargs="*", default=list(PEERS))
     p.add_argument("--steps", type=int, default=100, help="of training for the last accuracy; 0 leaves it out")
     p.add_argument("--no-timing", dest="timing", action="store_false")
@@ -284,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     ]
     for budget in options.budgets:
         ways += ours(model, calibration[0][0][:2], calibration, budget, options.forms)
+        if "spatial" in options.forms:
+            ways += by_loss_of_the_model(model, calibration, budget)
         ways += peers(model, calibration, budget, options.peers)
     ledger = Path(options.output) / f"{options.model}.jsonl"
     ledger.parent.mkdir(parents=True, exist_ok=True)
