@@ -237,14 +237,14 @@ def test_the_one_shot_benchmark_has_a_row_for_each_way(tmp_path, monkeypatch, ca
     monkeypatch.setattr(oneshot, "cifar10", lambda root, source, cache: Cifar(x, y, x[:40], y[:40]))
     options = {"model": "resnet20", "epochs": 1, "subset": 128, "test-subset": 40, "calibration": 32, "budgets": 0.5}
     command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command += ["--steps", "1", "--peers", "torch-that-nobody-has", "--no-timing"]
+    command += ["--steps", "1", "--peers", "torch-that-nobody-has", "--no-timing", "--forms", "spatial", "gauge"]
     command += ["--weights", str(tmp_path / "weights.pt"), "--results", str(tmp_path), "--output", str(tmp_path)]
     monkeypatch.setitem(oneshot.PEERS, "torch-that-nobody-has", lambda *given: importlib.import_module("not_there"))
     path = oneshot.main(command)
     dense, *rows, peer = json.loads(path.read_text())["results"]
     assert dense["tool"] == "dense"
     ways = [(r["form"], r["factors"], r["ranks"]) for r in rows]
-    assert len(set(ways)) == len(ways) == 14
+    assert len(set(ways)) == len(ways) == 8
     assert all(abs(r["parameters"] / dense["parameters"] - 0.5) < 0.02 for r in rows)
     assert peer["failed"].startswith("ModuleNotFoundError: No module named 'not_there'")
     assert not any("forward" in r for r in rows)

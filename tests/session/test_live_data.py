@@ -113,22 +113,33 @@ def optimizer_state_after(steps):
     return optimizer.state_dict()
 
 
+class Mixing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(12, 16), nn.Linear(16, 4)
+        self.mixing = nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.first(x)) @ self.mixing)
+
+
+def test_raw_parameters_know_the_data_too():
+    decision = run(make=Mixing)[1].plan.layer("mixing")
+    assert decision.rank == 4 and decision.output_error > 0
+    assert "weight alone" not in decision.reason
+
+
 def test_layers_that_cannot_be_watched_keep_the_factors_of_their_weight():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.head = nn.Linear(12, 16), nn.Linear(16, 4)
-            self.mixing = nn.Parameter(torch.randn(16, 16) / 4)
-
+    class TwoSided(Mixing):
         def forward(self, x):
-            return self.head(torch.relu(self.first(x)) @ self.mixing)
+            return self.head(torch.relu(self.first(x)) @ self.mixing @ self.mixing.T)
 
-    model, session, _ = run(make=Net)
-    plain, _, _ = run(replace(DATA, factors="weight"), Net)
+    model, session, _ = run(make=TwoSided)
+    plain, _, _ = run(replace(DATA, factors="weight"), TwoSided)
     decision = session.plan.layer("mixing")
     assert decision.rank == 4 and decision.output_error is None
-    assert decision.reason.endswith("factors of the weight alone: it is multiplied with outside of any layer")
+    assert decision.reason.endswith("factors of the weight alone: it is multiplied from both sides")
     assert torch.equal(model.mixing.u.weight, plain.mixing.u.weight)
 
 

@@ -203,7 +203,7 @@ def broken(**changes):
     [
         ("{", "a plan must be JSON"),
         ("[1]", '"format": "fxrank-plan"'),
-        (broken(version=3), "this fxrank reads plans up to version 2; got version 3"),
+        (broken(version=4), "this fxrank reads plans up to version 3; got version 4"),
         (broken(layers=3), "a plan's layers must be a list; got int"),
         (broken(rank=0), "layer 1 of the plan (2): rank must be in 1 … 12; got 0"),
         (broken(rank=13), "got 13"),
