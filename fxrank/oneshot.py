@@ -102,7 +102,8 @@ def factorize(
     model = uncompiled(model)
     small = copied(model)
     calls = None if calibration is None else calls_of(small, calibration, calibration_batches)
-    of_all = alone if calls is None else Team.of(small).of_all
+    team = None if calls is None else Team.of(small)
+    of_all = alone if team is None else team.of_all
     if isinstance(rank, Plan) and calls is None:
         apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
@@ -136,13 +137,22 @@ def factorize(
         ]
         evidence = gather(small, open_forms, calls, absorbed, of_all)
     fitting = Fitting(small, evidence, extra_bn)
-    if isinstance(rank, Plan):
-        plan = fitting.fitted(rank, layers)
-    elif budget is not None:
+
+    def decide() -> Plan:
+        if isinstance(rank, Plan):
+            return fitting.fitted(rank, layers)
+        if budget is None:
+            return fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
         trials = Trials(budget, partial(copied, small), example_inputs) if budget.is_time else None
-        plan = fitting.plan_within(budget, layers, form, trials)
-    else:
-        plan = fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
+        return fitting.plan_within(budget, layers, form, trials)
+
+    if team is None or team.size == 1:
+        plan = decide()
+    else:  # the first one's: a clock may tell each something else
+        plan = team.agree(decide)
+        fitting.factors.clear()
+        plan = fitting.fitted(plan, _as_planned(layers, plan))
+    if budget is None and not isinstance(rank, Plan):
         _warn_above_break_even(layers, plan.layers)
     plan = replace(plan, note="; ".join([*([plan.note] if plan.note else []), *notes]))
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands

@@ -5,6 +5,7 @@ from teams import team
 from torch import nn
 
 import fxrank
+from fxrank.passes.profiling.whole import Share
 
 
 class Net(nn.Module):
@@ -49,3 +50,28 @@ def test_where_one_process_fails_all_do():
     assert first.startswith(
         "all processes must get through their calibration data; process 1 did not: CalibrationError"
     )
+
+
+def forms_and_ranks(rank, size):
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    mine = batches()[rank::size]
+    counted, solved = [], fxrank.fitting.ranks_within_time
+
+    def each_its_own(budget, forms, costs, dense_ms, measure, *more):
+        counted.append(rank)
+        return solved(budget, forms, costs, dense_ms, lambda ways: Share(0.8 + rank, 0.0), *more)
+
+    fxrank.fitting.ranks_within_time = each_its_own
+    options = {"include": "*", "calibration": mine}
+    small = fxrank.factorize(model, mine[0][0], target_latency=0.8, **options)
+    plan = fxrank.plan_of(small)
+    return counted, plan.to_json(), {name: t.tolist() for name, t in small.state_dict().items()}
+
+
+def test_all_processes_have_the_plan_of_the_first_ones_clock():
+    (first, plan, state), (second, other, others) = team(forms_and_ranks, 2)
+    assert (first, second) == ([0], [])
+    assert plan == other and '"reached": 0.8' in plan
+    for name, value in state.items():
+        torch.testing.assert_close(torch.tensor(others[name]), torch.tensor(value), rtol=1e-9, atol=1e-9)
