@@ -41,8 +41,8 @@ def _padding(mask: Tensor, keeps: bool) -> Tensor | None:
         return None
     if mask.is_floating_point() and bool((mask < 0).any()):
         padding = mask < torch.finfo(mask.dtype).min / 2 if mask.ndim == 4 else mask < -1e3
-    elif mask.is_floating_point() and mask.ndim == 4:
-        return None  # nothing is left out
+    elif mask.is_floating_point() and (mask.ndim == 4 or not mask.any()):
+        return None  # added to scores it leaves nothing out
     else:
         padding = mask == 0 if keeps else mask != 0
     return padding if mask.ndim == 2 else padding.all(2).all(1)

@@ -235,13 +235,6 @@ def _convolution(reads: Reads[Any], args: Any, kwargs: Any, out: Tensor) -> bool
     return groups == 1 and reads.convolved(weight, out, bias)
 
 
-def _cell(reads: Reads[Any], args: Any, kwargs: Any, out: Any) -> bool:
-    x, hidden, w_ih, w_hh = args[:4]
-    hidden = hidden[0] if isinstance(hidden, (tuple, list)) else hidden
-    seen = [reads.product(w_ih, -1, x), reads.product(w_hh, -1, hidden)]
-    return any(seen)
-
-
 _PRODUCTS: dict[Any, Callable[[Reads[Any], Any, Any, Any], bool]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm), _matmul),
@@ -249,6 +242,5 @@ _PRODUCTS: dict[Any, Callable[[Reads[Any], Any, Any, Any], bool]] = {
     Tensor.__rmatmul__: _rmatmul,
     torch.einsum: _einsum,
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), _convolution),
-    **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
     **dict.fromkeys(GROUPED, _grouped),
 }

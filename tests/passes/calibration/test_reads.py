@@ -1,5 +1,8 @@
 """Factors that know the data of weights that are read as tensors: attention, recurrent layers, raw parameters, stacks."""
 
+import copy
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,7 @@ from fxrank.passes.calibration.masks import paddings
 from fxrank.passes.calibration.moments import Moments
 from fxrank.passes.calibration.reads import Reads
 from fxrank.passes.errors import CalibrationError
+from fxrank.torch_private.kernels import GROUPED
 
 pytestmark = pytest.mark.filterwarnings("ignore:ranks at or above break-even")
 
@@ -68,18 +72,6 @@ class Packed(Recurrent):
         return self.layer(packed)[0].data
 
 
-class Cell(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.cell = nn.LSTMCell(6, 6)
-
-    def forward(self, x):
-        state = None
-        for step in x.unbind(1):
-            state = self.cell(step, state)
-        return state[0]
-
-
 def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
 
@@ -122,9 +114,7 @@ def test_at_full_rank_the_factors_are_exact(name):
 
 
 def seen_in(model, inputs):
-    """Every `F.linear` and `@` of a raw weight, by the weight's name, as `(side, start, length, vectors)`."""
-    from contextlib import nullcontext
-
+    """Every product with a weight that is read, by the weight's name."""
     found = {}
     reads = Reads(
         {name: p for name, p in model.named_parameters() if p.ndim > 1},
@@ -184,6 +174,19 @@ def test_an_expert_that_saw_nothing_keeps_its_weights_own_factors_and_the_reason
     assert not torch.allclose(ours[0], own[0])
 
 
+@pytest.mark.parametrize("function", GROUPED)
+def test_grouped_products_see_the_rows_of_each_group(function):
+    x, w = torch.randn(12, 16, dtype=torch.bfloat16), torch.randn(3, 16, 8, dtype=torch.bfloat16)
+    ends = torch.tensor([5, 5, 12], dtype=torch.int32)
+    seen = []
+    reads = Reads({"w": w}, lambda _, r: seen.append(r), lambda *why: pytest.fail(str(why)), lambda _: nullcontext())
+    with reads:
+        function(x, w, offs=ends)
+    assert [(r.side, r.start, r.length) for r in seen] == [("rows", i, 1) for i in range(3)]
+    for reading, part in zip(seen, (x[:5], x[5:5], x[5:]), strict=True):
+        assert torch.equal(reading.vectors[:, 0], part)
+
+
 def test_blocks_with_inputs_of_their_own_need_a_form_with_a_subspace_for_each():
     model, inputs = made("cross")
     decision = next(d for d in fxrank.plan_of(factorized(model, inputs, 4)).layers if d.name == "m.in_proj_weight")
@@ -191,6 +194,19 @@ def test_blocks_with_inputs_of_their_own_need_a_form_with_a_subspace_for_each():
     assert decision.reason.endswith(
         "factors of the weight alone: parts of it are multiplied with different inputs, which one subspace does not serve in closed form"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["raw", "encoder", "lstm"])
+def test_narrow_numbers_lose_what_their_exact_copies_lose(name, dtype):
+    model, inputs = made(name)
+    narrow, x = model.to(dtype), tuple(x.to(dtype) / 8 for x in inputs)
+    exact = copy.deepcopy(narrow).double()
+    small, wide = factorized(narrow, x, 0.5, "qkv"), factorized(exact, tuple(t.double() for t in x), 0.5, "qkv")
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    for mine, theirs in zip(fxrank.plan_of(small).layers, fxrank.plan_of(wide).layers, strict=True):
+        # Activations are rounded to 8 or 11 bits on their way.
+        assert mine.output_error == pytest.approx(theirs.output_error, rel=0.05, abs=0.02), mine.name
 
 
 def test_dead_inputs_and_fewer_samples_than_inputs():
@@ -251,6 +267,11 @@ EXPECTED = torch.tensor([[False, False, True]])
 def test_masks_say_what_is_padding(args, kwargs):
     (found,) = paddings(Masked(), (torch.zeros(1, 3), *args), kwargs)
     assert torch.equal(found, EXPECTED)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (1, 1, 3, 3)])
+def test_zeros_that_are_added_to_scores_leave_nothing_out(shape):
+    assert paddings(Masked(), (), {"attention_mask": torch.zeros(shape)}) == []
 
 
 def test_moments_added_up_are_those_of_all():
