@@ -7,6 +7,7 @@ map, and the digests of the files, which tells files that belong together and ar
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,7 +118,7 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._scratch.cleanup()
         if kind is not None and self._new:
-            self._folder.rmdir()
+            shutil.rmtree(self._folder)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """The next tensor; it is held until its file is full."""
