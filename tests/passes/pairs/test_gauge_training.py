@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from exact import randn
-from interrupted import Killed, run
-from nets import SOON, ConvNet, images, train, vectors
+from exact import matrices, randn
+from nets import ConvNet, images, train, vectors
 from shards import STEPS, Net, attach, loop, optimizer_of, shard, wholes
 from teams import team
 from torch import nn
@@ -23,10 +22,6 @@ from fxrank.switch.optimizer import swap_parameters
 
 ROUNDING = 1e-10  # float64, sums of a few hundred terms of order 1
 PUFFERFISH = fxrank.Pufferfish(E=2, K=0, ratio=0.25, form="gauge")
-
-
-def matrices(pair):
-    return pair.unfold_u(pair.u.weight.detach()), pair.unfold_v(pair.v.weight.detach())
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -202,42 +197,3 @@ def test_shards_train_what_the_whole_model_would():
     for worst, forms, rows in team(sharded, 2):
         assert worst < 1e-9  # float64; gradients are averaged in another order
         assert "gauge" in forms and rows and all(rows)
-
-
-@pytest.mark.parametrize("die", [7, 16], ids=["before", "after"])
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, die):
-    options = {"make": ConvNet, "policy": PUFFERFISH}
-    whole = run(tmp_path / "whole", **options)
-    assert type(whole.model.conv3) is LowRankGaugeConv2d
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", die=die, **options)
-    again = run(tmp_path / "killed", **options)
-    state = whole.model.state_dict()
-    assert all(torch.equal(state[n], t) for n, t in again.model.state_dict().items())
-    assert again.plan == whole.plan
-
-
-def test_the_one_call(tmp_path):
-    torch.manual_seed(0)
-    model = ConvNet()
-    data = [images(seed=i) for i in range(4)]
-    result = fxrank.auto_lowrank(
-        model, data, epochs=3, policy=PUFFERFISH, device="cpu", progress=False, output_dir=tmp_path, seed=0
-    )
-    assert {d.name: d.form for d in result.plan.layers if d.factorized} == {"conv2": "gauge", "conv3": "gauge"}
-    assert result.report.parameters_after < result.report.parameters_before
-    assert result.report.parameters_after == sum(p.numel() for p in model.parameters())
-    x = images()[0]
-    model.eval()
-    again = fxrank.load(ConvNet(seed=1), tmp_path).eval()
-    assert torch.equal(again(x), model(x))
-    dense = fxrank.merge(model)
-    torch.testing.assert_close(dense(x), model(x), rtol=1e-4, atol=1e-5)  # float32
-    ConvNet().load_state_dict(dense.state_dict())
-
-
-def test_switching_half_way_by_the_spectra():
-    data = [images(seed=i) for i in range(4)]
-    policy = fxrank.Cuttlefish(**{f: getattr(SOON, f) for f in ("speedup_threshold", "rank_metric", "ratio", "round_to")}, form="gauge")  # fmt: skip
-    result = fxrank.auto_lowrank(ConvNet(), data, epochs=4, policy=policy, device="cpu", progress=False, seed=0)
-    assert {d.form for d in result.plan.layers if d.factorized} == {"gauge"}

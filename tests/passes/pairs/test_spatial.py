@@ -6,11 +6,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import full, randn
+from exact import full, matrices, randn, trains_as
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interrupted import Killed, run
-from nets import SOON, ConvNet, images, train
+from nets import ConvNet, images, train
 from programs import convs, programs
 from teams import team
 from torch import nn
@@ -36,10 +35,6 @@ def spatial(dense, rank=None):
     return make_pair(dense, LowRankSpatialConv2d.full_rank_of(dense) if rank is None else rank, form="spatial")
 
 
-def matrices(pair):
-    return pair.unfold_u(pair.u.weight.detach()), pair.unfold_v(pair.v.weight.detach())
-
-
 # -- one layer
 
 
@@ -50,22 +45,7 @@ def test_exact_at_full_rank_with_any_geometry(drawn, seed):
     torch.manual_seed(seed)
     pair, reference = spatial(copy.deepcopy(dense)), dense
     assert type(pair) is LowRankSpatialConv2d
-    x = randn(*shape).requires_grad_()
-    out = reference(x)
-    upstream = torch.randn_like(out)
-    (grad,) = torch.autograd.grad(out, x, upstream, retain_graph=True)
-    out.backward(upstream)
-    found = pair(again := x.detach().requires_grad_())
-    found.backward(upstream)
-    scale = 1 + float(out.detach().abs().max())
-    torch.testing.assert_close(found, out, rtol=0, atol=ROUNDING * scale)
-    torch.testing.assert_close(again.grad, grad, rtol=0, atol=ROUNDING * (1 + float(grad.abs().max())))
-    (u, v), g = matrices(pair), pair.unroll(pair, dense.weight.grad)
-    size = ROUNDING * (1 + float(g.abs().max()))
-    torch.testing.assert_close(pair.u.weight.grad, pair.fold_u(v.mT @ g), rtol=0, atol=size)
-    torch.testing.assert_close(pair.v.weight.grad, pair.fold_v(g @ u.mT), rtol=0, atol=size)
-    if dense.bias is not None:
-        torch.testing.assert_close(pair.bias.grad, dense.bias.grad, rtol=0, atol=size)
+    trains_as(pair, reference, randn(*shape), ROUNDING)
     back = pair.dense_layer()
     assert repr(back) == repr(dense)
     torch.testing.assert_close(back.weight, dense.weight, rtol=0, atol=ROUNDING)
@@ -327,48 +307,6 @@ def test_two_processes_end_where_one_does():
     assert all((first[n] == second[n]).all() for n in first)
     for name, value in alone.items():
         torch.testing.assert_close(torch.from_numpy(first[name]), torch.from_numpy(value), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("die", [7, 16], ids=["before", "after"])
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path, die):
-    options = {"make": ConvNet, "policy": PUFFERFISH}
-    whole = run(tmp_path / "whole", **options)
-    assert type(whole.model.conv3) is LowRankSpatialConv2d
-    with pytest.raises(Killed):
-        run(tmp_path / "killed", die=die, **options)
-    again = run(tmp_path / "killed", **options)
-    state = whole.model.state_dict()
-    assert all(torch.equal(state[n], t) for n, t in again.model.state_dict().items())
-    assert again.plan == whole.plan
-
-
-def test_the_one_call(tmp_path):
-    torch.manual_seed(0)
-    model = ConvNet()
-    policy = fxrank.Pufferfish(E=1, K=0, ratio=0.25, form="spatial")
-    data = [images(seed=i) for i in range(4)]
-    result = fxrank.auto_lowrank(
-        model, data, epochs=3, policy=policy, device="cpu", progress=False, output_dir=tmp_path, seed=0
-    )
-    assert {d.name: d.form for d in result.plan.layers if d.factorized} == {"conv2": "spatial", "conv3": "spatial"}
-    assert result.report.parameters_after < result.report.parameters_before
-    x = images()[0]
-    model.eval()
-    again = fxrank.load(ConvNet(seed=1), tmp_path).eval()
-    assert torch.equal(again(x), model(x))
-    repeated = fxrank.factorize(ConvNet(), x, rank=fxrank.Plan.load(tmp_path / "plan.json"))
-    assert type(repeated.conv2) is LowRankSpatialConv2d
-    dense = fxrank.merge(model)
-    torch.testing.assert_close(dense(x), model(x), rtol=1e-4, atol=1e-5)  # float32
-    ConvNet().load_state_dict(dense.state_dict())
-
-
-def test_switching_half_way_by_the_spectra():
-    model = ConvNet()
-    data = [images(seed=i) for i in range(4)]
-    policy = fxrank.Cuttlefish(**{f: getattr(SOON, f) for f in ("speedup_threshold", "rank_metric", "ratio", "round_to")}, form="spatial")  # fmt: skip
-    result = fxrank.auto_lowrank(model, data, epochs=4, policy=policy, device="cpu", progress=False, seed=0)
-    assert {d.form for d in result.plan.layers if d.factorized} == {"spatial"}
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -84,9 +84,8 @@ class ReadsAsLayer(nn.Module):
                 f"the weight of a layer must be a parameter; got a {type(weight).__name__}. Wrap it in nn.Parameter."
             )
         u, v = self._refitted(weight)
-        for layer in (
-            (self.v,) if u is None else (self.v, self.u)
-        ):  # new ones: other pairs may share those that there are
+        # New ones: other pairs may share those that there are.
+        for layer in (self.v,) if u is None else (self.v, self.u):
             layer.weight = nn.Parameter(torch.empty_like(layer.weight), weight.requires_grad)
         buffers = own_buffers(self.v)
         buffers.update({name: held.clone() for name in self.basis if (held := buffers[name]) is not None})
