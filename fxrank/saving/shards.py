@@ -7,7 +7,6 @@ map, and the digests of the files, which tells files that belong together and ar
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +107,7 @@ class ShardWriter:
         self._waiting: dict[str, Tensor] = {}
         self._bytes = self._total = 0
         self._parts: list[tuple[Path, list[str]]] = []
+        self._placed: list[Path] = []
 
     def __enter__(self) -> "ShardWriter":
         self._new = not self._folder.exists()
@@ -117,8 +117,11 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._scratch.cleanup()
-        if kind is not None and self._new:
-            shutil.rmtree(self._folder)
+        if kind is not None:
+            for path in self._placed:
+                path.unlink(missing_ok=True)
+            if self._new:
+                self._folder.rmdir()
 
     def add(self, name: str, tensor: Tensor) -> None:
         """The next tensor; it is held until its file is full."""
@@ -145,14 +148,18 @@ class ShardWriter:
         for number, (part, names) in enumerate(self._parts, 1):
             file = f"model-{number:05}-of-{len(self._parts):05}.safetensors"
             part.chmod(mode)  # safetensors writes what only its owner may read
-            os.replace(part, self._folder / file)
+            self._place(part, file)
             files |= dict.fromkeys(names, file)
-        os.replace(Path(self._scratch.name) / PLAN_FILE, self._folder / PLAN_FILE)
+        self._place(Path(self._scratch.name) / PLAN_FILE, PLAN_FILE)
         metadata = {"format": "pt", "writer": "fxrank", "total_size": self._total}
         index = {"metadata": metadata | {"digest": _digest(self._folder, files)}, "weight_map": files}
         written = Path(self._scratch.name) / INDEX
         written.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        os.replace(written, self._folder / INDEX)
+        self._place(written, INDEX)
+
+    def _place(self, written: Path, name: str) -> None:
+        os.replace(written, self._folder / name)
+        self._placed.append(self._folder / name)
 
 
 def check_empty(folder: Path) -> None:

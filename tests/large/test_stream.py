@@ -14,6 +14,7 @@ import fxrank
 from fxrank.cli.main import main
 from fxrank.large.stream import compress_shards
 from fxrank.passes.errors import BudgetError, CheckpointError, NonFiniteWeightError
+from fxrank.saving import shards
 from fxrank.saving.shards import INDEX, Shards, ShardWriter
 
 
@@ -140,6 +141,27 @@ def test_a_writer_that_is_left_with_an_error_leaves_nothing(tmp_path):
     with pytest.raises(KeyError):
         broken_off()
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_writer_that_fails_at_the_end_leaves_nothing(tmp_path, monkeypatch, new):
+    def full(*given):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(shards, "_digest", full)
+    folder = tmp_path / "there"
+    if not new:
+        folder.mkdir()
+        (folder / "notes.txt").write_text("mine")
+
+    def written():
+        with ShardWriter(folder, limit=10) as writer:
+            writer.add("a", torch.ones(8))
+            writer.finish(fxrank.Plan("factorize", ()))
+
+    with pytest.raises(OSError, match="no space left"):
+        written()
+    assert [p.name for p in tmp_path.rglob("*")] == ([] if new else ["there", "notes.txt"])
 
 
 @pytest.mark.parametrize("damage", ["weights", "plan", "index", "missing", "name", "cut"])
