@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fxrank.passes.model.restored import seed
+
 Way = Literal["gradient", "weights"]
 _FLAGS = ("decoupled_weight_decay", "decoupled_decay", "decoupled")
 _DECOUPLED = {"AdamW", "Adafactor", "Muon", "Lion"}
@@ -77,7 +79,7 @@ def _probed(optimizer: Optimizer, group: dict[str, Any], device: torch.device) -
 
 def _run(optimizer: Optimizer, group: dict[str, Any], device: torch.device, way: str, orthogonal: bool) -> Tensor:
     """A small matrix after a few steps with a decay: the optimizer's own, or one of the two ways by hand, or none."""
-    torch.manual_seed(0)
+    seed(0)
     generator = torch.Generator().manual_seed(0)
     scale = 0.2 if orthogonal else 1.0
     weight = torch.nn.Parameter(torch.randn(_SHAPE, generator=generator, dtype=_DTYPE).mul_(scale).to(device))

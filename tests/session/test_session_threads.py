@@ -78,6 +78,13 @@ def trained(seed, start=None, workers=0):
     return losses, session.plan.R
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="its random numbers are begun anew too")
+def test_nothing_takes_torchs_locks_of_devices_that_are_not_there(monkeypatch):
+    """A worker that a loader forks in another thread would find them shut, and wait for ever."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: pytest.fail("torch.manual_seed takes them"))
+    trained(1)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_session_in_each_of_two_threads_is_as_alone(workers):

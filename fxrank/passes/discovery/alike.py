@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
-from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
+from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, seed, unwritten
 from fxrank.passes.model.weights import derives_weight, is_derived, numbers_of, weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.parameter import RawWeight
@@ -88,12 +88,12 @@ def _difference(layer: Layer, module: nn.Module, attribute: str) -> str | None:
             for x in _inputs(layer, dense, bare):
                 with _in_mode(bare, training), _in_mode(other, training):
                     try:
-                        torch.manual_seed(0)
+                        seed(0)
                         expected = _outputs_and_gradient(bare, x)
                     except Exception:
                         return None
                     try:
-                        torch.manual_seed(0)
+                        seed(0)
                         found = _outputs_and_gradient(other, x)
                         far = largest_difference(expected, found)
                     except Exception as error:

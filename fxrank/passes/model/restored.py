@@ -90,6 +90,16 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
     return list(_held(model, Tensor))
 
 
+def seed(number: int) -> None:
+    """Begin all of torch's random numbers anew, inside `fork_rng`. Without a device beside the CPU it is the CPU's alone: `torch.manual_seed` takes
+    a lock for devices that are not there, and a process that another thread forks meanwhile finds it shut for ever.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
+
+
 @contextmanager
 def randoms_put_back(model: nn.Module) -> Iterator[None]:
     """Put back the random numbers of Python, of numpy, and of generators that the modules hold; torch's own see `fork_rng`."""

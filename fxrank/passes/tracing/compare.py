@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.model.calls import Example, call_arguments, describe
-from fxrank.passes.model.restored import randoms_put_back, unwritten
+from fxrank.passes.model.restored import randoms_put_back, seed, unwritten
 from fxrank.torch_private import pytree
 
 
@@ -89,7 +89,7 @@ def _run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
     with torch.random.fork_rng(), randoms_put_back(model), unwritten(model), warnings.catch_warnings():
         # what reentrant checkpointing has to say of every run without gradients
         warnings.filterwarnings("ignore", "None of the inputs have requires_grad")
-        torch.manual_seed(0)
+        seed(0)
         own_args, own_kwargs = copy.deepcopy(pytree.tree_map_only(Tensor, alone, (list(args), dict(kwargs))))
         return model(*own_args, **own_kwargs)
 
