@@ -11,7 +11,6 @@ installed (`benchmarks/subjects/peers.py`).
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -179,27 +178,18 @@ class Bench:
     dense: nn.Module
     data: Cifar
     options: argparse.Namespace
-    ledger: Path
+    ledger: record.Ledger
 
     def rows(self, ways: Sequence[Way]) -> list[dict[str, Any]]:
-        """One for each way that can be gone; of the others it is printed why not."""
-        known = self._known()
-        found = []
+        """One for each way; of those that cannot be gone it says why not."""
+        rows = []
         for way in ways:
-            row = known.get(json.dumps(way.about), {})
-            if "failed" not in row and ("raw" not in row or (self.options.timing and "forward" not in row)):
-                row = self._row(way, row)
-                print(row, flush=True)
-                with self.ledger.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps({"key": json.dumps(way.about), "row": row}) + "\n")
-            found.append(row)
-        return found
-
-    def _known(self) -> dict[str, dict[str, Any]]:
-        if not self.ledger.exists():
-            return {}
-        lines = [json.loads(line) for line in self.ledger.read_text(encoding="utf-8").splitlines()]
-        return {line["key"]: line["row"] for line in lines}
+            found = self.ledger.found(way.about) or {}
+            if "failed" not in found and ("raw" not in found or (self.options.timing and "forward" not in found)):
+                found = self._row(way, found)
+                self.ledger.add(way.about, found)
+            rows.append(way.about | found)
+        return rows
 
     def _row(self, way: Way, known: dict[str, Any]) -> dict[str, Any]:
         o = self.options
@@ -210,8 +200,10 @@ class Bench:
         except Exception as error:  # another tool's may be of any kind
             if way.about["tool"] == "fxrank":
                 raise
-            return way.about | {"failed": f"{type(error).__name__}: {error}"[:200]}
-        row = way.about | known | {"parameters": size(small), "cpu_seconds": time.process_time() - start}
+            return {"failed": f"{type(error).__name__}: {error}"[:200]}
+        row: dict[str, Any] = {"parameters": size(small), "cpu_seconds": time.process_time() - start}
+        if known.get("parameters") == row["parameters"]:  # else fxrank has another answer now
+            row = known | row
         if o.timing:
             x = batches(self.data.train_x, self.data.train_y, 128, 128, seed=1)[0][0]
             row["forward"] = relative_time(self.dense, small.eval(), x)
@@ -299,15 +291,17 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         if "spatial" in options.forms:
             ways += by_loss_of_the_model(model, calibration, budget)
         ways += peers(model, calibration, budget, options.peers)
-    ledger = Path(options.output) / f"{options.model}.jsonl"
-    ledger.parent.mkdir(parents=True, exist_ok=True)
+    left_out = ("source", "root", "results", "weights", "output")
+    kept = {k: v for k, v in vars(options).items() if k not in left_out} | {
+        "data": "jpeg" if options.source else "original"
+    }
+    of_rows = {k: v for k, v in kept.items() if k not in ("budgets", "forms", "peers", "timing")}
+    ledger = record.Ledger(Path(options.output) / f"{options.model}.jsonl", of_rows)
     rows = Bench(model, data, options, ledger).rows(ways)
     print(table(rows))
-    left_out = ("source", "root", "results", "weights", "output")
-    kept = {k: v for k, v in vars(options).items() if k not in left_out}
     return record.write(
         f"oneshot_{options.model}",
-        {"configuration": kept | {"data": "jpeg" if options.source else "original"}, "results": rows},
+        {"configuration": kept, "results": rows},
         device=torch.device("cpu"),
         folder=options.results,
     )

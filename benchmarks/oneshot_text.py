@@ -12,7 +12,6 @@ last two are left out: on a busy machine they say nothing. `layers` tells whethe
 
 import argparse
 import copy
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -162,11 +161,11 @@ def ways(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int) 
     return made
 
 
-def measure(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int, ledger: "Ledger") -> None:
+def measure(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int, ledger: record.Ledger) -> None:
     """Every row that the ledger lacks."""
     batch = next(iter(task.loaders(1)[0]))
     for name, make in ways(task, dense, options, steps):
-        if ledger.has(name):
+        if ledger.found(name) is not None:
             continue
         start = time.perf_counter()
         try:
@@ -183,38 +182,13 @@ def measure(task: Task, dense: nn.Module, options: argparse.Namespace, steps: in
         }
         if not options.no_timing:
             found |= {
-                "forward": relative_time(_Called(dense), _Called(model), batch),
+                "forward": relative_time(_Called(dense), _Called(model), batch)[0],
                 "seconds": seconds,
             }
         if options.steps:
             train(task, model, options.steps, seed=2, rate=options.healing_rate)
             found["healed"] = metric(task, model)
         ledger.add(name, found)
-
-
-class Ledger:
-    """Rows in a file, one a line, with the configuration that they were made with; those of another are not looked at."""
-
-    def __init__(self, path: Path, configuration: dict[str, Any]) -> None:
-        self._path, self._configuration = path, json.loads(json.dumps(configuration))
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        entries = [json.loads(line) for line in lines]
-        self.rows = [e["name"] | e["found"] for e in entries if e["configuration"] == self._configuration]
-        self._names = [e["name"] for e in entries if e["configuration"] == self._configuration]
-
-    def has(self, name: dict[str, Any]) -> bool:
-        """Whether there is such a row."""
-        return name in self._names
-
-    def add(self, name: dict[str, Any], found: dict[str, Any]) -> None:
-        """Write a row at once."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            entry = {"configuration": self._configuration, "name": name, "found": found}
-            file.write(json.dumps(entry) + "\n")
-        self.rows.append(name | found)
-        self._names.append(name)
-        print(self.rows[-1], flush=True)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -270,7 +244,7 @@ def main(arguments: Sequence[str] | None = None, tasks: dict[str, Callable[..., 
         "data": task.data,
         "metric": task.metric,
     }
-    ledger = Ledger(Path(options.ledger), configuration)
+    ledger = record.Ledger(Path(options.ledger), configuration)
     measure(task, dense, options, steps, ledger)
     print(table(ledger.rows))
     name = f"oneshot_{task.name.replace('-', '_')}"

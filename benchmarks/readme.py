@@ -204,24 +204,22 @@ def oneshot_table() -> str:
     data = load("oneshot_resnet56")
     c, (dense, *found) = data["configuration"], data["results"]
     budgets = c["budgets"]
-    ways: dict[tuple[str, ...], dict[float, str]] = {}
+    ways: dict[tuple[str, ...], dict[float, tuple[str, str]]] = {}
     for r in found:
         if "failed" not in r:
             shown = " / ".join("-" if k not in r else f"{100 * r[k]:.1f}" for k in ("raw", "batchnorm", "healed"))
-            ways.setdefault((r["tool"], r["form"], r["factors"], r["ranks"]), {})[r["budget"]] = shown
-    rows = [[*way, *(by.get(b, "-") for b in budgets)] for way, by in ways.items()]
-    headers = ("tool", "form", "factors from", "ranks", *(f"{b:g} of the parameters" for b in budgets))
+            time = "{:.2f} ({:.2f}-{:.2f})".format(*r["forward"])
+            ways.setdefault((r["tool"], r["form"], r["factors"], r["ranks"]), {})[r["budget"]] = shown, time
+    rows = [[*way, *(cell for b in budgets for cell in by.get(b, ("-", "-")))] for way, by in ways.items()]
+    headers = ["tool", "form", "factors from", "ranks"]
+    headers += [column for b in budgets for column in (f"{b:g} of the parameters", "time")]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    times = [
-        f"{r['tool']}{' ' + r['form'] if r['form'] != '-' else ''} at {r['budget']:g} {r['forward'][0]:.2f}"
-        for r in load("oneshot_forward_resnet56")["results"][1:]
-        if r["factors"] != "weight"
-    ]
     tested = f"{100 * dense['raw']:.1f} % of {c['test_subset']:,} test images before"
     return (
         f"A trained ResNet-56 (CIFAR-10 as JPEG, {c['subset']:,} training images, {tested}), made smaller in one call, {c['calibration']} images for calibration: accuracy "
-        f"without training / with BatchNorm measured again on 2,000 images / after {c['steps']} steps of 64 images, in percent, one seed. Other tools through their own calls, the largest setting that fits:\n\n{table}\n\n"
-        f"On this narrow network pairs are not faster: one thread, forward time of the dense model's, median of interleaved calls: {', '.join(times)}."
+        f"without training / with BatchNorm measured again on 2,000 images / after {c['steps']} steps of 64 images, in percent, one seed; time of a forward call, of the dense "
+        f"model's, on {data['environment']['torch_threads']} thread, median and quartiles of interleaved calls. Other tools through their own calls, the largest setting that fits. "
+        f"On a network as narrow as this pairs save memory and hardly time; pruning and Tucker decompositions save more of it:\n\n{table}"
     )
 
 

@@ -46,6 +46,38 @@ def write(name: str, data: dict[str, Any], *, device: torch.device, folder: str 
     return path
 
 
+class Ledger:
+    """Rows in a file as they come, one a line, with the configuration that they were made with; those of another are not looked at, and the
+    last of a name counts.
+    """
+
+    def __init__(self, path: Path, configuration: dict[str, Any]) -> None:
+        self._path, self._configuration = path, json.loads(json.dumps(configuration))
+        self._rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            entry = json.loads(line)
+            if entry["configuration"] == self._configuration:
+                self._rows[json.dumps(entry["name"])] = entry["name"], entry["found"]
+
+    def found(self, name: dict[str, Any]) -> dict[str, Any] | None:
+        """What is known of this row; None if there is none."""
+        row = self._rows.get(json.dumps(name))
+        return None if row is None else row[1]
+
+    def add(self, name: dict[str, Any], found: dict[str, Any]) -> None:
+        """Write a row at once, and print it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"configuration": self._configuration, "name": name, "found": found}) + "\n")
+        self._rows[json.dumps(name)] = name, found
+        print(name | found, flush=True)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All of them."""
+        return [name | found for name, found in self._rows.values()]
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
