@@ -119,7 +119,7 @@ def factorize(
             layers, named = _only_named(layers, rank)
         else:
             layers, named = candidates(layers, small, include=include, exclude=exclude), set()
-        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, notes))
+        layers = with_reasons(layers, misfits(layers, small, example_inputs, gm, notes, form))
         for layer in layers:
             if layer.name in named:
                 _check_named(layer.name, layer)

@@ -128,7 +128,7 @@ def profile(
     gm.let_go()
     layers = candidates(found, model, include=include, exclude=exclude)
     notes: list[str] = []
-    layers = with_reasons(layers, misfits(layers, model, inputs, gm, notes))
+    layers = with_reasons(layers, misfits(layers, model, inputs, gm, notes, form))
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))

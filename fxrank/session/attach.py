@@ -112,7 +112,7 @@ def examine(
     notes: list[str] = []
     if policy.known_plan is None:  # else it was decided when the plan was made
         with own_forward(structure):
-            reasons = misfits(layers, structure, team.example(example_inputs), graph_module, notes)
+            reasons = misfits(layers, structure, team.example(example_inputs), graph_module, notes, policy.form)
         layers = with_reasons(layers, team.agree(lambda: reasons))
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
     policy.check(scene)

@@ -25,7 +25,9 @@ from fxrank.passes.model.calls import Example, at_other_batch_size, call_argumen
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.model.weights import is_derived
+from fxrank.passes.pairs.base import Unrolled
 from fxrank.passes.pairs.locate import dense_at
+from fxrank.passes.pairs.registry import AUTO
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
 from fxrank.passes.tracing.proof import observers_off, tensors_of_both, without_data
 from fxrank.passes.tracing.trace import TracedModule
@@ -37,10 +39,11 @@ NOISE = 100
 
 
 def misfits(
-    layers: Sequence[Layer], model: nn.Module, example: Example, gm: TracedModule, notes: list[str]
+    layers: Sequence[Layer], model: nn.Module, example: Example, gm: TracedModule, notes: list[str], form: str
 ) -> dict[str, str]:
     """Why to leave dense, by name, those of the layers without a reason with whose pairs the model computes something else, in its
-    present mode or the other, or fails. The model, whose graph is `gm`, is left as it is. A note is added if it cannot be tried.
+    present mode or the other, or fails. `form` is what is asked for, as in `Policy`. The model, whose graph is `gm`, is left as it is. A
+    note is added if it cannot be tried.
     """
     candidates = [layer for layer in layers if layer.reason is None]
     if not candidates or without_data(model) or not may_ask(model):
@@ -48,7 +51,7 @@ def misfits(
     one_graph = gm.whole and gm.graphs.get(True) is gm.graphs.get(False)
     modes = (model.training,) if one_graph else (model.training, not model.training)
     try:
-        trial = _Trial(model, example, modes)
+        trial = _Trial(model, example, modes, form)
     except Exception as error:
         notes.append(f"not tried with pairs in it: a copy of the model fails with {type(error).__name__}: {error}")
         return {}
@@ -64,13 +67,13 @@ def with_reasons(layers: Sequence[Layer], reasons: Mapping[str, str]) -> list[La
 class _Trial:
     """What a model computes, and the layers with whose pairs it was seen to do so (`good`), or not (`reasons`)."""
 
-    def __init__(self, model: nn.Module, example: Example, modes: Sequence[bool]) -> None:
+    def __init__(self, model: nn.Module, example: Example, modes: Sequence[bool], form: str) -> None:
         """Raises whatever the model raises, copied or run in the first of the modes."""
         call = call_arguments(model, example)
         twin = _twin(model)
         with observers_off(twin, *call):
             self._model = _twin(twin)
-        self._modes = modes
+        self._modes, self._form = modes, form
         self._noise: float | None = None
         self.good: list[Layer] = []
         self.reasons: dict[str, str] = {}
@@ -83,7 +86,11 @@ class _Trial:
 
     def judge(self, layers: Sequence[Layer]) -> None:
         """All at once, and by halves if anything is wrong with them."""
-        problem = self._problem([*self.good, *layers])
+        together = [*self.good, *layers]
+        problem = self._problem([_with_basis(layer, False) for layer in together])
+        if problem is None:  # what a basis adds to a pair, a buffer, shows in itself alone
+            based = [_with_basis(layer, True) if self._form == AUTO else layer for layer in together]
+            problem = self._problem(based) if any(_basis_of(layer.unrolled) for layer in based) else None
         if problem is None:
             self.good += layers
         elif len(layers) == 1:
@@ -125,7 +132,6 @@ class _Trial:
         dense = [dense_at(self._model, layer.name) for layer in layers]
         gone = [layer.get_parameter("weight") for layer in dense if not is_derived(layer)]
         twin = _twin(self._model, {id(weight): _nothing_like(weight) for weight in gone})
-        layers = [_where_it_shows(layer) for layer in layers]
         plan = Plan(policy="trial", layers=tuple(take(layer, layer.full_rank, "tried") for layer in layers))
         factors: Factors = {
             layer.name: _exact(matrices_of(layer, self._model), seed) for seed, layer in enumerate(layers)
@@ -166,13 +172,18 @@ def _rounded(weight: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(moved, weight.requires_grad)
 
 
-def _where_it_shows(layer: Layer) -> Layer:
-    """The layer in a form that fixes nothing of `V`: one that does may have the layer itself for its first factor at full rank, and what
-    takes that for the layer would not be seen.
+def _with_basis(layer: Layer, wanted: bool) -> Layer:
+    """The layer in a form that fixes something of `V`, or in one that fixes nothing; as it is if it has no such form. A pair whose `V` is
+    fixed may have the layer itself for its first factor at full rank, and what takes that for the layer would not be seen.
     """
-    pair = layer.unrolled.pair
-    others = (other.form for other in layer.others if other.pair is not None and not other.pair.basis)
-    return layer.in_form(next(others, layer.form)) if pair is not None and pair.basis else layer
+    if layer.unrolled.pair is None or _basis_of(layer.unrolled) == wanted:
+        return layer
+    others = (other.form for other in layer.others if other.pair is not None and _basis_of(other) == wanted)
+    return layer.in_form(next(others, layer.form))
+
+
+def _basis_of(unrolled: Unrolled) -> bool:
+    return unrolled.pair is not None and bool(unrolled.pair.basis)
 
 
 def _exact(stack: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -256,3 +256,31 @@ def test_a_factor_that_is_the_layer_at_full_rank_hides_nothing(form):
         fxrank.NothingFactorizedWarning, match="with a pair in its place the model computes something else"
     ):
         fxrank.factorize(Steps(), torch.randn(3, 8), rank=0.5, include="*", form=form)
+
+
+class Counts(nn.Module):
+    """Multiplies with the number of its layer's buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(x) * (1 + len(list(self.layer.buffers())))
+
+
+@pytest.mark.parametrize(("form", "kept"), [("channel", False), ("gauge", True), ("auto", True)])
+def test_the_buffer_of_a_basis_is_seen_by_code_that_counts_buffers(form, kept):
+    torch.manual_seed(0)
+    target = {"target_params": 0.7} if form == "auto" else {"rank": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fxrank.NothingFactorizedWarning)
+        warnings.filterwarnings("ignore", "ranks at or above break-even")
+        if kept and form == "auto":
+            with pytest.raises(fxrank.BudgetError):
+                fxrank.factorize(Counts(), torch.randn(3, 8), include="*", form=form, **target)
+            return
+        small = fxrank.factorize(Counts(), torch.randn(3, 8), include="*", form=form, **target)
+    (decision,) = fxrank.plan_of(small).layers
+    assert (decision.rank is None) == kept
+    assert not kept or "computes something else" in decision.reason
