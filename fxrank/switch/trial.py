@@ -2,8 +2,8 @@
 
 Code may ask what its parts are (`isinstance(layer, nn.Linear)`, a penalty over `self.parameters()`, `state_dict()["weight"]`, an average
 of one layer's weights into another's) or hold a weight aside, and nothing of that is in a graph. So full-rank pairs are put into a twin
-that shares the model's numbers, and it is run beside another twin that is left as it was. Where they differ, the layers at fault are
-found by halves, and stay dense.
+that shares the model's numbers, and it is run beside another twin that is left as it was. Where they differ, in their outputs, in what
+their parts see and return, or in weights that they write into, the layers at fault are found by halves, and stay dense.
 
 The pairs are exact without a decomposition, `V = P` and `U = Pᵀ W` with a signed permutation `P` (or the other way round, where the weight
 has more rows than columns); each layer's is another, as factors of two layers have nothing in common. The weight that they replace is
@@ -13,6 +13,7 @@ code of the model asks no such question (`asks`).
 
 import copy
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fxrank.passes.pairs.base import Unrolled
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.registry import AUTO
 from fxrank.passes.tracing.compare import largest_difference, seeded_outputs
+from fxrank.passes.tracing.inside import Inside, SeenInside
 from fxrank.passes.tracing.proof import observers_off, tensors_of_both, without_data
 from fxrank.passes.tracing.trace import TracedModule
 from fxrank.plan import Plan
@@ -74,15 +76,18 @@ class _Trial:
         with observers_off(twin, *call):
             self._model = _twin(twin)
         self._modes, self._form = modes, form
-        self._noise: float | None = None
+        self._written: list[str] | None = None
         self.good: list[Layer] = []
         self.reasons: dict[str, str] = {}
         try:
             self._call = at_other_batch_size(*call)
-            self._expected = self._outputs(self._model)
+            self._expected = self._runs(self._model)
         except Exception:
             self._call = call
-            self._expected = self._outputs(self._model)
+            self._expected = self._runs(self._model)
+        self._written = sorted({name for run in self._expected.values() for name in run.weights})
+        if self._written:
+            self._expected = self._runs(self._model)
 
     def judge(self, layers: Sequence[Layer]) -> None:
         """All at once, and by halves if anything is wrong with them."""
@@ -100,33 +105,49 @@ class _Trial:
             self.judge(layers[len(layers) // 2 :])
 
     def _problem(self, layers: Sequence[Layer]) -> str | None:
+        below = tuple(f"{layer.name}." for layer in layers)  # where a pair has other parts than its layer
         try:
-            found = self._outputs(self._with_pairs(layers))
+            found = self._runs(self._with_pairs(layers))
             if strange := sorted(self._expected.keys() - found.keys()):
                 return f"fails in {_name(strange[0])} mode"
             for mode, expected in self._expected.items():
-                both = [*tensors_of_both(expected, found[mode])]
-                difference = largest_difference([a for a, _ in both], [b for _, b in both])
-                if difference > NOISE * self._precision and difference > NOISE * self._rounding():
+                inside = {n: outs for n, outs in expected.of_modules.items() if not n.startswith(below)}
+                for what, both in (
+                    ("its outputs", (expected.outputs, found[mode].outputs)),
+                    ("weights that it writes into", (expected.weights, found[mode].weights)),
+                    ("what its parts see and return", (inside, found[mode].of_modules)),
+                ):
+                    difference = self._difference(*both)
                     if difference == float("inf"):
                         return f"goes on with the weight that the pair replaces, in {_name(mode)} mode"
-                    return f"computes something else: its outputs differ by {difference:.1e} relative in {_name(mode)} mode"
+                    if difference > 0:
+                        return (
+                            f"computes something else: {what} differ by {difference:.1e} relative in {_name(mode)} mode"
+                        )
         except Exception as error:
             return f"fails with {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return None
+
+    def _difference(self, expected: Any, found: Any) -> float:
+        """The largest of one tensor that is well above what rounding makes of it; 0.0 if there is none."""
+        worst = 0.0
+        for a, b in tensors_of_both(expected, found):
+            difference = largest_difference(a, b)
+            if difference > max(worst, NOISE * self._precision) and difference > NOISE * self._noise.get(id(a), 0.0):
+                worst = difference
+        return worst
 
     @property
     def _precision(self) -> float:
         """Of the least precise weights, relative: no difference that is not well above it says anything."""
         return max((torch.finfo(p.dtype).eps for p in self._model.parameters() if p.is_floating_point()), default=0.0)
 
-    def _rounding(self) -> float:
-        """How far one more rounding of the weights, or nothing but another run, moves the outputs."""
-        if self._noise is None:
-            noisy = self._outputs(_twin(self._model, {id(p): _rounded(p) for p in self._model.parameters()}))
-            both = [b for mode in noisy for b in tensors_of_both(self._expected[mode], noisy[mode])]
-            self._noise = largest_difference([a for a, _ in both], [b for _, b in both])
-        return self._noise
+    @cached_property
+    def _noise(self) -> dict[int, float]:
+        """How far one more rounding of the weights, or nothing but another run, moves each tensor, by its `id`."""
+        noisy = self._runs(_twin(self._model, {id(p): _rounded(p) for p in self._model.parameters()}))
+        runs = ((self._expected[mode], noisy[mode]) for mode in noisy)
+        return {id(a): largest_difference(a, b) for run in runs for a, b in tensors_of_both(*run)}
 
     def _with_pairs(self, layers: Sequence[Layer]) -> nn.Module:
         dense = [dense_at(self._model, layer.name) for layer in layers]
@@ -139,19 +160,19 @@ class _Trial:
         apply_plan(twin, plan, factors=factors, split=False)
         return twin
 
-    def _outputs(self, twin: nn.Module) -> dict[bool, Any]:
+    def _runs(self, twin: nn.Module) -> dict[bool, Inside]:
         """By mode. A model that runs in its present mode only has only that."""
-        outputs: dict[bool, Any] = {}
+        found: dict[bool, Inside] = {}
         with eagerly(twin):
             for mode in self._modes:
                 if mode != twin.training:
                     twin.train(mode)
                 try:
-                    outputs[mode] = seeded_outputs(twin, *self._call)
+                    found[mode] = seeded_outputs(SeenInside(twin, self._written), *self._call)
                 except Exception:
-                    if not outputs:
+                    if not found:
                         raise
-        return outputs
+        return found
 
 
 def _twin(model: nn.Module, instead: dict[int, Any] = {}) -> nn.Module:  # noqa: B006 (never written to)

@@ -1,6 +1,7 @@
 """Models whose code asks what its parts are, or holds them aside: what a pair would change is left dense, with the reason."""
 
 import functools
+import re
 import warnings
 
 import pytest
@@ -284,3 +285,64 @@ def test_the_buffer_of_a_basis_is_seen_by_code_that_counts_buffers(form, kept):
     (decision,) = fxrank.plan_of(small).layers
     assert (decision.rank is None) == kept
     assert not kept or "computes something else" in decision.reason
+
+
+class Rounded(nn.Module):
+    """What comes in is rounded away: the nearest of four codes goes out, with the gradient of what came in."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("codes", 10 * torch.randn(4, 8))
+
+    def forward(self, y):
+        codes = self.codes[torch.cdist(y.detach(), self.codes).argmin(-1)]
+        return y + (codes - y).detach()
+
+
+class TakesPlain(nn.Module):
+    """Takes plain layers for a little less than others, which the codes do not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.round = nn.Linear(8, 8), Rounded()
+
+    def forward(self, x):
+        return self.round(self.inner(x) * (0.999 if type(self.inner) is nn.Linear else 1.0))
+
+
+class Averaged(nn.Module):
+    """The slow layer follows the fast one's weight, which shows in later calls only."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = self.fast(x) + self.slow(x)
+        if self.training:
+            with torch.no_grad():
+                for slow, fast in zip(self.slow.parameters(), self.fast.parameters(), strict=True):
+                    slow.lerp_(fast, 0.01)
+        return y
+
+
+def at_full_rank(model):
+    with pytest.warns(fxrank.NothingFactorizedWarning) as told:
+        small = fxrank.factorize(model, torch.randn(3, 8), rank=1.0, include="*")
+    return small, str(told[0].message)
+
+
+def test_what_the_outputs_hide_is_seen_inside():
+    torch.manual_seed(0)
+    _, reasons = at_full_rank(TakesPlain())
+    assert re.search(r"computes something else: what its parts see and return differ by 1\.0e-03 relative", reasons)
+
+
+def test_what_shows_in_later_calls_is_seen_in_the_weights():
+    torch.manual_seed(0)
+    model = Averaged().train()
+    small, _ = at_full_rank(model)
+    x = torch.randn(5, 8)
+    model(x), small(x)
+    torch.testing.assert_close(small.slow.weight, model.slow.weight)
+    torch.testing.assert_close(small(x), model(x))
