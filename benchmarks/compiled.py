@@ -33,7 +33,7 @@ from benchmarks import record
 from benchmarks.subjects.models import resnet18
 from benchmarks.switch_cost import NAMES, training_step
 from fxrank.oneshot import copied
-from fxrank.passes.profiling.timing import Stopwatch
+from fxrank.passes.profiling.clock import Stopwatch
 
 RATIO = 0.25
 STEPS = 4
@@ -73,7 +73,7 @@ def switch(models: Mapping[str, nn.Module], x: Tensor, y: Tensor, backend: str) 
         watch.mark()
         F.cross_entropy(model(x), y).backward()
         watch.mark()
-        seconds.append(watch.laps_ms()[0] / 1000)
+        seconds.append(watch.laps()[0].ms / 1000)
         graphs.append(counters["stats"]["unique_graphs"])
         optimizer.step()  # the switch is in one of these
         optimizer.zero_grad(set_to_none=True)
@@ -122,7 +122,7 @@ def laps(runs: Mapping[str, Callable[[], object]], device: torch.device, rounds:
         for name in turn:
             runs[name]()
             watch.mark()
-        found.append(dict(zip(turn, watch.laps_ms(), strict=True)))
+        found.append(dict(zip(turn, (lap.ms for lap in watch.laps()), strict=True)))
     return {
         name: {
             "ms": statistics.median(lap[name] for lap in found),

@@ -143,7 +143,9 @@ def factorize(
             return fitting.fitted(rank, layers)
         if budget is None:
             return fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
-        trials = Trials(budget, partial(copied, small), example_inputs) if budget.is_time else None
+        trials = None
+        if budget.is_time:
+            trials = Trials(partial(copied, small), example_inputs, backward=budget.of == "step_time")
         return fitting.plan_within(budget, layers, form, trials)
 
     if team is None or team.size == 1:

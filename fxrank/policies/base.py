@@ -142,6 +142,13 @@ class Policy(ABC):
         return None
 
     @property
+    def must_pay(self) -> bool | None:
+        """Whether pairs are given back with which the whole training step is not faster. With False the step is timed, and it is said;
+        with None it is not timed.
+        """
+        return None
+
+    @property
     def probe(self) -> float:
         """The share of the full rank at which a stack's pair is timed."""
         return 0.25

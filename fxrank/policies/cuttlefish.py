@@ -1,7 +1,7 @@
 """Cuttlefish: E from the rank curves, K from profiling, R from the spectra."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -9,7 +9,7 @@ from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import unknown_name
 from fxrank.plan import LayerDecision
-from fxrank.policies.base import Policy
+from fxrank.policies.base import LATER, Policy
 from fxrank.policies.forms import in_best_form, spectrum_of
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
@@ -60,12 +60,18 @@ class Cuttlefish(Policy):
     form: str = "auto"
     samples: int | str = 300
     """Samples of the ranks in a run, or `"epoch"` for one an epoch."""
+    objective: str = field(default="auto", metadata=LATER)
+    """`"speed"`: before the switch the whole training step is timed with the pairs, on copies, and those that do not pay are given back;
+    `"size"`: it is timed and said; `"auto"` is speed where no target asks for a size, and neither under the papers' prefix rule.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         rank_rule(self.rank_metric)
         if self.k_rule not in ("stack", "prefix"):
             raise unknown_name("k_rule", self.k_rule, ("stack", "prefix"))
+        if self.objective not in ("auto", "speed", "size"):
+            raise unknown_name("objective", self.objective, ("auto", "speed", "size"))
         if isinstance(self.xi, str) and self.xi not in ("init", "random"):
             raise unknown_name("xi (or a number, or a dict by layer name)", self.xi, ("init", "random"))
         if isinstance(self.samples, str) and self.samples != "epoch":
@@ -137,6 +143,12 @@ class Cuttlefish(Policy):
     @property
     def speedup_needed(self) -> float | None:
         return self.speedup_threshold
+
+    @property
+    def must_pay(self) -> bool | None:
+        if self.speedup_threshold is None or (self.objective == "auto" and self.k_rule == "prefix"):
+            return None
+        return self.objective == "speed" or (self.objective == "auto" and self.budget is None)
 
     @property
     def probe(self) -> float:

@@ -18,8 +18,9 @@ from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.errors import BudgetError
 from fxrank.passes.model.calls import Example
-from fxrank.passes.profiling.timing import Profiler, Stopwatch
-from fxrank.passes.profiling.whole import Share, compare, share_of
+from fxrank.passes.profiling.clock import Share, Stopwatch, Times
+from fxrank.passes.profiling.timing import Profiler
+from fxrank.passes.profiling.whole import BUDGET_MS, LEAST, compare
 from fxrank.plan import Budget, Plan
 from fxrank.policies.budget import Costs, CostsOf, Forms, Option, allocate, ladders_of
 from fxrank.switch.apply_plan import Factors, apply_plan
@@ -60,11 +61,23 @@ def interpolated(timed: Sequence[int], pair_ms: Sequence[float], ranks: Sequence
 
 
 class Trials:
-    """Layers of a model, and whole copies of it, timed as the budget wants it. `copied` makes a copy of the dense model."""
+    """Layers of a model, and whole copies of it, timed with `backward` or the forward alone. `copied` makes a copy of the dense model;
+    the rest is as of `whole.compare`.
+    """
 
-    def __init__(self, budget: Budget, copied: Callable[[], nn.Module], example: Example) -> None:
+    def __init__(
+        self,
+        copied: Callable[[], nn.Module],
+        example: Example,
+        *,
+        backward: bool,
+        amp: torch.dtype | None = None,
+        least: int = LEAST,
+        budget_ms: float = BUDGET_MS,
+    ) -> None:
         self._copied, self._example = copied, example
-        self._backward = budget.of == "step_time"
+        self._backward, self._amp = backward, amp
+        self._least, self._budget_ms = least, budget_ms
 
     @cached_property
     def _dense(self) -> nn.Module:
@@ -101,16 +114,28 @@ class Trials:
 
     def dense_ms(self) -> float:
         """Of one call of the dense model, the median."""
-        return float(np.median(self._laps(self._dense)[0]))
+        return self._timed(self._dense).ms[0]
 
     def share(self, plan: Plan, factors: Factors) -> Share:
         """What a copy with the plan's pairs takes of the dense model's time."""
+        return self.times(plan, factors).shares[1]
+
+    def times(self, plan: Plan, factors: Factors) -> Times:
+        """Of the dense model, and of a copy with the plan's pairs."""
         small = self._copied()
         apply_plan(small, plan, example=self._example, factors=dict(factors))
-        return share_of(*self._laps(self._dense, small))
+        return self._timed(self._dense, small)
 
-    def _laps(self, *models: nn.Module) -> list[list[float]]:
-        return compare(models, self._example, Stopwatch(self._device), backward=self._backward)
+    def _timed(self, *models: nn.Module) -> Times:
+        return compare(
+            models,
+            self._example,
+            Stopwatch(self._device),
+            backward=self._backward,
+            amp=self._amp,
+            least=self._least,
+            budget_ms=self._budget_ms,
+        )
 
 
 def ranks_within_time(

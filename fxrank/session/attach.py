@@ -117,7 +117,7 @@ def examine(
     scene = Scene(structure, _checked(layers, team, optimizers, policy))
     policy.check(scene)
     logger = team.logger(logger)
-    _profile(scene, team, policy, amp, known=state is not None)
+    _profile(scene, team, policy, clock, amp, known=state is not None)
     detector = policy.detector(clock)
     if detector is not None:
         scene.monitor = RankMonitor(
@@ -157,13 +157,15 @@ def _checked(layers: list[Layer], team: Team, optimizers: Sequence[Optimizer], p
     return layers
 
 
-def _profile(scene: Scene, team: Team, policy: Policy, amp: torch.dtype | None, *, known: bool) -> None:
+def _profile(scene: Scene, team: Team, policy: Policy, clock: Clock, amp: torch.dtype | None, *, known: bool) -> None:
     """Time the stacks, if the policy asks for it, in the first process for all; the profiles of a state that is `known` come
     with it.
     """
-    if policy.speedup_needed is None:
+    threshold = policy.speedup_needed
+    if threshold is None:
         return
     profiler = scene.profiler = Profiler(scene.model, next(team.model.parameters()).device, amp=amp)
-    measured = [] if known else stacks(scene.layers)
-    for profile in team.agree(lambda: [profiler.stack(stack, policy.probe) for stack in measured]):
+    found = [] if known else stacks(scene.layers)
+    measured = team.agree(lambda: profiler.stacks(found, policy.probe, threshold, clock.total_steps))
+    for profile in measured:
         scene.profiles.update(dict.fromkeys(profile.names, profile))

@@ -25,7 +25,7 @@ from fxrank.loggers import Logger
 from fxrank.passes.discovery.selection import Selector
 from fxrank.passes.errors import NothingFactorizedWarning
 from fxrank.passes.model.calls import Example
-from fxrank.passes.profiling.timing import Stopwatch
+from fxrank.passes.profiling.clock import Share, Stopwatch
 from fxrank.passes.rewriting.install import pairs_in
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
@@ -37,6 +37,7 @@ from fxrank.session.live_data import LastCalls, fitted_to
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
 from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
+from fxrank.session.worth import decided
 from fxrank.switch.averages import ListedAverage, averaged_in, check_averages
 from fxrank.switch.freeze import as_in_training
 from fxrank.switch.plan_of import has_plan, remember_plan
@@ -51,7 +52,8 @@ class LowRankSession:
 
     Public state: `phase` (`"full-rank"` or `"low-rank"`), `plan` (None before the switch), `scene` (layers,
     profiles and, where ranks are watched, their histories: `scene.monitor.curves`), `clock`, `graph_module`,
-    `seconds` (time spent in monitor, profile and switch), `step_ms` (recent step times by phase), `notes`.
+    `seconds` (time spent in monitor, profile and switch), `step_ms` (recent step times by phase), `share` (what the training step was
+    measured to take with the plan's pairs, of the dense one's time, before the switch; None if it was not), `notes`.
     """
 
     def __init__(self, attached: Attachment, listener: Listener | None = None) -> None:
@@ -60,6 +62,7 @@ class LowRankSession:
         self.graph_module, self.scene = attached.graph_module, attached.scene
         self.policy, self.clock = attached.policy, attached.clock
         self.plan: Plan | None = None
+        self.share: Share | None = None
         self.notes: list[str] = list(attached.notes)
         profiler = self.scene.profiler
         self.seconds = {"monitor": 0.0, "profile": profiler.seconds if profiler else 0.0, "switch": 0.0}
@@ -220,7 +223,7 @@ class LowRankSession:
 
     def _collect_times(self) -> None:
         # Marks alternate: end of our work, start of our work. Every other lap is the user's own step, data loading included.
-        self.step_ms[self.phase].extend(self._watch.laps_ms()[0::2])
+        self.step_ms[self.phase].extend(lap.ms for lap in self._watch.laps()[0::2])
 
     def _consider_switch(self) -> None:
         why = self.policy.ready(self.clock, self.scene)
@@ -233,7 +236,9 @@ class LowRankSession:
         self.team.check()
         self.team.together(lambda: self._listener("before_switch", self))
         start, profiled = time.perf_counter(), self._profiled()
-        plan = self.team.agree(lambda: self.policy.plan(self.scene, self.clock, why))
+        steps = list(self.step_ms[FULL])
+        plan, self.share, notes = self.team.agree(lambda: decided(self._attached, self.clock, why, steps))
+        self.notes += notes
         if self.policy.factors == "data" and plan.R:
             plan, note = fitted_to(plan, self._calls, self._attached)
             self.notes.append(note)

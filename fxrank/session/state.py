@@ -162,14 +162,15 @@ def _are_numbers(value: Any, names: tuple[str, ...]) -> bool:
 
 
 def _is_profile(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != {f.name for f in fields(StackProfile)}:
+    lately = {"spread": 0.0, "how": "clock"}  # earlier versions had none
+    if not isinstance(value, dict) or set(lately | value) != {f.name for f in fields(StackProfile)}:
         return False
     shapes = all(isinstance(value[n], list) and all(map(_is_count, value[n])) for n in ("weight_shape", "input_shape"))
     names = isinstance(value["names"], list) and all(isinstance(n, str) for n in value["names"])
-    rest = [
-        value[f.name] for f in fields(StackProfile) if f.name not in ("names", "kind", "weight_shape", "input_shape")
-    ]
-    return shapes and names and isinstance(value["kind"], str) and all(_is_number(v) and v > 0 for v in rest)
+    words = all(isinstance(n, str) for n in (value["kind"], value.get("how", "")))
+    numbers = value.keys() - {"names", "kind", "weight_shape", "input_shape", "how", "spread"}
+    spread = _is_number(value.get("spread", 0.0)) and value.get("spread", 0.0) >= 0
+    return shapes and names and words and spread and all(_is_number(value[n]) and value[n] > 0 for n in numbers)
 
 
 def _listed(profile: dict[str, Any]) -> dict[str, Any]:

@@ -259,6 +259,9 @@ class Trainer:
         step_ms = {phase: median(session.step_ms[phase]) for phase in (FULL, LOW)}
         dense_ms = {name: p.dense_ms for name, p in session.scene.profiles.items()}
         full = step_ms[FULL]
+        predicted = None if full is None else predicted_speedup(plan, dense_ms, full)
+        if session.share is not None and plan.R:
+            predicted = 1 / session.share.median
         last = state.history[-1]
         return Report(
             plan=plan,
@@ -276,7 +279,7 @@ class Trainer:
             step_ms=step_ms,
             memory_bytes=state.memory,
             gradient_bytes=session.gradient_bytes,
-            predicted_speedup=None if full is None else predicted_speedup(plan, dense_ms, full),
+            predicted_speedup=predicted,
             loss=last["loss"],
             accuracy=last["accuracy"],
             val_loss=last["val_loss"],

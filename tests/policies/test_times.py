@@ -11,8 +11,8 @@ from torch import nn
 
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.errors import BudgetError
+from fxrank.passes.profiling.clock import Share, times_of
 from fxrank.passes.profiling.timing import Profiler
-from fxrank.passes.profiling.whole import Share
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Budget, Plan
 from fxrank.policies import times
@@ -153,8 +153,8 @@ def fake_clock(monkeypatch):
         asked.append((layer.name, layer.form, list(ranks), self._backward))
         return [layer.parameters / 1e3, *(layer.pair_parameters(rank) / 1e3 for rank in ranks)]
 
-    def compare(models, example, watch, *, backward):
-        return [[sum(p.numel() for p in model.parameters()) / 1e3] * 5 for model in models]
+    def compare(models, example, watch, *, backward, **options):
+        return times_of([[sum(p.numel() for p in model.parameters()) / 1e3 for model in models]] * 5, "clock")
 
     monkeypatch.setattr(Profiler, "times_ms", times_ms)
     monkeypatch.setattr(times, "compare", compare)
@@ -165,7 +165,7 @@ def fake_clock(monkeypatch):
 def test_layers_of_a_stack_are_timed_once_and_forms_are_compared_with_their_own(fake_clock, of):
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1) for _ in range(3)])
     layers = discover(trace(model, torch.randn(1, 8, 9, 9)), model)
-    trials = Trials(Budget(of, 0.5, 0.0), lambda: model, torch.randn(1, 8, 9, 9))
+    trials = Trials(lambda: model, torch.randn(1, 8, 9, 9), backward=of == "step_time")
     found = trials.costs([v for a in layers for v in (a, a.in_form("spatial"))])
     assert [(name, form, backward) for name, form, _, backward in fake_clock] == [
         ("0", "channel", of == "step_time"),
@@ -191,6 +191,6 @@ def test_a_module_that_is_called_twice_takes_twice_as_long(fake_clock):
 
     model = Twice()
     layers = discover(trace(model, torch.randn(2, 32)), model)
-    found = Trials(Budget("latency", 0.5, 0.0), lambda: model, torch.randn(2, 32)).costs(layers)
+    found = Trials(lambda: model, torch.randn(2, 32), backward=False).costs(layers)
     assert [found(layer).dense for layer in layers] == [2.048, 1.024]
     assert found(layers[0]).pairs[4] == pytest.approx(2 * found(layers[1]).pairs[4])

@@ -9,6 +9,7 @@ from nets import SOON, UNTIMED, ConvNet, SixLayers, attach, images, mlp, setting
 
 import fxrank
 from fxrank.passes.discovery.discover import discover
+from fxrank.passes.profiling.clock import times_of
 from fxrank.passes.profiling.timing import Profiler
 from fxrank.passes.tracing.trace import trace
 from fxrank.policies.scene import Clock
@@ -82,10 +83,10 @@ def test_layers_that_the_policy_leaves_alone_stay_so_if_the_target_can_be_met_wi
 
 
 def test_layers_that_are_slow_stay_dense_and_speed_is_told(monkeypatch):
-    def times_ms(self, layer, ranks):
-        return [1.0, *([2.0 if layer.name == "l3" else 0.5] * len(ranks))]
+    def times(self, layer, ranks):
+        return times_of([[1.0, *([2.0 if layer.name == "l3" else 0.5] * len(ranks))]], "clock")
 
-    monkeypatch.setattr(Profiler, "times_ms", times_ms)
+    monkeypatch.setattr(Profiler, "times", times)
     model = SixLayers()
     session = attach(model, optimizer := sgd(model), replace(SOON, speedup_threshold=1.5, target_params=0.75))
     train(model, optimizer, 10)

@@ -24,12 +24,16 @@ class Stack:
         return self.layers[0]
 
 
+def interchangeable(layer: Layer) -> tuple[object, ...]:
+    """What layers that take the same time have in common."""
+    made = tuple(one.code for one in layer.made)
+    return layer.kind, layer.form, layer.weight_shape, layer.geometry, layer.input_shape, layer.dtype, made
+
+
 def stacks(layers: Sequence[Layer]) -> list[Stack]:
     """Group the layers that can be factorized (no `reason`), stacks in the order of their first layer."""
     groups: dict[tuple[object, ...], list[Layer]] = {}
     for layer in layers:
         if layer.reason is None:
-            made = tuple(one.code for one in layer.made)
-            key = (layer.kind, layer.form, layer.weight_shape, layer.geometry, layer.input_shape, layer.dtype, made)
-            groups.setdefault(key, []).append(layer)
+            groups.setdefault(interchangeable(layer), []).append(layer)
     return [Stack(tuple(group)) for group in groups.values()]

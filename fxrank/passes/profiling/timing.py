@@ -3,16 +3,13 @@ slower".
 
 Forward and backward of the layer alone are timed (Cuttlefish Alg. 2 times training iterations of the whole net with
 one stack factorized; timing the stack itself takes seconds instead of minutes and is not drowned by the rest).
-Rounds are interleaved: each round times every variant once, so that a drifting clock rate hits all alike; the
-median over the rounds counts.
+What was measured once is remembered: layers of a stack share it, and so do attach and switch.
 """
 
-import itertools
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,38 +17,16 @@ from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.made import Made
-from fxrank.passes.discovery.stacks import Stack
+from fxrank.passes.discovery.stacks import Stack, interchangeable
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.registry import pair_class
+from fxrank.passes.profiling.clock import Share, Stopwatch, Times, compare
 
-
-class Stopwatch:
-    """Elapsed time on a device: CUDA events there (no synchronization until read), the monotonic clock elsewhere.
-    One code path.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._device = device
-        self._marks: list[Any] = []
-
-    def mark(self) -> None:
-        """Note the present moment of the device's queue."""
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record(torch.cuda.current_stream(self._device))
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def laps_ms(self) -> list[float]:
-        """Milliseconds between successive marks; forgets them. Waits for the device."""
-        marks, self._marks = self._marks, []
-        if self._cuda and marks:
-            marks[-1].synchronize()
-            return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-        return [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
+SHARE = 0.01
+"""Of the time of a training, what profiling may take beyond the first rounds."""
+CLEAR = 0.2
+"""A speed-up this share of the threshold away from it needs no more rounds."""
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -63,7 +38,8 @@ def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextMa
 class StackProfile:
     """Measured and counted cost of one layer of a stack, forward + backward for times, forward for the counts.
 
-    `probe_rank` is the rank of the measured pair; `speedup = dense_ms / pair_ms`. `flops` are 2 per multiply-add;
+    `probe_rank` is the rank of the measured pair; `speedup = dense_ms / pair_ms`, with half the distance of its quartiles as `spread`;
+    `how` is what it was measured by (see `clock.Times`). `flops` are 2 per multiply-add;
     `bytes_moved` counts input, weight and output once; `intensity = flops / bytes_moved` (FLOP per byte; Williams
     et al., the roofline model).
     """
@@ -79,6 +55,8 @@ class StackProfile:
     bytes_moved: int
     pair_flops: int
     pair_bytes_moved: int
+    spread: float = 0.0
+    how: str = "clock"
 
     @property
     def speedup(self) -> float:
@@ -98,6 +76,15 @@ class StackProfile:
             "intensity": self.intensity,
             "pair_intensity": self.pair_intensity,
         }
+
+
+@dataclass
+class _Known:
+    """What was measured of interchangeable layers: milliseconds of the dense one, and the share of them that a pair takes, by rank."""
+
+    dense_ms: float
+    shares: dict[int, Share] = field(default_factory=dict)
+    how: str = "clock"
 
 
 class Profiler:
@@ -120,17 +107,36 @@ class Profiler:
     ) -> None:
         if amp is not None and not (isinstance(amp, torch.dtype) and amp.is_floating_point):
             raise TypeError(f"amp must be a floating-point dtype or None; got {amp!r}. torch.bfloat16 is one.")
-        self._model, self._device, self._amp = model, device, amp
-        self._rounds, self._budget_ms, self._backward = rounds, budget_ms, backward
+        self._model, self._device, self.amp = model, device, amp
+        self._rounds, self._backward = rounds, backward
+        self._known: dict[tuple[object, ...], _Known] = {}
+        self.budget_ms = budget_ms
         self.seconds = 0.0
         """Wall-clock time spent measuring so far."""
+
+    def stacks(self, found: Sequence[Stack], probe_ratio: float, threshold: float, steps: int) -> list[StackProfile]:
+        """Each as by `stack`, in a training of so many steps: few rounds at first, and more for those whose speed-up is not clearly above
+        or below the `threshold`, while `SHARE` of what the steps take at least, the time in these layers, is not spent.
+        """
+        most, self.budget_ms = self.budget_ms, 0.0
+        profiles = [self.stack(stack, probe_ratio) for stack in found]
+        uses = [sum(max(1, len(layer.nodes)) for layer in stack.layers) for stack in found]
+        run_ms = steps * sum(p.dense_ms * n for p, n in zip(profiles, uses, strict=True))
+        unclear = [i for i, p in enumerate(profiles) if abs(p.speedup - threshold) <= max(CLEAR * threshold, p.spread)]
+        self.budget_ms = min(most, (SHARE * run_ms - 1e3 * self.seconds) / max(1, len(unclear)))
+        for i in unclear if self.budget_ms > 0 else ():
+            del self._known[interchangeable(found[i].sample)]
+            profiles[i] = self.stack(found[i], probe_ratio)
+        self.budget_ms = most
+        return profiles
 
     def stack(self, stack: Stack, probe_ratio: float) -> StackProfile:
         """Dense against a pair at `probe_ratio` of the full rank (at least rank 1)."""
         layer = stack.sample
         rank = max(1, int(layer.full_rank * probe_ratio))
-        dense_ms, pair_ms = self.times_ms(layer, [rank])
-        size = layer.dtype.itemsize if self._amp is None else self._amp.itemsize
+        times = self.times(layer, [rank])
+        dense_ms, pair_ms = times.ms
+        size = layer.dtype.itemsize if self.amp is None else self.amp.itemsize
         inputs = _numel(layer.input_shape)
         middle = round(layer.groups * rank * layer.unrolled.positions[0])
         return StackProfile(
@@ -145,10 +151,29 @@ class Profiler:
             bytes_moved=size * (inputs + layer.parameters + layer.outputs),
             pair_flops=2 * layer.pair_macs(rank),
             pair_bytes_moved=size * (inputs + layer.pair_parameters(rank) + 2 * middle + layer.outputs),
+            spread=times.shares[1].spread / times.shares[1].median ** 2,
+            how=times.how,
         )
 
     def times_ms(self, layer: Layer, ranks: Sequence[int]) -> list[float]:
         """Median milliseconds, forward + backward, of the dense layer, then of a pair of each rank."""
+        return self.times(layer, ranks).ms
+
+    def times(self, layer: Layer, ranks: Sequence[int]) -> Times:
+        """The dense layer, then a pair of each rank, forward + backward; ranks that were measured before, of this layer or of another of
+        its stack, are not measured again.
+        """
+        known = self._known.get(interchangeable(layer))
+        missing = [rank for rank in ranks if known is None or rank not in known.shares]
+        if missing or known is None:
+            times = self._measured(layer, missing)
+            known = known or self._known.setdefault(interchangeable(layer), _Known(times.ms[0]))
+            known.shares.update(zip(missing, times.shares[1:], strict=True))
+            known.how = times.how if known.how == "clock" else known.how
+        shares = [Share(1.0, 0.0), *(known.shares[rank] for rank in ranks)]
+        return Times([known.dense_ms * share.median for share in shares], shares, known.how)
+
+    def _measured(self, layer: Layer, ranks: Sequence[int]) -> Times:
         start = time.perf_counter()
         source = dense_at(self._model, layer.name)
         cls = pair_class(source, layer.form)
@@ -167,10 +192,9 @@ class Profiler:
             else:
                 inputs = [cls.probe_input(source, layer.input_shape, layer.dtype, self._device)]
             steps = [self._step(module.train(self._backward), *inputs) for module in modules]
-            laps = interleaved(steps, Stopwatch(self._device), self._rounds, self._budget_ms)
-            medians = [statistics.median(of_one) for of_one in laps]
+            times = compare(steps, Stopwatch(self._device), self._rounds, self.budget_ms)
         self.seconds += time.perf_counter() - start
-        return medians
+        return times
 
     def _step(self, module: nn.Module, *inputs: Any) -> Callable[[], None]:
         given = [x.detach().requires_grad_(x.is_floating_point()) if isinstance(x, Tensor) else x for x in inputs]
@@ -178,42 +202,22 @@ class Profiler:
         if not self._backward:
 
             def forward() -> None:
-                with torch.no_grad(), autocast(self._device, self._amp):
+                with torch.no_grad(), autocast(self._device, self.amp):
                     module(*given)
 
             return forward
-        with autocast(self._device, self._amp):
+        with autocast(self._device, self.amp):
             gradients = [torch.randn_like(out) for out in _listed(module(*given))]
 
         def step() -> None:
             for x in operands:
                 x.grad = None
             module.zero_grad(set_to_none=True)
-            with autocast(self._device, self._amp):
+            with autocast(self._device, self.amp):
                 outs = _listed(module(*given))
             torch.autograd.backward(outs, gradients)
 
         return step
-
-
-def interleaved(
-    steps: Sequence[Callable[[], None]], watch: Stopwatch, rounds: int, budget_ms: float, least: int = 3
-) -> list[list[float]]:
-    """The milliseconds of each step in each round, after one round that is not counted: at most `rounds`, and not more than `least`
-    beyond `budget_ms`.
-    """
-    for step in steps:
-        step()
-    laps: list[list[float]] = []
-    spent = 0.0
-    while len(laps) < rounds and (len(laps) < least or spent < budget_ms):
-        watch.mark()
-        for step in steps:
-            step()
-            watch.mark()
-        laps.append(watch.laps_ms())
-        spent += sum(laps[-1])
-    return [list(column) for column in zip(*laps, strict=True)]
 
 
 class _Products(nn.Module):

@@ -1,7 +1,7 @@
 """Stacks of interchangeable layers, what they cost by count, and how they are timed (never how long it takes)."""
 
 import copy
-from statistics import median
+import itertools
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.discovery.stacks import Stack, stacks
-from fxrank.passes.profiling.timing import Profiler, Stopwatch, interleaved
+from fxrank.passes.profiling.clock import times_of
+from fxrank.passes.profiling.timing import Profiler
 from fxrank.passes.tracing.trace import trace
 
 CPU = torch.device("cpu")
@@ -100,52 +101,6 @@ def test_the_probe_has_at_least_rank_one():
     )
 
 
-class Clock:
-    """A stopwatch that tells prepared times, and a record of what ran between its marks."""
-
-    def __init__(self, times):
-        self.times, self.marks = iter(times), []
-
-    def __call__(self, device):
-        return self
-
-    def mark(self):
-        self.marks.append("mark")
-
-    def laps_ms(self):
-        self.marks.append("read")
-        return next(self.times)
-
-
-@pytest.fixture
-def clocked(monkeypatch):
-    """The medians and the order of events for given laps."""
-
-    def measure(times, **options):
-        clock = Clock(times)
-        steps = [lambda name=name: clock.marks.append(name) for name in ("dense", "pair")]
-        columns = interleaved(steps, clock(CPU), **({"budget_ms": 200.0} | options))
-        return [median(column) for column in columns], clock.marks
-
-    return measure
-
-
-def test_rounds_are_interleaved_and_warmed_up(clocked):
-    medians, marks = clocked([[3.0, 1.0], [9.0, 2.0], [4.0, 8.0]], rounds=3)
-    assert medians == [4.0, 2.0]
-    assert marks == ["dense", "pair"] + ["mark", "dense", "mark", "pair", "mark", "read"] * 3
-
-
-def test_the_budget_bounds_the_rounds_but_three_are_made(clocked):
-    medians, marks = clocked([[100.0, 100.0]] * 11, rounds=11, budget_ms=50)
-    assert marks.count("read") == 3
-    _, marks = clocked([[10.0, 10.0]] * 11, rounds=11, budget_ms=95)
-    assert marks.count("read") == 5
-    _, marks = clocked([[1.0, 1.0]] * 11, rounds=11, budget_ms=200)
-    assert marks.count("read") == 11
-    assert medians == [100.0, 100.0]
-
-
 def test_times_are_of_the_layer_then_of_each_rank(monkeypatch):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, groups=2, bias=False)).to(
         memory_format=torch.channels_last
@@ -211,12 +166,64 @@ def test_profiling_leaves_no_trace(training):
     assert measured.to_dict()["stacks"][0]["intensity"] == measured.stacks[0].intensity
 
 
-def test_the_stopwatch_counts_between_marks_and_forgets():
-    watch = Stopwatch(CPU)
-    assert watch.laps_ms() == []
-    for _ in range(3):
-        watch.mark()
-    laps = watch.laps_ms()
-    assert len(laps) == 2
-    assert min(laps) >= 0
-    assert watch.laps_ms() == []
+@pytest.fixture
+def asked(monkeypatch):
+    """Each layer takes 10 ms and a pair what is said by its rows, plus or minus what is said; what was measured, with its budget."""
+    seen, pair_ms, wobble = [], {}, {}
+
+    def measured(self, layer, ranks):
+        seen.append((layer.name, list(ranks), self.budget_ms))
+        base, by = pair_ms.get(layer.rows, 5.0), wobble.get(layer.rows, 0.0)
+        return times_of([[10.0, *([base + by * step] * len(ranks))] for step in (-1, 0, 1)], "clock")
+
+    monkeypatch.setattr(Profiler, "_measured", measured)
+    return seen, pair_ms, wobble
+
+
+def four():
+    sizes = [8, 8, 8, 16, 32]
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
+    return model, found(model, torch.randn(3, 8), include="*")
+
+
+def test_what_was_measured_of_a_stack_is_remembered(asked):
+    seen, pair_ms, _ = asked
+    model, layers = four()
+    profiler = Profiler(model, CPU)
+    assert profiler.times_ms(layers[0], [2, 4]) == [10.0, 5.0, 5.0]
+    pair_ms |= {8: 2.0, 16: 2.0}
+    assert profiler.times_ms(layers[1], [4, 2]) == [10.0, 5.0, 5.0]  # as of the other
+    assert profiler.times_ms(layers[1], [4, 3]) == [10.0, 5.0, 2.0]
+    assert profiler.times_ms(layers[0], []) == [10.0]
+    assert profiler.times_ms(layers[2], [4]) == [10.0, 2.0]
+    assert [ask[:2] for ask in seen] == [("0", [2, 4]), ("1", [3]), ("2", [4])]
+
+
+def test_more_rounds_go_where_the_verdict_is_not_clear_and_are_a_share_of_the_run(asked):
+    seen, pair_ms, wobble = asked
+    model, layers = four()
+    pair_ms |= {8: 10 / 1.6, 16: 10 / 4, 32: 10 / 4}
+    profiles = Profiler(model, CPU).stacks(stacks(layers), 0.25, 1.5, steps=100)
+    assert seen[:3] == [("0", [2], 0.0), ("2", [2], 0.0), ("3", [4], 0.0)]
+    (again,) = seen[3:]
+    assert again[:2] == ("0", [2]) and again[2] == pytest.approx(0.01 * 100 * 4 * 10)  # of four layers of 10 ms
+    assert [p.names for p in profiles] == [("0", "1"), ("2",), ("3",)]
+    seen.clear()
+    Profiler(model, CPU).stacks(stacks(layers), 0.25, 1.5, steps=10**6)
+    assert seen[3:] == [("0", [2], 200.0)]
+    seen.clear()
+    Profiler(model, CPU).stacks(stacks(layers), 0.25, 2.5, steps=10**6)
+    assert [ask[0] for ask in seen] == ["0", "2", "3"]
+    wobble[16] = 2.4  # whose speed-up is as wide as it is far away
+    seen.clear()
+    Profiler(model, CPU).stacks(stacks(layers), 0.25, 2.5, steps=10**6)
+    assert [ask[0] for ask in seen] == ["0", "2", "3", "2"]
+
+
+def test_a_profile_has_its_spread(asked):
+    _, pair_ms, wobble = asked
+    model, layers = four()
+    pair_ms[8], wobble[8] = 5.0, 1.0
+    profile = Profiler(model, CPU).stack(Stack(tuple(layers[:1])), 0.25)
+    assert (profile.speedup, profile.how) == (2.0, "clock")
+    assert profile.spread == pytest.approx(0.05 / 0.5**2)  # quartiles of the share are 0.45 and 0.55

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxrank.passes.profiling.timing import Stopwatch
-from fxrank.passes.profiling.whole import Share, compare, share_of
+from fxrank.passes.profiling.clock import Share, Stopwatch
+from fxrank.passes.profiling.whole import compare
 
 CPU = torch.device("cpu")
 
@@ -34,13 +34,8 @@ class Ticks(Stopwatch):
         self.now = 0.0
 
     def mark(self):
-        self._marks.append(self.now)
+        self._marks.append((self.now, self.now))
         self.now += next(self.ticks) / 1e3
-
-
-def test_of_the_share_there_is_a_median_and_a_spread():
-    assert share_of([10, 10, 20, 10], [5, 6, 12, 9]) == Share(pytest.approx(0.6), pytest.approx((0.675 - 0.575) / 2))
-    assert share_of([10], [7]) == Share(pytest.approx(0.7), pytest.approx(0.0))
 
 
 @pytest.mark.parametrize("backward", [True, False])
@@ -49,13 +44,24 @@ def test_modes_and_gradients_are_those_of_what_is_timed(backward):
     state = torch.get_rng_state()
     x = torch.randn(3, 4, requires_grad=True)
     after = torch.get_rng_state()
-    dense, small = compare(models, {"x": x, "shift": 1.0}, Ticks([1000, 500, 0] * 7), backward=backward)
-    assert dense == pytest.approx([1000] * 7) and small == pytest.approx([500] * 7)  # no more than 3 s, but 7 rounds
+    watch = Ticks([1000, 500, 0] * 7)  # no more than 3 s, but 7 rounds
+    times = compare(models, {"x": x, "shift": 1.0}, watch, backward=backward)
+    assert times.ms == pytest.approx([1000, 500]) and times.shares[1] == Share(pytest.approx(0.5), pytest.approx(0))
+    with pytest.raises(StopIteration):
+        next(watch.ticks)
     assert torch.equal(torch.get_rng_state(), after) and not torch.equal(state, after)
     for model in models:
         assert set(model.calls) == {(backward, backward)}
         assert (model.lin.weight.grad is not None) == backward
     assert x.grad is None
+
+
+def test_the_precision_is_the_jobs():
+    seen = []
+    model = nn.Linear(4, 4)
+    model.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    compare([model], torch.randn(2, 4), Stopwatch(CPU), backward=True, amp=torch.bfloat16, least=1, budget_ms=0)
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_a_step_needs_gradients():
