@@ -5,9 +5,10 @@ that one rule serves 10 epochs, 300 epochs, or one long epoch: a slope is measur
 the training.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import nn
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.spectra.exact import check_finite, stable_rank_of
-from fxrank.passes.spectra.tracked import StableRankTracker
+from fxrank.passes.spectra.tracked import NARROW, StableRankTracker
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Detector(ABC):
         """Names of the settled layers. `curves` hold one value per sample, the first at initialization; `before` is
         the last answer.
         """
+
+    def spaced(self, factor: float) -> "Detector | None":
+        """The test for samples so many times as far apart, None if there is none."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,11 @@ class SlopeDetector(Detector):
             if slope <= limit:
                 result.add(name)
         return frozenset(result)
+
+    def spaced(self, factor: float) -> Detector:
+        """Over as many steps, but at least `LEAST_WINDOW` samples."""
+        window = min(self.window, max(LEAST_WINDOW, round(self.window / factor)))
+        return replace(self, epsilon=self.epsilon * factor, window=window)
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,33 @@ def moving_average(values: Sequence[float] | np.ndarray[Any, Any], window: int) 
     for value in values[1:]:
         out.append(weight * float(value) + (1 - weight) * out[-1])
     return np.array(out)
+
+
+LEAST_WINDOW = 8
+SHARE = 0.01
+"""Of the time of the steps between two samples, what a sample may take, as far as counting tells."""
+FEWEST = 60
+"""Samples of a run are not spaced so that it has fewer."""
+PRODUCTS = 300
+"""Multiply-adds of a training step in the time that one number of a weight takes in a sample: some twenty products of a matrix with a
+vector, which wait for memory (2.5 ms for 512 x 512 on one core).
+"""
+CALLS = 4e6, 20e6
+"""Multiply-adds of a training step in the time that a sample takes for a layer at least, narrow or not: 0.1 and 0.6 ms."""
+
+
+def spacing(layers: Sequence[Layer], interval: int, total_steps: int) -> int:
+    """The interval at which samples take their `SHARE` of the steps, at least the one that is wanted, and at most that of `FEWEST`."""
+    step = 3 * sum(layer.macs for layer in layers)
+    sample = 0.0
+    for layer in layers:
+        if layer.supported:
+            narrow = layer.full_rank <= NARROW
+            sample += (
+                layer.groups * CALLS[not narrow] + (layer.full_rank if narrow else PRODUCTS) * layer.rows * layer.cols
+            )
+    affordable = math.ceil(sample / (SHARE * step)) if step else interval
+    return max(interval, min(affordable, total_steps // FEWEST))
 
 
 class RankMonitor:

@@ -24,7 +24,7 @@ from fxrank.passes.profiling.timing import Profiler
 from fxrank.passes.spectra.exact import check_finite
 from fxrank.passes.tracing.trace import TracedModule, trace
 from fxrank.policies.base import Policy
-from fxrank.policies.monitor import RankMonitor
+from fxrank.policies.monitor import RankMonitor, spacing
 from fxrank.policies.scene import Clock, Scene
 from fxrank.session.companions import left_dense, shared_outside
 from fxrank.switch.averages import Average, averaged_in
@@ -120,9 +120,11 @@ def examine(
     _profile(scene, team, policy, clock, amp, known=state is not None)
     detector = policy.detector(clock)
     if detector is not None:
-        scene.monitor = RankMonitor(
-            scene.layers, structure, detector, policy.interval(clock), seed=seed, agree=team.agree
-        )
+        interval = policy.interval(clock)
+        wider = interval if interval >= clock.steps_per_epoch else spacing(scene.layers, interval, clock.total_steps)
+        if wider > interval and (spaced := detector.spaced(wider / interval)) is not None:
+            detector, interval = spaced, wider
+        scene.monitor = RankMonitor(scene.layers, structure, detector, interval, seed=seed, agree=team.agree)
     return Attachment(
         team, optimizers, policy, clock, example_inputs, graph_module, scene, averages, logger, tuple(notes)
     )

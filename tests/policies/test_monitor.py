@@ -8,7 +8,7 @@ import fxrank
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.tracing.trace import trace
-from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average
+from fxrank.policies.monitor import RankMonitor, ReferenceDetector, SlopeDetector, moving_average, spacing
 from fxrank.policies.scene import Clock
 
 NONE = frozenset()
@@ -220,3 +220,53 @@ def test_the_default_policy_has_the_slope_test():
     assert UNTIMED.detector(Clock(0, 300, 1)) == SlopeDetector(epsilon=0.1, window=25, relative=True)
     own = ReferenceDetector(window=3)
     assert fxrank.Cuttlefish(test=own).detector(Clock(0, 300, 1)) is own
+
+
+def spaced(model, x, policy, total_steps, steps_per_epoch=None):
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    session = fxrank.LowRankSession.attach(
+        model,
+        optimizer,
+        example_inputs=x,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        policy=policy,
+    )
+    session.detach()
+    return session.scene.monitor
+
+
+def test_samples_that_cost_much_of_a_step_are_spaced_with_their_test():
+    """Two rows are a small step beside a look at the weights: there are 60 samples of a run then, and the window spans as many steps."""
+    monitor = spaced(mlp(), vectors(2)[0], UNTIMED, 3000)
+    assert monitor.interval == 50
+    assert monitor._detector == SlopeDetector(0.1 * 5, 8)
+    assert spaced(mlp(), vectors(2)[0], UNTIMED, 300).interval == 5
+    assert spaced(mlp(), vectors(2)[0], UNTIMED, 59).interval == 1
+
+
+def test_samples_are_as_wanted_where_they_cost_little_or_were_asked_for():
+    assert spaced(mlp(width=32), torch.randn(40_000, 12), UNTIMED, 3000).interval == 10
+    paper = fxrank.Cuttlefish(test=ReferenceDetector(), speedup_threshold=None)
+    assert spaced(mlp(), vectors(2)[0], paper, 3000).interval == 10  # whose test counts samples
+    by_epoch = fxrank.Cuttlefish(samples="epoch", speedup_threshold=None)
+    assert spaced(mlp(), vectors(2)[0], by_epoch, 3000, steps_per_epoch=7).interval == 7
+
+
+def test_a_wider_spacing_asks_for_the_same_slope_by_step():
+    detector = SlopeDetector(epsilon=0.2, window=25)
+    assert detector.spaced(2) == SlopeDetector(epsilon=0.4, window=12)
+    assert detector.spaced(100) == SlopeDetector(epsilon=20.0, window=8)
+    assert SlopeDetector(window=5).spaced(3) == SlopeDetector(epsilon=pytest.approx(0.3), window=5)
+    assert ReferenceDetector().spaced(2) is None
+
+
+def test_what_a_sample_costs_grows_with_the_weights():
+    def at(width, total=10**6):
+        model = mlp(width=width)
+        layers = discover(trace(model, torch.randn(512, 12)), model)
+        return spacing(layers, 1, total)
+
+    assert at(16) > at(64)  # calls count, not numbers
+    assert at(512) == at(512, 10**7) > 1
+    assert spacing([], 7, 100) == 7

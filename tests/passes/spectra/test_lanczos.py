@@ -9,8 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fxrank
+from fxrank.passes.spectra import tracked
 from fxrank.passes.spectra.exact import mean_over_groups, singular_values, stable
 from fxrank.passes.spectra.tracked import MAX_STEPS, StableRankTracker
+
+
+@pytest.fixture(scope="module", autouse=True, params=[tracked.NARROW, 0], ids=["squares", "processes"])
+def narrow(request):
+    """Narrow matrices by their squares, as on a CPU, and all by a Lanczos process, as elsewhere."""
+    before, tracked.NARROW = tracked.NARROW, request.param
+    yield
+    tracked.NARROW = before
 
 
 def exact(stack):
@@ -137,6 +146,7 @@ def test_transposed_and_strided_views_need_no_copy():
 
 
 def test_warm_looks_cost_less_than_cold_ones(monkeypatch):
+    monkeypatch.setattr(tracked, "NARROW", 0)
     steps = []
     advance = fxrank.passes.spectra.tracked._Run.advance
     monkeypatch.setattr(
@@ -208,3 +218,15 @@ def test_a_leader_that_appears_at_once_orthogonal_to_the_old_one():
     u, _, vh = torch.linalg.svd(weight[0], full_matrices=False)
     changed = (weight[0] + 2 * torch.outer(u[:, 40], vh[40]))[None]
     assert tracker([changed], ["w"])[0] == pytest.approx(exact(changed), rel=1e-3)
+
+
+def test_a_square_has_no_state_and_no_random_number():
+    generator = torch.Generator().manual_seed(0)
+    narrow, wide = torch.randn(1, 40, 300, generator=generator), torch.randn(1, 160, 200, generator=generator)
+    tracker, alone = StableRankTracker(), StableRankTracker()
+    both = tracker([narrow, wide], ["a", "b"])
+    assert both == alone([narrow], ["a"]) + StableRankTracker()([wide], ["b"]) or tracked.NARROW == 0
+    assert both[0] == pytest.approx(exact(narrow), rel=1e-5 if tracked.NARROW else 1e-3)
+    assert [entry[0] for entry in tracker.state_dict()["ritz"]] == ([1] if tracked.NARROW else [0, 1])
+    fresh = StableRankTracker().state_dict()["generator"]
+    assert torch.equal(alone.state_dict()["generator"], fresh) == bool(tracked.NARROW)
