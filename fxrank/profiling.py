@@ -1,6 +1,8 @@
 """`fxrank.profile`: the profiling pass as a call of its own."""
 
 import math
+import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
@@ -18,6 +20,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.device import known_device
 from fxrank.passes.pairs.registry import check_form
+from fxrank.passes.profiling.roofline import PASSES, Roofline, roofline
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
 from fxrank.switch.trial import misfits, with_reasons
@@ -37,6 +40,10 @@ class Profile:
     device: str
     notes: tuple[str, ...] = ()
     """What could not be checked before the layers were listed."""
+    roofline: Roofline | None = None
+    """The best rates of the device in the dtype of the job."""
+    outlook: tuple[tuple[float, int], ...] = ()
+    """Of each stack, by the roofline: the speed-up at the probe rank, and the largest rank whose pair is faster than the layer."""
 
     @property
     def K(self) -> int:
@@ -50,32 +57,40 @@ class Profile:
         return tuple(name for stack in self.stacks if stack.speedup <= self.threshold for name in stack.names)
 
     def to_dict(self) -> dict[str, Any]:
+        stacks = [s.to_dict() for s in self.stacks]
+        for stack, (predicted, largest) in zip(stacks, self.outlook, strict=False):
+            stack |= {"roofline_speedup": predicted, "largest_rank": largest}
         return {
             "device": self.device,
             "threshold": self.threshold,
+            "roofline": None if self.roofline is None else self.roofline._asdict(),
             "K": self.K,
             "kept": list(self.kept),
-            "stacks": [s.to_dict() for s in self.stacks],
+            "stacks": stacks,
             "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
-        rows = [
-            (
-                s.names[0] + (f" +{len(s.names) - 1}" if len(s.names) > 1 else ""),
-                "x".join(map(str, s.weight_shape)),
-                "x".join(map(str, s.input_shape)),
-                s.probe_rank,
-                f"{s.dense_ms:.3f}",
-                f"{s.pair_ms:.3f}",
-                f"{s.speedup:.2f}x",
-                f"{s.flops / 1e9:.3f}",
-                f"{s.intensity:.1f}",
-                f"{s.pair_intensity:.1f}",
-                "factorize" if s.speedup > self.threshold else "keep",
+        rows = []
+        for i, s in enumerate(self.stacks):
+            predicted, largest = self.outlook[i] if self.outlook else (None, None)
+            rows.append(
+                (
+                    s.names[0] + (f" +{len(s.names) - 1}" if len(s.names) > 1 else ""),
+                    "x".join(map(str, s.weight_shape)),
+                    "x".join(map(str, s.input_shape)),
+                    s.probe_rank,
+                    f"{s.dense_ms:.3f}",
+                    f"{s.pair_ms:.3f}",
+                    f"{s.speedup:.2f}x ± {s.spread:.2f}",
+                    "-" if predicted is None else f"{predicted:.2f}x",
+                    "-" if largest is None else str(largest),
+                    f"{s.flops / 1e9:.3f}",
+                    f"{s.intensity:.1f}",
+                    f"{s.pair_intensity:.1f}",
+                    "factorize" if s.speedup > self.threshold else "keep",
+                )
             )
-            for s in self.stacks
-        ]
         headers = (
             "stack",
             "weight",
@@ -84,6 +99,8 @@ class Profile:
             "dense ms",
             "pair ms",
             "speed-up",
+            "roofline",
+            "faster up to",
             "GFLOP",
             "FLOP/B",
             "pair FLOP/B",
@@ -91,7 +108,44 @@ class Profile:
         )
         table = tabulate(rows, headers=headers, disable_numparse=True)
         summary = f"K = {self.K} at threshold {self.threshold:g}x on {self.device}; measured in {self.seconds:.1f} s"
-        return "\n".join([table, summary, *self.notes])
+        lines = [table, summary]
+        if (roof := self.roofline) is not None:
+            best = f"{roof.flops / 1e9:.0f} GFLOP/s and {roof.bandwidth / 1e9:.1f} GB/s at best"
+            lines.append(f"roofline: {best}, even at {roof.ridge:.1f} FLOP/B; it knows nothing of calls and kernels")
+        stood_in = Counter(s.how for s in self.stacks if s.how != "clock")
+        lines += [
+            f"the machine is busy: {count} of {len(self.stacks)} stacks by {how}" for how, count in stood_in.items()
+        ]
+        return "\n".join([*lines, *self.notes])
+
+    def figure(self, path: str | os.PathLike[str]) -> None:
+        """Every stack, dense and as a pair, under the roofline: FLOP per second over FLOP per byte, both axes logarithmic, to a PNG or
+        SVG by the suffix of `path`. Needs matplotlib (`pip install fxrank[figures]`). Source: Cuttlefish Fig. 6.
+        """
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        drawing = Figure(figsize=(8, 4.5), layout="constrained")
+        FigureCanvasAgg(drawing)
+        axes = drawing.add_subplot(xscale="log", yscale="log")
+        for s in self.stacks:
+            dense = s.intensity, PASSES * s.flops / s.dense_ms / 1e6
+            pair = s.pair_intensity, PASSES * s.pair_flops / s.pair_ms / 1e6
+            (line,) = axes.plot(*zip(dense, pair, strict=True), linewidth=0.8, alpha=0.6)
+            axes.plot(*dense, "o", color=line.get_color(), label=f"{s.names[0]} {s.speedup:.2f}x")
+            axes.plot(*pair, "^", color=line.get_color())
+        if (roof := self.roofline) is not None:
+            low, high = axes.get_xlim()
+            ends = [min(low, roof.ridge / 4), roof.ridge, max(high, roof.ridge * 4)]
+            axes.plot(ends, [min(roof.flops, x * roof.bandwidth) / 1e9 for x in ends], color="black", linewidth=1)
+        axes.set(
+            xlabel="FLOP per byte",
+            ylabel="GFLOP/s, forward and backward",
+            title="Layer stacks: dense (o), as pairs (^), the roofline",
+        )
+        if len(self.stacks) <= 24:
+            axes.legend(fontsize=6, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        drawing.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None)
 
 
 def profile(
@@ -110,7 +164,8 @@ def profile(
     on `device` (default: the model's).
 
     `example_inputs` sets batch size and shapes. The model is neither moved nor changed. Times are medians in ms;
-    FLOPs and bytes are per forward call. Layers that have pairs of this `form` are timed in it, the others in their own. Raises
+    FLOPs and bytes are per forward call. Beside what is measured stands what the roofline of the device says, with the largest rank that is
+    still faster by it. Layers that have pairs of this `form` are timed in it, the others in their own. Raises
     `TraceError`, `NothingToFactorizeError`, `ValueError` for an unknown form. Source: Cuttlefish Alg. 2, per stack.
     """
     check_form(form)
@@ -131,5 +186,13 @@ def profile(
     layers = with_reasons(layers, misfits(layers, model, inputs, gm, notes, form))
     require_some(layers)
     profiler = Profiler(model, place, amp=amp)
-    measured = tuple(profiler.stack(stack, probe_ratio) for stack in stacks(layers))
-    return Profile(measured, tuple(layers), speedup_threshold, profiler.seconds, str(place), tuple(notes))
+    found_stacks = stacks(layers)
+    measured = tuple(profiler.stack(stack, probe_ratio) for stack in found_stacks)
+    dtype = amp or found_stacks[0].sample.dtype
+    roof = roofline(place, dtype)
+    outlook = tuple(
+        (roof.speedup(s.sample, m.probe_rank, dtype.itemsize), roof.largest_rank(s.sample, dtype.itemsize))
+        for s, m in zip(found_stacks, measured, strict=True)
+    )
+    seconds = profiler.seconds
+    return Profile(measured, tuple(layers), speedup_threshold, seconds, str(place), tuple(notes), roof, outlook)

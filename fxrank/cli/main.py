@@ -85,6 +85,8 @@ def _profile(options: argparse.Namespace) -> None:
         exclude=options.exclude,
     )
     print(json.dumps(measured.to_dict(), indent=1) if options.json else measured)
+    if options.figure:
+        measured.figure(options.figure)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -158,6 +160,9 @@ def parser() -> argparse.ArgumentParser:
     )
     timing.add_argument(
         "--threshold", type=float, default=1.5, help="speed-up from which a stack is factorized (default %(default)s)"
+    )
+    timing.add_argument(
+        "--figure", default=None, metavar="FILE", help="draw the stacks under the roofline (PNG or SVG)"
     )
 
     table = command(

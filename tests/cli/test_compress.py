@@ -9,6 +9,7 @@ import torch
 import fxrank
 from fxrank.cli.main import main
 from fxrank.demo import DigitsNet
+from fxrank.passes.profiling.clock import times_of
 from fxrank.passes.profiling.timing import Profiler
 from fxrank.policies import times
 
@@ -52,7 +53,7 @@ def test_without_data_the_weights_alone_are_looked_at(tmp_path, capsys):
 
 @pytest.mark.parametrize("of", ["latency", "step_time"])
 def test_a_target_of_time_is_measured_and_told(tmp_path, capsys, monkeypatch, of):
-    monkeypatch.setattr(times, "compare", lambda models, *_, **__: [[8.0] * 5, [6.0] * 5][: len(models)])
+    monkeypatch.setattr(times, "compare", lambda models, *_, **__: times_of([[8.0, 6.0][: len(models)]] * 5, "clock"))
     monkeypatch.setattr(Profiler, "times_ms", lambda self, layer, ranks: [1.0, *(r / 99 for r in ranks)])
     out = str(tmp_path / "small")
     asked = [f"--target-{of.replace('_', '-')}", "0.75", "--input", "2x1x8x8", "--form", "channel"]

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,8 +233,12 @@ def test_k_and_the_layers_kept(threshold, leading, kept):
 def test_the_table_of_a_profile():
     text = str(made_up(1.5, *STACKS))
     assert text.splitlines()[-1] == "K = 3 at threshold 1.5x on cpu; measured in 1.2 s"
-    assert re.search(r"^a \+1 +16x16 +8x16 +4 +2\.000 +2\.000 +1\.00x +0\.000 +2\.0 +0\.8 +keep$", text, re.MULTILINE)
-    assert re.search(r"^c +16x16 .* 3\.00x .* factorize$", text, re.MULTILINE)
+    assert re.search(
+        r"^a \+1 +16x16 +8x16 +4 +2\.000 +2\.000 +1\.00x ± 0\.00 +- +- +0\.000 +2\.0 +0\.8 +keep$", text, re.MULTILINE
+    )
+    assert re.search(r"^c +16x16 .* 3\.00x ± 0\.00 .* factorize$", text, re.MULTILINE)
+    busy = [replace(STACKS[0], how="processor time"), *STACKS[1:]]
+    assert "the machine is busy: 1 of 3 stacks by processor time" in str(made_up(1.5, *busy)).splitlines()
     data = made_up(1.5, *STACKS).to_dict()
     assert json.loads(json.dumps(data))["stacks"][1]["speedup"] == 3.0
     assert (data["K"], data["kept"]) == (3, ["a", "b", "d"])
@@ -254,6 +259,23 @@ def test_profiling_measures_and_changes_nothing():
     assert found.stacks[0].bytes_moved == 4 * (4 * 8 * 64 + 16 * 4 * 9 + 4 * 16 * 64)
     assert found.seconds > 0
     assert found.device == "cpu"
+    roof = found.roofline
+    assert roof.flops > 1e8 and roof.bandwidth > 1e8
+    for stack, (predicted, largest), written in zip(
+        found.stacks, found.outlook, found.to_dict()["stacks"], strict=True
+    ):
+        dense, pair = roof.ms(stack.flops, stack.bytes_moved), roof.ms(stack.pair_flops, stack.pair_bytes_moved)
+        assert predicted == written["roofline_speedup"] == pytest.approx(dense / pair)
+        assert largest == written["largest_rank"]
+    assert "GB/s at best, even at" in str(found)
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_stacks_are_drawn_under_the_roofline(tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    found = fxrank.profile(ConvNet(), images()[0], speedup_threshold=1.0)
+    found.figure(path := tmp_path / f"roofline.{suffix}")
+    assert path.read_bytes().startswith(b"\x89PNG" if suffix == "png" else b"<?xml")
 
 
 def test_layers_of_one_shape_are_one_stack():

@@ -78,7 +78,7 @@ class Times(NamedTuple):
     ms: list[float]
     shares: list[Share]
     how: str
-    """`"clock"`, or `"processor time"`, of one thread, where the clock could not be believed."""
+    """`"clock"`, or what stood in where the clock could not be believed: `"processor time"` of one thread, or the `"roofline"`."""
 
 
 def compare(

@@ -22,11 +22,14 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.pairs.registry import pair_class
 from fxrank.passes.profiling.clock import Share, Stopwatch, Times, compare
+from fxrank.passes.profiling.roofline import cost, roofline
 
 SHARE = 0.01
 """Of the time of a training, what profiling may take beyond the first rounds."""
 CLEAR = 0.2
 """A speed-up this share of the threshold away from it needs no more rounds."""
+WIDE = 0.25
+"""A spread above this share of a median tells of others on the device."""
 
 
 def autocast(device: torch.device, amp: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -136,9 +139,9 @@ class Profiler:
         rank = max(1, int(layer.full_rank * probe_ratio))
         times = self.times(layer, [rank])
         dense_ms, pair_ms = times.ms
-        size = layer.dtype.itemsize if self.amp is None else self.amp.itemsize
-        inputs = _numel(layer.input_shape)
-        middle = round(layer.groups * rank * layer.unrolled.positions[0])
+        size = (self.amp or layer.dtype).itemsize
+        flops, bytes_moved = cost(layer, None, size)
+        pair_flops, pair_bytes_moved = cost(layer, rank, size)
         return StackProfile(
             names=tuple(a.name for a in stack.layers),
             kind=layer.kind,
@@ -147,10 +150,10 @@ class Profiler:
             probe_rank=rank,
             dense_ms=dense_ms,
             pair_ms=pair_ms,
-            flops=2 * layer.macs,
-            bytes_moved=size * (inputs + layer.parameters + layer.outputs),
-            pair_flops=2 * layer.pair_macs(rank),
-            pair_bytes_moved=size * (inputs + layer.pair_parameters(rank) + 2 * middle + layer.outputs),
+            flops=flops,
+            bytes_moved=bytes_moved,
+            pair_flops=pair_flops,
+            pair_bytes_moved=pair_bytes_moved,
             spread=times.shares[1].spread / times.shares[1].median ** 2,
             how=times.how,
         )
@@ -166,12 +169,21 @@ class Profiler:
         known = self._known.get(interchangeable(layer))
         missing = [rank for rank in ranks if known is None or rank not in known.shares]
         if missing or known is None:
-            times = self._measured(layer, missing)
+            times = self._steady(self._measured(layer, missing), layer, missing)
             known = known or self._known.setdefault(interchangeable(layer), _Known(times.ms[0]))
             known.shares.update(zip(missing, times.shares[1:], strict=True))
             known.how = times.how if known.how == "clock" else known.how
         shares = [Share(1.0, 0.0), *(known.shares[rank] for rank in ranks)]
         return Times([known.dense_ms * share.median for share in shares], shares, known.how)
+
+    def _steady(self, times: Times, layer: Layer, ranks: Sequence[int]) -> Times:
+        """As measured, or, on a device whose time others share unseen and where a spread is wide, as the roofline has it."""
+        if self._device.type == "cpu" or all(share.spread <= WIDE * share.median for share in times.shares):
+            return times
+        dtype = self.amp or layer.dtype
+        roof = roofline(self._device, dtype)
+        shares = [Share(1.0, 0.0), *(Share(1 / roof.speedup(layer, rank, dtype.itemsize), 0.0) for rank in ranks)]
+        return Times([times.ms[0] * share.median for share in shares], shares, "roofline")
 
     def _measured(self, layer: Layer, ranks: Sequence[int]) -> Times:
         start = time.perf_counter()
@@ -248,7 +260,3 @@ def _own_weights(module: nn.Module, device: torch.device) -> None:
             fan_in = max(parameter[0].numel(), 1) if parameter.ndim > 1 else 1
             fresh = torch.randn_like(parameter, requires_grad=False, device=device) / fan_in**0.5
             setattr(child, name, nn.Parameter(fresh))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
