@@ -185,6 +185,8 @@ class Cuttlefish(Policy):
     def ready(self, clock: Clock, scene: Scene) -> str | None:
         assert scene.monitor is not None
         watched = scene.watched(self.eligible(scene))
+        if not watched and self.budget is None:
+            return "no layer is eligible"
         if watched and watched <= scene.monitor.settled and (not self.wait or self._saves(watched, scene)):
             return f"the ranks of all {len(watched)} eligible layers have settled"
         if self.latest is not None and clock.step >= self.latest * clock.total_steps:

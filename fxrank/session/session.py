@@ -192,7 +192,7 @@ class LowRankSession:
         if (wrong := check_length(self.clock)) is not None:
             self._say(wrong)
         monitor = self.scene.monitor
-        if self.phase == FULL and (monitor is None or monitor.due(self.clock.step)):
+        if self.plan is None and (monitor is None or monitor.due(self.clock.step)):
             self.step()
         elif self.clock.step % 64 == 0:
             self._collect_times()
@@ -203,7 +203,7 @@ class LowRankSession:
         """Take a rank sample now and switch if the policy says so. Called by itself at every due step; call it per
         epoch to be explicit. True after the switch.
         """
-        if self.phase == FULL:
+        if self.plan is None:
             self._collect_times()
             if self.scene.monitor is not None and self.scene.monitor.steps[-1] != self.clock.step:
                 self._observe()

@@ -370,3 +370,17 @@ def test_step_times_are_kept_by_phase():
     assert session.seconds["monitor"] > 0
     assert session.seconds["switch"] > 0
     assert session.seconds["profile"] == 0.0
+
+
+def test_where_no_layer_is_eligible_nothing_is_watched_for_it():
+    """It is known before the first step, and every layer has its reason."""
+    policy = fxrank.Cuttlefish(speedup_threshold=1e9)
+    model = mlp()
+    session = attach(model, optimizer := sgd(model), policy)
+    assert session.plan.note == "no layer is eligible" and session.plan.R == {}
+    assert "at most the threshold 1e+09x" in session.plan.layer("2").reason
+    train(model, optimizer, 10)
+    assert session.scene.monitor.steps == [0]
+    with pytest.warns(fxrank.NothingFactorizedWarning, match="no layer is eligible"):
+        session.finish()
+    assert session.clock.step == 10
