@@ -31,7 +31,7 @@ def train(job: Job, setup: Setup, seed: int, data: Path, cache: Path | None) -> 
     task = job.task(data, cache)
     dense = task.build(seed)
     model = dense if setup.narrow is None else narrower(job, task, setup.narrow, seed)
-    about = {"data": task.data, "dense_parameters": size(dense), "dense_fixed": fixed(dense) if job.tables else 0}
+    about = {"data": task.data, "dense_parameters": size(dense), "dense_fixed": fixed(job, dense)}
     if model is None:
         return about | {"refused": f"no size of the model has {setup.narrow:g} of the parameters"}
     try:
@@ -64,8 +64,8 @@ def train(job: Job, setup: Setup, seed: int, data: Path, cache: Path | None) -> 
 
 def _arguments(job: Job, setup: Setup, dense: nn.Module) -> dict[str, Any]:
     policy = setup.policy
-    if job.tables and not setup.tables and policy.target_params is not None:
-        policy = replace(policy, target_params=target(policy.target_params, dense))
+    if not setup.tables and policy.target_params is not None:
+        policy = replace(policy, target_params=target(job, policy.target_params, dense))
     own: dict[str, Any] = {"optimizer": None} if job.bare else {}
     return own | setup.options | {"policy": policy}
 

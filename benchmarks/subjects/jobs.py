@@ -59,8 +59,10 @@ class Job:
         return self.make(data, **self.options, **own)
 
 
-def fixed(model: nn.Module) -> int:
-    """Parameters of the embeddings of a model."""
+def fixed(job: Job, model: nn.Module) -> int:
+    """Parameters of the embeddings of a model, in a job with tables."""
+    if not job.tables:
+        return 0
     found = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     return sum(weight.numel() for weight in found)
 
@@ -70,16 +72,16 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def target(share: float, model: nn.Module) -> float:
-    """The share of all parameters that is `share` of those outside of embeddings, which stay."""
-    tables = fixed(model)
+def target(job: Job, share: float, model: nn.Module) -> float:
+    """The share of all parameters that is `share` of those outside of tables, which stay."""
+    tables = fixed(job, model)
     return (tables + share * (size(model) - tables)) / size(model)
 
 
 def narrower(job: Job, task: Task, share: float, seed: int) -> nn.Module | None:
     """The largest model of the job with no more parameters than the whole one under a budget; None if all have more."""
     dense = task.build(seed)
-    limit = target(share, dense) * size(dense)
+    limit = target(job, share, dense) * size(dense)
     for number in sorted(job.sizes, reverse=True):
         model: nn.Module = task.build(seed, number)
         if size(model) <= limit:
