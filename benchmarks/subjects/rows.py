@@ -1,0 +1,102 @@
+"""What is compared in the decision table: one function a row, which says how a job is trained."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.subjects.jobs import Job
+from fxrank import Cuttlefish, FullRank, Policy, SpectralInit
+
+TABLES = "*embedding*"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a job is trained: by a policy, with further arguments of `auto_lowrank`; `narrow` is the share of parameters of a narrower
+    dense model instead of the job's own, `tables` takes the embeddings into a target. A `target_params` is a share of the parameters
+    outside of embeddings, unless `tables`.
+    """
+
+    policy: Policy
+    options: dict[str, Any] = field(default_factory=dict)
+    narrow: float | None = None
+    tables: bool = False
+
+
+Row = Callable[[Job], Setup | str]
+"""A string says why there is no such row for a job."""
+
+
+def full(job: Job) -> Setup:
+    """The dense model."""
+    return Setup(FullRank())
+
+
+def paper(job: Job) -> Setup:
+    """The papers' preset for the job, with the layers that they leave out."""
+    return Setup(job.paper, {"exclude": job.exclude})
+
+
+def narrow(share: float) -> Row:
+    """A narrower dense model, of no more parameters than a budget leaves."""
+    return lambda job: Setup(FullRank(), narrow=share)
+
+
+def ours(**options: Any) -> Row:
+    """`Cuttlefish` with these options."""
+    return lambda job: Setup(Cuttlefish(**options))
+
+
+def spatial(share: float, **options: Any) -> Row:
+    """The same under a budget, each kernel as one down and one across."""
+
+    def row(job: Job) -> Setup | str:
+        if not job.planar:
+            return "no two-dimensional kernels"
+        return Setup(Cuttlefish(target_params=share, form="spatial", **options))
+
+    return row
+
+
+def tables(share: float, **options: Any) -> Row:
+    """The same under a budget of all parameters, which takes the embeddings in."""
+
+    def row(job: Job) -> Setup | str:
+        if not job.tables:
+            return "no embeddings"
+        return Setup(Cuttlefish(target_params=share, **options), {"include": TABLES}, tables=True)
+
+    return row
+
+
+def start(share: float, **options: Any) -> Row:
+    """A budget at E = 0, whatever the ranks do."""
+    return lambda job: Setup(SpectralInit(K=0, target_params=share, **options))
+
+
+ROWS: dict[str, Row] = {
+    "full": full,
+    "default": ours(),
+    "0.5": ours(target_params=0.5),
+    "0.5-data": ours(target_params=0.5, factors="data"),
+    "narrow-0.5": narrow(0.5),
+    "0.3": ours(target_params=0.3),
+    "narrow-0.3": narrow(0.3),
+    "0.3-data": ours(target_params=0.3, factors="data"),
+    "paper": paper,
+    "no-gate": ours(speedup_threshold=None),
+    "entropy": ours(rank_metric="entropy"),
+    "prefix": ours(k_rule="prefix"),
+    "0.5-start": start(0.5, factors="data"),
+    "0.5-rewarm": ours(target_params=0.5, rewarmup=0.05),
+    "0.5-lr": ours(target_params=0.5, lr_scale=0.5),
+    "0.5-spatial": spatial(0.5),
+    "0.5-channel": ours(target_params=0.5, form="channel"),
+    "0.5-tables": tables(0.5),
+    "0.3-spatial": spatial(0.3),
+    "0.3-channel": ours(target_params=0.3, form="channel"),
+    "0.3-tables": tables(0.3),
+}
+"""Rows by name, in the order in which they are run."""
+DECIDING = ("full", "default", "0.5", "0.5-data", "narrow-0.5", "0.3", "narrow-0.3")
+"""Those that are run with more than one seed."""
