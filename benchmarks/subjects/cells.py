@@ -15,7 +15,7 @@ from benchmarks.subjects.jobs import Job, fixed, narrower, size, target
 from benchmarks.subjects.rows import Setup
 from benchmarks.subjects.tasks import Task
 from fxrank.passes.errors import BudgetError
-from fxrank.passes.profiling.timing import Stopwatch, interleaved
+from fxrank.passes.profiling.clock import Stopwatch, compare
 from fxrank.plan import LayerDecision, Plan
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.training.batches import run_batch
@@ -108,14 +108,10 @@ def time_steps(
         made = task.build(0) if narrow is None else narrower(job, task, narrow, 0)
         assert made is not None, name
         models[name] = with_pairs(made, found["plan"]) if found["plan"] else made
-    laps = interleaved([_step(task, model, batch) for model in models.values()], Stopwatch(CPU), rounds, ROUNDS_MS)
-    of_model = dict(zip(models, torch.tensor(laps), strict=True))
-    dense = of_model.pop("")
-    parts = torch.tensor([0.25, 0.5, 0.75])
+    times = compare([_step(task, model, batch) for model in models.values()], Stopwatch(CPU), rounds, ROUNDS_MS)
     return {
-        name: {"step_ms": ms.quantile(parts).tolist(), "ratio": (ms / dense).quantile(parts).tolist()}
-        | {"dense_step_ms": dense.quantile(parts).tolist(), "rounds": len(dense)}
-        for name, ms in of_model.items()
+        name: {"step_ms": ms, "dense_step_ms": times.ms[0], "ratio": list(share), "how": times.how}
+        for name, ms, share in list(zip(models, times.ms, times.shares, strict=True))[1:]
     }
 
 

@@ -75,7 +75,7 @@ class Line:
         if self.steps is None:
             pairs = zip(self.values("cell_seconds"), full.values("cell_seconds"), strict=False)
             return statistics.fmean(a / b for a, b in pairs), False
-        after = self.steps["ratio"][1]
+        after = self.steps["ratio"][0]
         before = 1.0 if self.narrow is None else after
         late = 0.0 if (E := self.mean("E")) is None else 1 - E / self.cells[0]["epochs"]
         own = [sum(c["seconds"].get(k, 0.0) for k in ("monitor", "profile", "switch")) for c in self.cells]
@@ -139,7 +139,7 @@ def job_table(cells: Mapping[str, Sequence[Found]], steps: Mapping[str, Found]) 
                 _number(line.mean("K"), ".0f"),
                 f"{line.mean('factorized'):.0f}/{first['layers']}",
                 "-" if before is None or after is None else f"{100 * before:.2f} → {100 * after:.2f}",
-                "-" if line.steps is None else "{1:.2f} ({0:.2f}-{2:.2f})".format(*line.steps["ratio"]),
+                "-" if line.steps is None else "{0:.2f} ± {1:.2f}".format(*line.steps["ratio"]),
                 "-" if time is None else f"{'' if time[1] else '~'}{time[0]:.2f}",
                 f"{statistics.fmean(tool):.1f}",
                 f"{line.mean('cell_seconds'):.0f}",

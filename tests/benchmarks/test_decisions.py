@@ -209,7 +209,7 @@ def test_every_job_is_trained_as_full_rank_within_a_budget_and_narrower(name, da
     json.dumps(found)
     timed = cells.time_steps(job, found, data, data / "cache", rounds=3)
     assert set(timed) == set(found)
-    assert all(len(one["step_ms"]) == 3 and one["rounds"] == 3 for one in timed.values())
+    assert all(one["step_ms"] > 0 and len(one["ratio"]) == 2 for one in timed.values())
 
 
 def test_model_of_recorded_pairs_has_the_parameters_that_were_trained(data):  # noqa: F811
@@ -321,7 +321,7 @@ def test_criteria_of_a_job(book):
     assert b.startswith("(b) better than a narrower model of that size: yes, `narrow-0.5` 97.50")
     assert c == "(c) at most 1 point of accuracy lost at the switch: NO, 2.00"
     assert d == "(d) time of the run against full-rank: 1.00, by the wall, not quiet"
-    book.add(Cell("wide-digits", "0.5", 0), {"ratio": [0.4, 0.6, 0.8], "step_ms": [1, 2, 3]}, "steps")
+    book.add(Cell("wide-digits", "0.5", 0), {"ratio": [0.6, 0.2], "step_ms": 2}, "steps")
     trained, steps = book.of_job("wide-digits")
     # a quarter of the run before the switch, three at 0.6
     assert verdicts.criteria(trained, steps)[3] == "(d) time of the run against full-rank: 0.70, by timed steps"
