@@ -175,22 +175,6 @@ def test_the_reason_says_whose_factors_are_of_the_weight_alone():
     assert {name for name, d in plan.items() if d.output_error is not None} == plan.keys() - blind.keys()
 
 
-def test_a_tied_table_keeps_factors_of_its_weight():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(30, 12), nn.Linear(12, 12), nn.Linear(12, 30, bias=False))
-    model[2].weight = model[0].weight
-    tokens = torch.randint(30, (4, 5))
-    small = fxrank.factorize(model, tokens, rank=3, include="*", calibration=[tokens])
-    assert (
-        fxrank.plan_of(small)
-        .layer("0")
-        .reason.endswith(
-            "its weight is shared with a layer of another kind, and no formula has the least error of both"
-        )
-    )
-    assert small[0].v.weight is small[2].v.weight
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions(dtype):
     torch.manual_seed(0)

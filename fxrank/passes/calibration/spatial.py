@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from fxrank.passes.calibration.moments import Moments
-from fxrank.passes.calibration.projection import Projection, balanced, with_unseen
+from fxrank.passes.calibration.projection import Projection, balanced, improved, with_unseen
 from fxrank.passes.spectra.exact import truncated_factors
 
 ROUNDS = 2
@@ -35,6 +34,11 @@ class SpatialProjection:
     width: int
     centred: bool
     _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """As of `Projection`."""
+        return self.moments.count, self.moments.shape[1]
 
     @property
     def sigma(self) -> Tensor:
@@ -134,15 +138,10 @@ class SpatialProjection:
             moved = (kernels.flatten(1) @ seen).unflatten(1, kernels.shape[1:])
             return torch.einsum("nwr,naw->ra", by_column, moved)
 
-        def normal(numbers: object) -> object:
-            u = torch.as_tensor(numbers, dtype=v.dtype, device=v.device).reshape(start.shape)
-            return gathered(torch.einsum("nwr,ra->naw", by_column, u)).flatten().cpu().numpy()
+        def normal(u: Tensor) -> Tensor:
+            return gathered(torch.einsum("nwr,ra->naw", by_column, u))
 
-        size = start.numel()
-        operator = LinearOperator((size, size), matvec=normal, dtype="float64")
-        right = gathered(kernel).flatten().cpu().numpy()
-        found, _ = cg(operator, right, x0=start.flatten().cpu().numpy(), maxiter=STEPS, rtol=1e-8)
-        return torch.as_tensor(found, dtype=v.dtype, device=v.device).reshape(start.shape)
+        return improved(normal, gathered(kernel), start, STEPS)
 
 
 def _kernel_of(u: Tensor, v: Tensor, width: int) -> Tensor:
