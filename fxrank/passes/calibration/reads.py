@@ -82,9 +82,11 @@ class Reads(TorchFunctionMode, Generic[K]):
             self._follow(out, args[0], func(self._copied[args[0]][0], *args[1:], **kwargs))
         if getattr(func, "__name__", "") == "__get__":
             return out
-        product = _PRODUCTS.get(func)
-        read = None if product is None else product(self, args, kwargs, out)
-        if not read and any(self._found(t) is None for t in _tensors((out,), {})):
+        if (product := _PRODUCTS.get(func)) is not None:
+            views, options = pytree.tree_map_only(Tensor, self._uncopied, (args, kwargs))
+            if product(self, views, options, out):
+                return out
+        if any(self._found(t) is None for t in _tensors((out,), {})):
             for tensor in _tensors(args, kwargs):
                 if (found := self._found(tensor)) is not None:
                     self._miss(found[0], f"it is used in {getattr(func, '__name__', func)}")
@@ -116,6 +118,10 @@ class Reads(TorchFunctionMode, Generic[K]):
                     self._miss(key, "a copy of it is written into")
                 return key, weight, view
         return None
+
+    def _uncopied(self, tensor: Tensor) -> Tensor:
+        view: Tensor = self._copied.get(tensor, (tensor, None))[0]
+        return view
 
     def _follow(self, out: Any, source: Any, views: Any) -> None:
         """Know these parts of a copy, or this copy, of `source` as what it is of."""
