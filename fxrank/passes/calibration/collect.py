@@ -19,6 +19,7 @@ from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
+from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
@@ -164,13 +165,20 @@ class _Batch:
         self._inside.discard(id(own_parameters(layer).get("weight")))
         given = args[0] if args else next(iter(kwargs.values()))
         vectors = watch.pair.seen(layer, watch.side, given, output).detach()
-        self._add(watch.name, watch.side, moments, vectors)
+        own = weight_of(layer).ndim if watch.side == "patches" else 2
+        self._add(watch.name, watch.side, moments, vectors, own=own)
 
     def _add(
-        self, name: str, side: str, moments: Moments | Lookups, vectors: Tensor, through: Tensor | None = None
+        self,
+        name: str,
+        side: str,
+        moments: Moments | Lookups,
+        vectors: Tensor,
+        through: Tensor | None = None,
+        own: int = 2,
     ) -> None:
-        """Take in the vectors, or, of those that are drawn, what they become `through` a matrix."""
-        leading = vectors.shape[: -4 if side == "patches" else -2]
+        """Take in the vectors, whose `own` dimensions are the last ones, or, of those that are drawn, what they become `through` a matrix."""
+        leading = vectors.shape[:-own]
         drawn = torch.randperm(math.prod(leading), generator=torch.Generator().manual_seed(moments.count))
         mask = next((m for m in self.masks if leading[: m.ndim] == m.shape), None)
         if mask is not None:

@@ -10,7 +10,7 @@ from fxrank.passes.calibration.joint import JointProjection
 from fxrank.passes.calibration.parts import Parts, of_parts
 from fxrank.passes.calibration.processes import OfAll, alone
 from fxrank.passes.calibration.projection import Projection
-from fxrank.passes.calibration.spatial import SpatialProjection
+from fxrank.passes.calibration.spatial import SpatialProjection, TurnedProjection, turned
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.weights import weight_of
@@ -114,7 +114,9 @@ def gather(
             if unseen:
                 notes[key] = f"{unseen} of its {len(stack)} matrices saw no data: they know their weights alone"
         elif watch.side == "patches":
-            known[key] = SpatialProjection(stack, moments, layer.weight_shape[-1], watch.pair.takes_bias)
+            width, turns = watch.pair.width(dense_at(model, layer.name)), watch.pair.is_turned
+            kind = TurnedProjection if turns else SpatialProjection
+            known[key] = kind(turned(stack, width) if turns else stack, moments, width, watch.pair.takes_bias)
         else:
             known[key] = Projection(stack, moments, watch.side, watch.pair.takes_bias)
     blind |= {key: "no batch reached it" for key in watched if key not in moments_of}
@@ -152,7 +154,7 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
         if matrix and all(isinstance(place, (nn.Linear, nn.Embedding, RawWeight)) for place in places):
             return read
         return "its weight is shared with a layer of another kind, and no formula has the least error of both"
-    size = rows if side == "outputs" else cols * layer.weight_shape[-1] if side == "patches" else cols
+    size = rows if side == "outputs" else cols * pair.width(dense) if side == "patches" else cols
     return Watch(layer.name, pair, tuple(places), side, (groups, size), weight if matrix else None)
 
 

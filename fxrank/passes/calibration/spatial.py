@@ -4,6 +4,9 @@ The pair's kernel is `W'[n, m, i, j] = Σ_r V[n, j, r] U[r, m, i]`. Its error `E
 `S` is quadratic in each factor, and not in both: `V` and `U` are improved in turn (alternating least squares; Zhang et al. 2015,
 1505.06798, use it for their asymmetric decomposition). The start takes `S` as the same for every column `j` and independent between them,
 which has a closed form (see `projection`).
+
+What a transposed convolution gives at one place is a kernel over a patch of its inputs too: all that fall on that place, with nothing
+where none does. So the error is that of its outputs, what overlaps in them added up.
 """
 
 from dataclasses import dataclass, field
@@ -142,6 +145,23 @@ class SpatialProjection:
             return gathered(torch.einsum("nwr,ra->naw", by_column, u))
 
         return improved(normal, gathered(kernel), start, STEPS)
+
+
+class TurnedProjection(SpatialProjection):
+    """Of a transposed convolution, `W' = V[n, j, r] U[r, m]` over all places `j` of its kernel. `stack` and the patches are `turned`;
+    `factors` are those of the layer.
+    """
+
+    def factors(self, rank: int) -> tuple[Tensor, ...]:
+        """As of a `SpatialProjection`."""
+        u, v, *gained = super().factors(rank)
+        return (u, turned(v, self.width), *gained)
+
+
+def turned(rows: Tensor, width: int) -> Tensor:
+    """Matrices `(groups, n·width, …)` with the places of the kernel the other way round."""
+    found: Tensor = rows.unflatten(1, (-1, width)).flip(2).flatten(1, 2)
+    return found
 
 
 def _kernel_of(u: Tensor, v: Tensor, width: int) -> Tensor:
