@@ -105,6 +105,53 @@ def test_a_tied_table_keeps_within_a_budget_and_its_plan_repeats_the_call():
     assert torch.equal(again.table.v.weight, small.table.v.weight)
 
 
+class CalledAndRead(nn.Module):
+    def __init__(self, narrow):
+        super().__init__()
+        self.first, self.layer = nn.Linear(6, 12), nn.Linear(12, 5) if narrow else nn.Linear(12, 20)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.layer(x), F.linear(x.flip(-1) * 3 + 1, self.layer.weight[:4]), F.linear(x + 2, self.layer.weight)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_layer_that_is_called_and_read_knows_all_its_products(narrow):
+    torch.manual_seed(0)
+    model, x = CalledAndRead(narrow).double(), torch.randn(40, 6).double()
+    small = fxrank.factorize(model, x, 2, include="*", calibration=[x[:30], x[30:]])
+    plain = fxrank.factorize(model, x, 2, include="*")
+    decision = fxrank.plan_of(small).layer("layer")
+    assert decision.reason == "rank 2 as given" and not decision.gains_bias
+    assert torch.equal(small.layer.bias, model.layer.bias)  # it could serve one product only
+    hidden = torch.tanh(model.first(x)).detach()
+
+    def squared(w):
+        products = (hidden @ w.mT, (hidden.flip(-1) * 3 + 1) @ w[:4].mT, (hidden + 2) @ w.mT)
+        return sum(float(out.square().sum()) for out in products)
+
+    weight = model.layer.weight.detach()
+    off, own = (squared(weight - fxrank.merge(m).layer.weight.detach()) for m in (small, plain))
+    assert decision.output_error == pytest.approx((off / squared(weight)) ** 0.5, abs=2e-6)
+    assert off < 0.9 * own
+
+
+def test_what_no_formula_serves_says_so():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(6, 8, 3)
+            self.kernel = self.conv.weight
+
+        def forward(self, x):
+            return self.conv(x) + F.conv1d(x, self.kernel)
+
+    model, x = Shared(), torch.randn(2, 6, 9)
+    small = fxrank.factorize(model, x, 2, include="*", calibration=[x])
+    said = "rank 2 as given; factors of the weight alone: its weight is shared with a layer of another kind, and no formula has the least error of both"
+    assert fxrank.plan_of(small).layer("conv").reason == said
+
+
 class Cross(nn.Module):
     def __init__(self):
         super().__init__()
