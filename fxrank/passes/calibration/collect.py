@@ -24,6 +24,8 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 K = TypeVar("K")
+LARGEST_BYTES = 2**33
+"""Memory for the moments of one product, at most: what a table is multiplied with from the left has as many numbers as it has rows."""
 POSITIONS = 4096
 """Vectors that one call of a layer adds at most, or four for each number of a vector, if these are more: drawn evenly from all of its
 positions. The draws of several batches add up.
@@ -136,6 +138,9 @@ class _Batch:
                 side, size = NARROW[side], through.shape[1]
             at = side, reading.kept, reading.summed
             if at not in parts.moments:
+                if (needed := 8 * groups * size**2) > LARGEST_BYTES:
+                    parts.missed = f"moments of inputs of {size} numbers would take {needed / 2**30:.0f} GiB"
+                    return
                 lookups = side == "lookups"
                 parts.moments[at] = (
                     Lookups(len(reading.kept), self._device) if lookups else Moments(groups, size, self._device)

@@ -87,14 +87,10 @@ class JointProjection:
     @classmethod
     def of(cls, stack: Tensor, uses: Sequence[Use]) -> "JointProjection":
         """With the uses weighed against each other."""
-        w = _numbers(stack, uses)
-        most, energy = dict.fromkeys((use.side for use in uses), 1), dict.fromkeys((use.side for use in uses), 0.0)
+        w, energy = _numbers(stack, uses), dict.fromkeys((use.side for use in uses), 0.0)
         for use in uses:
-            most[use.side] = max(most[use.side], use.count)
-        uses = [replace(use, weight=use.count / most[use.side]) for use in uses]
-        for use in uses:
-            energy[use.side] += use.squared(w)
-        return cls(stack, tuple(replace(use, weight=use.weight / (energy[use.side] or 1.0)) for use in uses))
+            energy[use.side] += use.count * use.squared(w)
+        return cls(stack, tuple(replace(use, weight=use.count / (energy[use.side] or 1.0)) for use in uses))
 
     @property
     def vectors(self) -> tuple[int, int]:

@@ -113,7 +113,12 @@ def balanced(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_unseen(seen: Tensor, prior: Tensor) -> Tensor:
-    """The moments with `UNSEEN` inputs of all directions alike, whose moments are `prior`; these alone if nothing was seen."""
+    """The moments with `UNSEEN` inputs of all directions alike, whose moments are `prior`; these alone if nothing was seen.
+
+    More of them, to make up for few samples, was measured and left out. With a share of `0.001 · size / samples`, on networks for the
+    digits of scikit-learn, relative errors on images not seen fell by up to 5 % behind ReLU (layers 128 and 256 wide, 16 to 64 samples) and rose by
+    up to 95 % behind tanh (512 wide, 256 samples), where the inputs lie near few directions.
+    """
     of_seen, of_prior = (t.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] for t in (seen, prior))
     return torch.where(of_seen > 0, seen + UNSEEN * of_seen / torch.where(of_prior > 0, of_prior, 1.0) * prior, prior)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import fxrank
+from fxrank.passes.calibration import collect as collecting
 from fxrank.passes.calibration.collect import Watch, collect
 from fxrank.passes.calibration.moments import Lookups
 from fxrank.passes.calibration.parts import of_parts
@@ -302,6 +303,14 @@ def test_no_copy_is_kept_and_an_input_of_the_weights_dtype_is_no_use_of_it():
     model = Casts()
     parts = collected(model, torch.randn(3, 5))
     assert parts.missed == "" and [m.count for m in parts.moments.values()] == [3]
+
+
+def test_moments_that_would_take_too_much_memory_are_not_added_up(monkeypatch):
+    model, x = Program((8, 4), [([], "matmul"), (["rows"], "matmul")]), inputs()
+    monkeypatch.setattr(collecting, "LARGEST_BYTES", 8 * 7**2)
+    assert collected(model, x).missed == ""
+    monkeypatch.setattr(collecting, "LARGEST_BYTES", 8 * 7**2 - 1)
+    assert collected(model, x).missed == "moments of inputs of 7 numbers would take 0 GiB"
 
 
 def test_lookups_are_counted_by_row():
