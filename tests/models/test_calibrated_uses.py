@@ -80,6 +80,25 @@ def test_one_pair_serves_a_table_and_the_head_that_it_is(way):
             assert small.table.v.weight is small.head.v.weight and small.table.u.weight is small.head.u.weight
 
 
+def test_a_table_that_is_called_and_looked_up_elsewhere_knows_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
+
+        def forward(self, tokens):
+            return self.inner(self.table(tokens % 5)) + F.embedding(19 - tokens % 3, self.table.weight)
+
+    torch.manual_seed(0)
+    model, tokens = Twice().double(), torch.arange(30).reshape(3, 10)
+    small = fxrank.factorize(model, tokens, 4, include="*", calibration=[tokens])
+    decision, table = fxrank.plan_of(small).layer("table"), model.table.weight.detach()
+    looked_up = torch.cat([tokens.flatten() % 5, 19 - tokens.flatten() % 3])
+    sigma = torch.linalg.svdvals(table[looked_up])
+    assert decision.reason == "rank 4 as given"
+    assert decision.output_error == pytest.approx(float(sigma[4:].norm() / sigma.norm()), abs=2e-6)
+
+
 def test_rows_that_are_padding_count_neither_in_the_table_nor_in_the_head():
     model, tokens = tied("layer")
     mask = torch.ones_like(tokens)

@@ -141,9 +141,9 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
     dense, pair = dense_at(model, layer.name), layer.unrolled.pair
     assert pair is not None, layer.name
     groups, rows, cols = layer.unrolled.matrices
-    read = Watch(layer.name, pair, (), "inputs", (groups, min(rows, cols) if groups == 1 else cols), weight_of(dense))
+    read = Watch(layer.name, pair, (), "inputs", (groups, min(rows, cols) if groups == 1 else cols))
     if pair.is_parameter:
-        return read
+        return replace(read, weight=weight_of(dense))
     side = pair.side(dense)
     if side is None:
         return f"{layer.form} pairs of {layer.kind} have none that know data"
@@ -152,7 +152,7 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
     matrix = isinstance(dense, (nn.Linear, nn.Embedding))
     if any(type(place) is not type(dense) for place in places):
         if matrix and all(isinstance(place, (nn.Linear, nn.Embedding, RawWeight)) for place in places):
-            return read
+            return replace(read, weight=weight)
         return "its weight is shared with a layer of another kind, and no formula has the least error of both"
     size = rows if side == "outputs" else cols * pair.width(dense) if side == "patches" else cols
     return Watch(layer.name, pair, tuple(places), side, (groups, size), weight if matrix else None)

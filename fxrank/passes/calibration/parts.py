@@ -82,15 +82,14 @@ def of_parts(parts: Parts, stack: Tensor, *, stacked: bool) -> tuple[Projection 
 def _of_one(found: Mapping[Place, Moments | Lookups], stack: Tensor) -> Projection | JointProjection:
     """Of one matrix: in closed form where all of it is multiplied with the same vectors, and once."""
     side = next(side for side, _, _ in found)
-    first, *others = (moments for moments in found.values() if isinstance(moments, Moments))
-    if len(found) == 1 and side in ("outputs", *NARROW.values()):
-        return _closed(side, stack, Moments.joined([first.of_groups()]))
+    products = [moments for moments in found.values() if isinstance(moments, Moments)]
     _, rows, cols = stack.shape
     kept, summed = (rows, cols) if side == "inputs" else (cols, rows)
-    times = Counter(place for _, of_place, _ in found for place in of_place)
-    alike = all(place[0] == side and place[2] == range(summed) for place in found) and side != "lookups"
-    if alike and times == Counter(range(kept)) and all(first.is_like(other) for other in others):
-        return _closed(side, stack, Moments.joined([first.of_groups()]))
+    once = Counter(place for _, of_place, _ in found for place in of_place) == Counter(range(kept))
+    whole = once and all(place[0] == side and place[2] == range(summed) for place in found)
+    alike = len(products) == len(found) and all(products[0].is_like(other) for other in products[1:])
+    if (whole and alike) or (len(found) == 1 and side in ("outputs", *NARROW.values())):
+        return _closed(side, stack, Moments.joined([products[0].of_groups()]))
     return JointProjection.of(stack, [_use(*place, moments) for place, moments in found.items()])
 
 

@@ -114,7 +114,7 @@ class Reads(TorchFunctionMode, Generic[K]):
             return None
         for key, weight in near:
             if 0 <= view.storage_offset() - weight.storage_offset() < weight.numel():
-                if written is not None and written != times_written(tensor):
+                if written is not None and written != _writes(tensor):
                     self._miss(key, "a copy of it is written into")
                 return key, weight, view
         return None
@@ -131,7 +131,7 @@ class Reads(TorchFunctionMode, Generic[K]):
         views = [found[2]] if views is source else _tensors((views,), {})
         for part, view in zip(_tensors((out,), {}), views, strict=True):
             if part.is_floating_point() and part.shape == view.shape and self._found(part) is None:
-                self._copied[part] = view, times_written(part)
+                self._copied[part] = view, _writes(part)
 
     def product(self, view: Any, summed: int, x: Any, stack: int | None = None) -> bool:
         """Take in `x` `(…, size)`, or `(…, matrices, size)` for a view with a dimension `stack`, multiplied along the dimension `summed` of a
@@ -208,6 +208,11 @@ def _along(first: int, count: int, stride: int, unit: int, end: int) -> range | 
     step, rest = divmod(stride, unit) if count > 1 else (1, 0)
     last = first + (count - 1) * step
     return range(first, last + 1, step) if step > 0 and not rest and count > 0 and last < end else None
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often a tensor was written into; of one that was made in inference mode nobody counts it."""
+    return 0 if tensor.is_inference() else times_written(tensor)
 
 
 def _tensors(args: Any, kwargs: Any) -> list[Tensor]:

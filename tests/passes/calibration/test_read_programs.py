@@ -305,6 +305,20 @@ def test_no_copy_is_kept_and_an_input_of_the_weights_dtype_is_no_use_of_it():
     assert parts.missed == "" and [m.count for m in parts.moments.values()] == [3]
 
 
+def test_copies_that_are_made_in_inference_mode_are_followed():
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(6, 5))
+
+        @torch.inference_mode()
+        def forward(self, x):
+            return F.linear(x.double(), self.w.double())
+
+    parts = collected(Inside(), torch.randn(3, 5))
+    assert parts.missed == "" and [m.count for m in parts.moments.values()] == [3]
+
+
 def test_moments_that_would_take_too_much_memory_are_not_added_up(monkeypatch):
     model, x = Program((8, 4), [([], "matmul"), (["rows"], "matmul")]), inputs()
     monkeypatch.setattr(collecting, "LARGEST_BYTES", 8 * 7**2)
