@@ -140,6 +140,26 @@ def test_a_table_and_head_loses_less_than_factors_made_for_one_of_both(seed):
         assert found.lost(rank) < 0.95 * min(others)
 
 
+def test_where_the_start_is_worse_and_nothing_improves_it_the_weights_own_factors_stay(monkeypatch):
+    """Two blocks on the diagonal: of what lies beside them nothing is known, and the traces over each other take it for known."""
+    monkeypatch.setattr(joint, "improved", lambda normal, right, start, *rest: start)
+    worse = 0
+    for seed in range(20):
+        randn = drawn(seed)
+        w = randn(6, 6)
+        seen = [(x := randn(9, 3) * 2.0 ** -torch.arange(3)).mT @ x / 9 for _ in range(2)]
+        blocks = (range(3), range(3)), (range(3, 6), range(3, 6))
+        found = JointProjection.of(
+            w[None], [Use("inputs", *at, None, one, 9, 3) for at, one in zip(blocks, seen, strict=True)]
+        )
+        own = found._truncated(w[None], 2)
+        (_, left), (_, right) = found._roots
+        u, v = found._truncated(found._start[None], 2)
+        worse += found._lost((u @ right, joint._times(left, v))) > found._lost(own)
+        assert found.lost(2) <= found._lost(own)
+    assert worse  # of some seed
+
+
 def test_more_rounds_find_little_more(monkeypatch):
     """It is near a least: within a twentieth of what two hundred rounds find."""
     for seed in range(4):
