@@ -82,6 +82,23 @@ def test_where_one_process_fails_all_do():
     )
 
 
+def alone_in_a_group(rank, size):
+    if rank:
+        return None  # and ends, which the other one is told; else it would wait as long as the group's timeout says
+    try:
+        fxrank.factorize(Net().double(), batches()[0][0], 2, include="*", calibration=batches())
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_a_process_that_calls_it_alone_is_told_so():
+    said, _ = team(alone_in_a_group, 2)
+    assert said == (
+        "where torch.distributed is initialized every process of the group makes this call; not all 2 did. Make it in all of them, or before "
+        "init_process_group(), or after destroy_process_group()."
+    )
+
+
 def forms_and_ranks(rank, size):
     torch.manual_seed(0)
     model = Net().double().eval()
