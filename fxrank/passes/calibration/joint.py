@@ -102,7 +102,7 @@ class JointProjection:
         """Those of the start, `(1, min(rows, cols))`: what lower ranks lose, about."""
         found = singular_values(self._start[None])
         scaled: Tensor = found * (self.energy / max(1e-300, float(found.square().sum()))) ** 0.5
-        return scaled
+        return scaled.cpu()
 
     @cached_property
     def energy(self) -> float:
