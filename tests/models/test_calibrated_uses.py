@@ -1,5 +1,7 @@
 """One-shot factorization with data of weights that are used in more than one way, or in a library's own way."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +123,9 @@ def test_a_tied_table_keeps_within_a_budget_and_its_plan_repeats_the_call():
     assert plan.layer("table").factorized and plan.budget.reached <= 0.6
     again = fxrank.factorize(model, tokens, rank=plan, calibration=[tokens])
     assert fxrank.plan_of(again) == plan
+    earlier = replace(plan.layer("table"), output_error=None, reason="given; factors of the weight alone: no formula")
+    known = fxrank.factorize(model, tokens, rank=plan.with_layers([earlier]), calibration=[tokens])
+    assert fxrank.plan_of(known).layer("table") == replace(plan.layer("table"), reason="given")
     assert torch.equal(again.table.v.weight, small.table.v.weight)
 
 
