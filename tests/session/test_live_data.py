@@ -112,6 +112,28 @@ def test_raw_parameters_know_the_data_too():
     assert "weight alone" not in decision.reason
 
 
+class Decoder(nn.Module):
+    """A weight that is called and read, and a transposed convolution whose outputs overlap."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.both, self.up = nn.Linear(12, 16), nn.Linear(16, 16), nn.ConvTranspose1d(8, 8, 4, 2, 1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.tanh(self.both(x)) + (x + 1) @ self.both.weight
+        return self.head(self.up(x.unflatten(1, (8, 2))).flatten(1))
+
+
+def test_weights_of_several_uses_and_outputs_that_overlap_know_the_data_too():
+    plan = run(make=Decoder)[1].plan
+    assert {"both", "up"} <= set(plan.R)
+    for name in ("both", "up"):
+        assert plan.layer(name).output_error > 0 and "weight alone" not in plan.layer(name).reason
+
+
 def test_layers_that_cannot_be_watched_keep_the_factors_of_their_weight():
     class Halves(Mixing):
         def __init__(self):
