@@ -16,6 +16,9 @@ from fxrank.policies.forms import spectrum_of
 from fxrank.policies.times import Trials, ranks_within_time
 from fxrank.switch.apply_plan import Factors
 
+ALONE = "; factors of the weight alone: "
+"""What comes in a reason before why they do not know the data."""
+
 
 def variants(layer: Layer, form: str, budget: Budget | None = None) -> list[Layer]:
     """The layer in each form that it may take where a user asks for this one, under this budget."""
@@ -155,10 +158,10 @@ class Fitting:
         if not self.evidence.batches:
             return decision
         fit = self.evidence.fit(*layer.key, decision.rank or 0, gains_bias)
+        decision = replace(decision, reason=decision.reason.partition(ALONE)[0])  # of a plan that is repeated
         if fit is None:
             why = self.evidence.blind.get(layer.key, "calibration did not look at it")
-            said = f"; factors of the weight alone: {why}"  # once, however often a plan is repeated
-            return replace(decision, reason=decision.reason.removesuffix(said) + said)
+            return replace(decision, reason=f"{decision.reason}{ALONE}{why}")
         self.factors[layer.name] = fit.factors
         if (note := self.evidence.notes.get(layer.key)) is not None:
             decision = replace(decision, reason=decision.reason.removesuffix(f"; {note}") + f"; {note}")

@@ -173,7 +173,13 @@ class Team:
     def _has_one_model(self) -> bool:
         """Whether all processes have the same parameters, to the last bit."""
         mine = [(n, tuple(p.shape), _checksum(p)) for n, p in self._model.named_parameters() if not is_lazy(p)]
-        return all(theirs == mine for theirs in self.of_all(mine))
+        try:
+            return all(theirs == mine for theirs in self.of_all(mine))
+        except RuntimeError as error:  # after the group's timeout, or at once where one has ended
+            raise RuntimeError(
+                f"where torch.distributed is initialized every process of the group makes this call; not all {self.size} did. Make it in all of "
+                "them, or before init_process_group(), or after destroy_process_group()."
+            ) from error
 
     def of_all(self, value: T) -> list[T]:
         """The values of all processes, in each."""

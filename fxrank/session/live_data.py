@@ -114,7 +114,7 @@ def _where_enough(evidence: Evidence) -> Evidence:
     """Blind where too few vectors were seen."""
     few = {}
     for key, known in evidence.known.items():
-        count, size = known.moments.count, known.moments.mean.shape[1]
+        count, size = known.vectors
         if count < size:
             few[key] = f"it saw {count} vectors of {size} numbers in this step, and as many as numbers are needed"
     enough = {key: one for key, one in evidence.known.items() if key not in few}

@@ -112,16 +112,45 @@ def test_raw_parameters_know_the_data_too():
     assert "weight alone" not in decision.reason
 
 
-def test_layers_that_cannot_be_watched_keep_the_factors_of_their_weight():
-    class TwoSided(Mixing):
-        def forward(self, x):
-            return self.head(torch.relu(self.first(x)) @ self.mixing @ self.mixing.T)
+class Decoder(nn.Module):
+    """A weight that is called and read, and a transposed convolution whose outputs overlap."""
 
-    model, session, _ = run(make=TwoSided)
-    plain, _, _ = run(replace(DATA, factors="weight"), TwoSided)
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.both, self.up = nn.Linear(12, 16), nn.Linear(16, 16), nn.ConvTranspose1d(8, 8, 4, 2, 1)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        x = torch.tanh(self.both(x)) + (x + 1) @ self.both.weight
+        return self.head(self.up(x.unflatten(1, (8, 2))).flatten(1))
+
+
+def test_weights_of_several_uses_and_outputs_that_overlap_know_the_data_too():
+    plan = run(make=Decoder)[1].plan
+    assert {"both", "up"} <= set(plan.R)
+    for name in ("both", "up"):
+        assert plan.layer(name).output_error > 0 and "weight alone" not in plan.layer(name).reason
+
+
+def test_layers_that_cannot_be_watched_keep_the_factors_of_their_weight():
+    class Halves(Mixing):
+        def __init__(self):
+            super().__init__()
+            self.mixing = nn.Parameter(torch.randn(2, 16, 16) / 4)
+
+        def forward(self, x):
+            x = torch.relu(self.first(x))
+            return self.head(torch.cat([x @ half for half in self.mixing[0].chunk(2, 1)], -1) + x @ self.mixing[1])
+
+    model, session, _ = run(make=Halves)
+    plain, _, _ = run(replace(DATA, factors="weight"), Halves)
     decision = session.plan.layer("mixing")
     assert decision.rank == 4 and decision.output_error is None
-    assert decision.reason.endswith("factors of the weight alone: it is multiplied from both sides")
+    assert decision.reason.endswith(
+        "factors of the weight alone: a part of it is multiplied that is no block of rows and columns"
+    )
     assert torch.equal(model.mixing.u.weight, plain.mixing.u.weight)
 
 

@@ -11,18 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.passes.calibration.masks import paddings
-from fxrank.passes.calibration.moments import Moments
-from fxrank.passes.calibration.parts import Parts
+from fxrank.passes.calibration.moments import Lookups, Moments
+from fxrank.passes.calibration.parts import NARROW, Parts
 from fxrank.passes.calibration.processes import OfAll, alone, together
 from fxrank.passes.calibration.reads import Reading, Reads
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.compiled import eagerly
 from fxrank.passes.model.restored import modes_put_back, randoms_put_back, restored, unwritten
+from fxrank.passes.model.weights import weight_of
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 K = TypeVar("K")
+LARGEST_BYTES = 2**33
+"""Memory for the moments of one product, at most: what a table is multiplied with from the left has as many numbers as it has rows."""
 POSITIONS = 4096
 """Vectors that one call of a layer adds at most, or four for each number of a vector, if these are more: drawn evenly from all of its
 positions. The draws of several batches add up.
@@ -43,6 +46,8 @@ class Watch:
     """`(groups, size)` of one vector."""
     weight: Tensor | None = None
     """The parameter, if it may be multiplied with outside of the layers' calls too."""
+    narrow: bool = True
+    """Whether what a whole matrix gives may be taken for what it is given, where it is fewer numbers."""
 
     @property
     def bytes(self) -> int:
@@ -121,19 +126,27 @@ class _Batch:
         """A mode in which the products with these weights outside of their layers are taken into `parts`, by the `id` of the weight."""
         by_weight = {id(w.weight): w for w in watched.values() if w.weight is not None}
         weights = {key: w.weight for key, w in by_weight.items() if w.weight is not None}
+        wide = {id(w.weight) for w in watched.values() if not w.narrow or w.shape[0] > 1}
 
         def see(key: int, reading: Reading) -> None:
             if key in self._inside:
                 return
             parts = self.parts.setdefault(key, Parts())
             groups, size = reading.vectors.shape[-2:]
-            at = reading.side, reading.start, reading.length
+            side, through = reading.side, None
+            if key not in wide and side in NARROW and (through := _narrower(weights[key], reading)) is not None:
+                side, size = NARROW[side], through.shape[1]
+            at = side, reading.kept, reading.summed
             if at not in parts.moments:
-                parts.moments[at] = Moments(groups, size, self._device)
-            moments = parts.moments[at]
-            self._add(
-                by_weight[key].name, "outputs" if reading.side == "outputs" else "inputs", moments, reading.vectors
-            )
+                if (needed := 8 * groups * size**2) > LARGEST_BYTES:
+                    parts.missed = f"moments of inputs of {size} numbers would take {needed / 2**30:.0f} GiB"
+                    return
+                lookups = side == "lookups"
+                parts.moments[at] = (
+                    Lookups(len(reading.kept), self._device) if lookups else Moments(groups, size, self._device)
+                )
+            said = side if side in ("outputs", "lookups") else "inputs"
+            self._add(by_weight[key].name, said, parts.moments[at], reading.vectors, through)
 
         def miss(key: int, why: str) -> None:
             if key not in self._inside:
@@ -157,27 +170,47 @@ class _Batch:
         self._inside.discard(id(own_parameters(layer).get("weight")))
         given = args[0] if args else next(iter(kwargs.values()))
         vectors = watch.pair.seen(layer, watch.side, given, output).detach()
-        self._add(watch.name, watch.side, moments, vectors)
+        own = weight_of(layer).ndim if watch.side == "patches" else 2
+        self._add(watch.name, watch.side, moments, vectors, own=own)
 
-    def _add(self, name: str, side: str, moments: Moments, vectors: Tensor) -> None:
-        leading = vectors.shape[: -4 if side == "patches" else -2]
+    def _add(
+        self,
+        name: str,
+        side: str,
+        moments: Moments | Lookups,
+        vectors: Tensor,
+        through: Tensor | None = None,
+        own: int = 2,
+    ) -> None:
+        """Take in the vectors, whose `own` dimensions are the last ones, or, of those that are drawn, what they become `through` a matrix."""
+        leading = vectors.shape[:-own]
         drawn = torch.randperm(math.prod(leading), generator=torch.Generator().manual_seed(moments.count))
         mask = next((m for m in self.masks if leading[: m.ndim] == m.shape), None)
         if mask is not None:
             trailing = (1,) * (len(leading) - mask.ndim)
             kept = ~mask.cpu().reshape(*mask.shape, *trailing).expand(leading).flatten()
             drawn = drawn[kept[drawn]]
-        at_most = max(POSITIONS, 4 * moments.mean.shape[1])
+        groups, size = moments.shape
+        at_most = max(POSITIONS, 4 * size)
         places = torch.unravel_index(drawn[:at_most].to(vectors.device), leading)
         vectors = vectors[places] if leading else vectors[None]
-        vectors = vectors.reshape(-1, *moments.mean.shape).to(device=moments.mean.device, dtype=torch.float64)
+        size = size if through is None else len(through)
+        vectors = vectors.reshape(-1, groups, size).to(device=moments.device, dtype=torch.float64)
         if not torch.isfinite(vectors).all():
             bad = int((~torch.isfinite(vectors)).sum())
             raise CalibrationError(
                 f"activations must be finite to calibrate on; the {side} of {name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
                 f"batch {self.number}. Check the inputs of that batch, or calibrate in a wider dtype."
             )
-        moments.add(vectors)
+        moments.add(vectors if through is None else vectors @ through.to(vectors))
+
+
+def _narrower(weight: Tensor, reading: Reading) -> Tensor | None:
+    """The matrix that a product with a whole weight multiplies its inputs with, `(size, …)`, if it gives fewer numbers than it takes."""
+    if weight.ndim != 2 or len(reading.kept) >= len(reading.summed):
+        return None
+    matrix = weight.mT if reading.side == "inputs" else weight
+    return matrix if matrix.shape == (len(reading.summed), len(reading.kept)) else None
 
 
 @contextmanager

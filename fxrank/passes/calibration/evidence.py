@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor, fx, nn
 
 from fxrank.passes.calibration.collect import Watch, collect, rounds
+from fxrank.passes.calibration.joint import JointProjection
 from fxrank.passes.calibration.parts import Parts, of_parts
 from fxrank.passes.calibration.processes import OfAll, alone
 from fxrank.passes.calibration.projection import Projection
-from fxrank.passes.calibration.spatial import SpatialProjection
+from fxrank.passes.calibration.spatial import SpatialProjection, TurnedProjection, turned
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.weights import weight_of
@@ -20,7 +21,7 @@ from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 Key = tuple[str, str]
 """Name and form of a layer; see `Layer.key`."""
-Known = Projection | SpatialProjection
+Known = Projection | SpatialProjection | JointProjection
 NEEDED = 1.05
 """A pair gains a bias where its least squared error would be so many times as large without."""
 
@@ -96,6 +97,10 @@ def gather(
     known: dict[Key, Known] = {}
     notes: dict[Key, str] = {}
     moments_of, batches = collect(model, watched, calls, of_all, by_batch=by_batch)
+    mixed = [key for key, moments in moments_of.items() if isinstance(moments, Parts) and moments.is_mixed]
+    if mixed:  # once more, all products with them in one way
+        again = {key: replace(watched[key], layers=(), narrow=False) for key in mixed}
+        moments_of |= collect(model, again, calls, of_all, by_batch=by_batch)[0]
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)
@@ -109,7 +114,9 @@ def gather(
             if unseen:
                 notes[key] = f"{unseen} of its {len(stack)} matrices saw no data: they know their weights alone"
         elif watch.side == "patches":
-            known[key] = SpatialProjection(stack, moments, layer.weight_shape[-1], watch.pair.takes_bias)
+            width, turns = watch.pair.width(dense_at(model, layer.name)), watch.pair.is_turned
+            kind = TurnedProjection if turns else SpatialProjection
+            known[key] = kind(turned(stack, width) if turns else stack, moments, width, watch.pair.takes_bias)
         else:
             known[key] = Projection(stack, moments, watch.side, watch.pair.takes_bias)
     blind |= {key: "no batch reached it" for key in watched if key not in moments_of}
@@ -133,23 +140,22 @@ def _watch(model: nn.Module, owners: Owners, layer: Layer) -> Watch | str:
     """How to watch a layer, or why it cannot be."""
     dense, pair = dense_at(model, layer.name), layer.unrolled.pair
     assert pair is not None, layer.name
+    groups, rows, cols = layer.unrolled.matrices
+    read = Watch(layer.name, pair, (), "inputs", (groups, min(rows, cols) if groups == 1 else cols))
     if pair.is_parameter:
-        groups, _, cols = layer.unrolled.matrices
-        return Watch(layer.name, pair, (), "inputs", (groups, cols), weight_of(dense))
+        return replace(read, weight=weight_of(dense))
     side = pair.side(dense)
     if side is None:
         return f"{layer.form} pairs of {layer.kind} have none that know data"
     weight = own_parameters(dense).get("weight")
     places = [dense] if weight is None else [place for _, _, place in holders(owners, weight)]
-    groups, rows, cols = layer.unrolled.matrices
+    matrix = isinstance(dense, (nn.Linear, nn.Embedding))
     if any(type(place) is not type(dense) for place in places):
-        if isinstance(dense, nn.Linear) and all(isinstance(place, (nn.Linear, RawWeight)) for place in places):
-            return Watch(layer.name, pair, (), "inputs", (groups, cols), weight)
+        if matrix and all(isinstance(place, (nn.Linear, nn.Embedding, RawWeight)) for place in places):
+            return replace(read, weight=weight)
         return "its weight is shared with a layer of another kind, and no formula has the least error of both"
-    size = rows if side == "outputs" else cols * layer.weight_shape[-1] if side == "patches" else cols
-    return Watch(
-        layer.name, pair, tuple(places), side, (groups, size), weight if isinstance(dense, nn.Linear) else None
-    )
+    size = rows if side == "outputs" else cols * pair.width(dense) if side == "patches" else cols
+    return Watch(layer.name, pair, tuple(places), side, (groups, size), weight if matrix else None)
 
 
 def before_batchnorm(graph: fx.Graph, model: nn.Module, layers: Sequence[Layer]) -> frozenset[str]:

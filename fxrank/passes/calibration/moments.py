@@ -1,4 +1,4 @@
-"""Means and second moments of the vectors that a layer sees or gives."""
+"""Means and second moments of the vectors that a layer sees or gives, and how often rows of a table are looked up."""
 
 from collections.abc import Sequence
 
@@ -29,6 +29,16 @@ class Moments:
         self.count += len(vectors)
         self._sum += by_group.sum(1)
         self._products.baddbmm_(by_group.mT, by_group)
+
+    @property
+    def shape(self) -> torch.Size:
+        """`(groups, size)` of one vector."""
+        return self._sum.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are added up."""
+        return self._sum.device
 
     @property
     def mean(self) -> Tensor:
@@ -94,4 +104,40 @@ class Moments:
         off = mean - found._origin[..., None]
         found._products = second.diagonal(dim1=2, dim2=4).sum(-1) + off @ off.mT
         found._products *= self.count
+        return found
+
+
+class Lookups:
+    """How often each of so many rows of a table was looked up."""
+
+    shape = torch.Size((1, 1))
+
+    def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def add(self, indices: Tensor) -> None:
+        """Take in indices `(n, 1, 1)`."""
+        self.counts += torch.bincount(indices.flatten().long(), minlength=len(self.counts))
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are added up."""
+        return self.counts.device
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return int(self.counts.sum())
+
+    @property
+    def shares(self) -> Tensor:
+        """Of all lookups those of each row, `(rows,)`; zeros if there was none."""
+        return self.counts / max(1, self.count)
+
+    @classmethod
+    def added(cls, all_of_them: Sequence["Lookups"]) -> "Lookups":
+        """All of these together."""
+        found = cls(len(all_of_them[0].counts), all_of_them[0].device)
+        for lookups in all_of_them:
+            found.counts += lookups.counts.to(found.device)
         return found

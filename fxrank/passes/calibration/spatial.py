@@ -4,17 +4,19 @@ The pair's kernel is `W'[n, m, i, j] = Σ_r V[n, j, r] U[r, m, i]`. Its error `E
 `S` is quadratic in each factor, and not in both: `V` and `U` are improved in turn (alternating least squares; Zhang et al. 2015,
 1505.06798, use it for their asymmetric decomposition). The start takes `S` as the same for every column `j` and independent between them,
 which has a closed form (see `projection`).
+
+What a transposed convolution gives at one place is a kernel over a patch of its inputs too: all that fall on that place, with nothing
+where none does. So the error is that of its outputs, what overlaps in them added up.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from fxrank.passes.calibration.moments import Moments
-from fxrank.passes.calibration.projection import Projection, balanced, with_unseen
+from fxrank.passes.calibration.projection import Projection, balanced, improved, with_unseen
 from fxrank.passes.spectra.exact import truncated_factors
 
 ROUNDS = 2
@@ -35,6 +37,11 @@ class SpatialProjection:
     width: int
     centred: bool
     _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def vectors(self) -> tuple[int, int]:
+        """As of `Projection`."""
+        return self.moments.count, self.moments.shape[1]
 
     @property
     def sigma(self) -> Tensor:
@@ -134,15 +141,27 @@ class SpatialProjection:
             moved = (kernels.flatten(1) @ seen).unflatten(1, kernels.shape[1:])
             return torch.einsum("nwr,naw->ra", by_column, moved)
 
-        def normal(numbers: object) -> object:
-            u = torch.as_tensor(numbers, dtype=v.dtype, device=v.device).reshape(start.shape)
-            return gathered(torch.einsum("nwr,ra->naw", by_column, u)).flatten().cpu().numpy()
+        def normal(u: Tensor) -> Tensor:
+            return gathered(torch.einsum("nwr,ra->naw", by_column, u))
 
-        size = start.numel()
-        operator = LinearOperator((size, size), matvec=normal, dtype="float64")
-        right = gathered(kernel).flatten().cpu().numpy()
-        found, _ = cg(operator, right, x0=start.flatten().cpu().numpy(), maxiter=STEPS, rtol=1e-8)
-        return torch.as_tensor(found, dtype=v.dtype, device=v.device).reshape(start.shape)
+        return improved(normal, gathered(kernel), start, STEPS)
+
+
+class TurnedProjection(SpatialProjection):
+    """Of a transposed convolution, `W' = V[n, j, r] U[r, m]` over all places `j` of its kernel. `stack` and the patches are `turned`;
+    `factors` are those of the layer.
+    """
+
+    def factors(self, rank: int) -> tuple[Tensor, ...]:
+        """As of a `SpatialProjection`."""
+        u, v, *gained = super().factors(rank)
+        return (u, turned(v, self.width), *gained)
+
+
+def turned(rows: Tensor, width: int) -> Tensor:
+    """Matrices `(groups, n·width, …)` with the places of the kernel the other way round."""
+    found: Tensor = rows.unflatten(1, (-1, width)).flip(2).flatten(1, 2)
+    return found
 
 
 def _kernel_of(u: Tensor, v: Tensor, width: int) -> Tensor:

@@ -104,6 +104,8 @@ class FactorPair(ReadsAsLayer):
     """Whether a policy's `form="auto"` may choose this form by itself, which costs one more decomposition of each weight."""
     saves_time: ClassVar[bool] = True
     """Whether fewer multiply-adds take less time in this form. Else one-shot `form="auto"` takes it only to save parameters."""
+    is_turned: ClassVar[bool] = False
+    """Whether a patch under the kernel is seen the other way round, last place first."""
     basis: ClassVar[tuple[str, ...]] = ()
     """Buffers of `v` that say which part of `V` the form fixes, where it fixes one: `V U = (V T⁻¹)(T U)` leaves that free. They go
     where the factors go.
@@ -239,8 +241,15 @@ class FactorPair(ReadsAsLayer):
 
     @classmethod
     def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
-        """The vectors of one call, `(…, groups, size)`, of patches `(…, groups, channels, height, width)`: the call's own dimensions come first."""
+        """The vectors of one call, `(…, groups, size)`, of patches `(…, groups, channels, height, width)` with as many last dimensions as the
+        kernel has: the call's own dimensions come first.
+        """
         raise NotImplementedError(f"{cls.__name__} watches nothing")
+
+    @classmethod
+    def width(cls, dense: nn.Module) -> int:
+        """How many places of a kernel whose patches are seen the second factor runs over: the last ones of a patch, and of a row of `W`."""
+        return int(weight_of(dense).shape[-1])
 
     @classmethod
     def reads_as(cls, other: "type[FactorPair] | None") -> bool:

@@ -28,6 +28,7 @@ _GEOMETRY = (
     "transposed",
     "output_padding",
 )
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _PAD_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 _POINTWISE = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1, "padding_mode": "zeros"}
 
@@ -261,21 +262,48 @@ class _LowRankConvTranspose(_LowRankConv):
     takes_norm = False
     takes_bias = False  # the mean of what a place becomes differs by the place in the kernel
     multiplies_when_read = False  # nobody multiplies with such a kernel outside of its layer
+    is_turned = True
     pointwise_type: ClassVar[type[Any]]
 
     @classmethod
     def side(cls, dense: nn.Module) -> str | None:
-        """Its `"inputs"`, where what they become does not overlap in the output, and none of it is cut off."""
-        assert isinstance(dense, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+        """Its `"inputs"`, where what they become does not overlap in the output, and none of it is cut off; else the `"patches"` of inputs
+        that make one place of the output.
+        """
+        assert isinstance(dense, _TRANSPOSED)
         spans = ((size - 1) * gap + 1 for size, gap in zip(dense.kernel_size, dense.dilation, strict=True))
         apart = all(span <= stride for span, stride in zip(spans, dense.stride, strict=True))
-        return "inputs" if apart and not any(dense.padding) else None
+        return "inputs" if apart and not any(dense.padding) else "patches"
 
     @classmethod
     def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
+        """A patch is what a kernel of this size that is turned round sees of the inputs with zeros between them."""
+        assert isinstance(dense, _TRANSPOSED)
         places = len(weight_of(dense).shape) - 2
-        moved = (input if input.ndim == places + 2 else input[None]).movedim(1, -1)
-        return moved.reshape(*moved.shape[:-1], whole_number(dense, "groups"), -1)
+        x, out = (t if t.ndim == places + 2 else t[None] for t in (input, output))
+        if side == "patches":
+            spread = x.new_zeros(
+                *x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], dense.stride, strict=True))
+            )
+            between = spread
+            for direction, stride in enumerate(dense.stride, 2):
+                between = between.unfold(direction, 1, stride)[..., 0]
+            between.copy_(x)
+            reaches = [(size - 1) * gap for size, gap in zip(dense.kernel_size, dense.dilation, strict=True)]
+            pads: list[int] = []
+            for reach, cut, wanted, there in zip(reaches, dense.padding, out.shape[2:], spread.shape[2:], strict=True):
+                assert isinstance(cut, int)
+                pads = [reach - cut, wanted + cut - there, *pads]
+            x = F.pad(spread, pads)
+            for direction, (reach, gap) in enumerate(zip(reaches, dense.dilation, strict=True), 2):
+                x = x.unfold(direction, reach + 1, 1)[..., ::gap]
+        moved = x.movedim(1, places + 1)
+        groups = whole_number(dense, "groups")
+        return moved.reshape(*moved.shape[: places + 1], groups, x.shape[1] // groups, *moved.shape[places + 2 :])
+
+    @classmethod
+    def width(cls, dense: nn.Module) -> int:
+        return math.prod(weight_of(dense).shape[2:])
 
     @classmethod
     def unroll(cls, dense: nn.Module, tensor: Tensor) -> Tensor:

@@ -127,16 +127,19 @@ def seen_in(model, inputs):
     return found
 
 
+def part(tensor, places, dim=0):
+    return tensor.index_select(dim, torch.tensor(places))
+
+
 def squared(weight, reading):
     """`‖W x‖²` over what one product saw."""
     weight, x = weight.detach(), reading.vectors.flatten(0, -3)
-    if weight.ndim == 3:
-        part = weight[reading.start : reading.start + reading.length]
-        part = part if reading.side == "inputs" else part.mT
-        return float(torch.einsum("goi,ngi->ngo", part, x).square().sum())
     inputs = reading.side == "inputs"
-    part = weight if inputs else weight.mT
-    return float((x[:, 0] @ part[reading.start : reading.start + reading.length].mT).square().sum())
+    if weight.ndim == 3:
+        block = part(weight, reading.kept)
+        return float(torch.einsum("goi,ngi->ngo", block if inputs else block.mT, x).square().sum())
+    block = part(part(weight if inputs else weight.mT, reading.kept), reading.summed, 1)
+    return float((x[:, 0] @ block.mT).square().sum())
 
 
 @pytest.mark.parametrize("name", [n for n in SIZES if n != "transposed"])
@@ -182,18 +185,9 @@ def test_grouped_products_see_the_rows_of_each_group(function):
     reads = Reads({"w": w}, lambda _, r: seen.append(r), lambda *why: pytest.fail(str(why)), lambda _: nullcontext())
     with reads:
         function(x, w, offs=ends)
-    assert [(r.side, r.start, r.length) for r in seen] == [("rows", i, 1) for i in range(3)]
+    assert [(r.side, r.kept, r.summed) for r in seen] == [("rows", range(i, i + 1), range(16)) for i in range(3)]
     for reading, part in zip(seen, (x[:5], x[5:5], x[5:]), strict=True):
         assert torch.equal(reading.vectors[:, 0], part)
-
-
-def test_blocks_with_inputs_of_their_own_need_a_form_with_a_subspace_for_each():
-    model, inputs = made("cross")
-    decision = next(d for d in fxrank.plan_of(factorized(model, inputs, 4)).layers if d.name == "m.in_proj_weight")
-    assert decision.output_error is None
-    assert decision.reason.endswith(
-        "factors of the weight alone: parts of it are multiplied with different inputs, which one subspace does not serve in closed form"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
