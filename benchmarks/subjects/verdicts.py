@@ -139,7 +139,7 @@ def job_table(cells: Mapping[str, Sequence[Found]], steps: Mapping[str, Found]) 
                 _number(line.mean("K"), ".0f"),
                 f"{line.mean('factorized'):.0f}/{first['layers']}",
                 "-" if before is None or after is None else f"{100 * before:.2f} → {100 * after:.2f}",
-                "-" if line.steps is None else "{0:.2f} ± {1:.2f}".format(*line.steps["ratio"]),
+                "-" if line.steps is None else "{:.2f} ± {:.2f}".format(*line.steps["ratio"]),
                 "-" if time is None else f"{'' if time[1] else '~'}{time[0]:.2f}",
                 f"{statistics.fmean(tool):.1f}",
                 f"{line.mean('cell_seconds'):.0f}",
