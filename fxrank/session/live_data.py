@@ -1,9 +1,9 @@
-"""Factors that know the data, at the switch: from the calls of the model in the very step after which it is made.
+"""Factors that know the data, at the switch: from the calls of the model in the last steps before it.
 
 These calls are made once more, without gradients and in evaluation mode, but for each BatchNorm that is trained, whose own statistics lag behind weights
-that still move fast, and what each layer sees in them makes its factors (see `passes.calibration`). No earlier step's: whatever checkpoint a run goes on from, it makes this step again itself, and so the same factors
-to the last bit. Nothing is kept for it but references, to arguments of calls that a loop holds anyway, until the next step's first call.
-Cost: one forward for each `ROUND_BYTES` of moments, and a decomposition of each weight.
+that still move fast, and what each layer sees in them makes its factors (see `passes.calibration`). They are those since the last checkpoint at most:
+a run that goes on from it makes these steps again itself, and so the same factors to the last bit. What is kept for it are references to the arguments
+of calls, of no more than `KEPT_BYTES` beyond the last step's. Cost: a forward of each for every `ROUND_BYTES` of moments, and a decomposition of each weight.
 
 A layer that has seen fewer vectors than one of them has numbers keeps the factors of its weight: a classifier's hidden layers at a small batch.
 Measured on three layers 256 wide, relative errors of the outputs on images not seen, at ranks of a quarter and a tenth: 0.079 and 0.134
@@ -34,23 +34,34 @@ from fxrank.torch_private import pytree
 from fxrank.torch_private.modules import times_written
 from fxrank.wrappers import autocast_as_now
 
-CALLS = 8
-"""Calls of one step that are made once more, at most, the last ones: a step may add up the gradients of many."""
+CALLS = 16
+"""That are made once more, at most, the last ones: a step may add up the gradients of many."""
+STEPS = 16, 40
+"""So many of the last steps, and no more than one of so many of the training: a forward of each is less than a hundredth of it then."""
+KEPT_BYTES = 2**26
+"""Of arguments, and at least the last step's."""
 ROUND_BYTES = 2**28
 """Memory for moments at a time; one layer's may be larger."""
 
 
 class LastCalls:
-    """The calls of a model, in training mode and with gradients, since the last step: a forward pre-hook.
+    """The calls of a model, in training mode and with gradients, in the last `steps`: a forward pre-hook.
 
     A call whose tensors are written into before it is made once more is left out. Inside a compiled model only the last call is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 1) -> None:
+        self._steps = steps
         self._handle: RemovableHandle | None = None
         self._kept: deque[_Kept] = deque(maxlen=CALLS)
         self._compiled: Call | None = None
-        self._stepped = False
+        self._step = 0
+
+    @classmethod
+    def of_run(cls, total_steps: int) -> "LastCalls":
+        """Of as many steps as cost a training of this length little."""
+        most, share = STEPS
+        return cls(max(1, min(most, total_steps // share)))
 
     def watch(self, model: nn.Module) -> None:
         """From now on, until `stop`."""
@@ -65,7 +76,12 @@ class LastCalls:
 
     def step_made(self) -> None:
         """The next call begins another step."""
-        self._stepped = True
+        self._step += 1
+
+    def forget(self) -> None:
+        """A run that goes on from here knows no call of before."""
+        self._kept.clear()
+        self._compiled = None
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
@@ -73,10 +89,11 @@ class LastCalls:
         if torch.compiler.is_compiling():  # what is added to a list, or read here, would be compiled anew in each call
             self._compiled = args, kwargs
         elif self._handle is not None:
-            if self._stepped:
-                self._kept.clear()
-                self._stepped = False
-            self._kept.append(_Kept(args, kwargs))
+            self._kept.append(_Kept(self._step, args, kwargs))
+            while self._kept[0].step <= self._step - self._steps or (
+                self._kept[0].step < self._step and sum(kept.bytes for kept in self._kept) > KEPT_BYTES
+            ):
+                self._kept.popleft()
 
     def __reduce__(self) -> tuple[type["LastCalls"], tuple[()]]:
         """In a copy of the model, or a file of it, it watches nothing."""
@@ -96,7 +113,9 @@ class LastCalls:
 class _Kept:
     """One call, without the history of its tensors."""
 
-    def __init__(self, *call: Any) -> None:
+    def __init__(self, step: int, *call: Any) -> None:
+        self.step = step
+        self.bytes = sum(t.nbytes for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
         self.call: Call = pytree.tree_map_only(Tensor, torch.detach, call)
         self.autocast: Callable[[], AbstractContextManager[None]] = autocast_as_now()
         self._versions = self._now()
@@ -116,7 +135,7 @@ def _where_enough(evidence: Evidence) -> Evidence:
     for key, known in evidence.known.items():
         count, size = known.vectors
         if count < size:
-            few[key] = f"it saw {count} vectors of {size} numbers in this step, and as many as numbers are needed"
+            few[key] = f"it saw {count} vectors of {size} numbers in these steps, and as many as numbers are needed"
     enough = {key: one for key, one in evidence.known.items() if key not in few}
     return replace(evidence, known=enough, blind=evidence.blind | few)
 
@@ -151,5 +170,5 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment) -> tuple[Plan,
     made = f"{calls_made} call{'s' * (calls_made != 1)}"
     return (
         plan,
-        f"factors of {known} of {len(plan.R)} layers know what these saw in {made} of the model, of the step before the switch",
+        f"factors of {known} of {len(plan.R)} layers know what these saw in {made} of the model, of the last steps before the switch",
     )

@@ -71,7 +71,7 @@ class LowRankSession:
         self._attached, self._listener = attached, listener or (lambda *_: None)
         self._averages, self._logger = list(attached.averages), attached.logger
         self._hooks = StepHooks(self.optimizers)
-        self._calls = LastCalls()
+        self._calls = LastCalls.of_run(attached.clock.total_steps)
         self._elsewhere = StepsElsewhere(self.optimizers, self._say)
         self._end_watch: Callable[[], None] = lambda: None
         self._watch = Stopwatch(next(self.model.parameters()).device)
@@ -363,6 +363,6 @@ class LowRankSession:
         """Leave the time since the last step out of the step times, as for the writing of a checkpoint, which knows nothing of what the
         model was called with.
         """
-        self._calls.step_made()
+        self._calls.forget()
         self._collect_times()
         self._watch.mark()

@@ -11,6 +11,7 @@ from live import DATA, X, Y, attached, run
 from nets import SixLayers, batches, mlp, train, vectors
 
 import fxrank
+from fxrank.session import live_data
 from fxrank.session.live_data import CALLS
 
 
@@ -54,6 +55,32 @@ def test_a_checkpoint_within_a_step_parts_its_calls():
     model(X + 1)
     (kept,) = calls_of(session)
     assert torch.equal(kept.call[0][0], X + 1)
+
+
+@pytest.mark.parametrize(("total_steps", "steps"), [(39, 1), (119, 2), (640, 16), (10**6, 16)])
+def test_the_last_steps_of_a_long_run_count(total_steps, steps):
+    model = mlp()
+    _, session = attached(model, total_steps=total_steps)
+    for step in range(20):
+        model(X + step)
+        model(X - step)
+        session._calls.step_made()
+    kept = [int(k.call[0][0][0, 0] - X[0, 0] + 0.5) for k in calls_of(session)]
+    assert len(kept) == min(CALLS, 2 * steps) and kept[-2] == 19
+    assert session._calls._steps == steps
+
+
+def test_arguments_take_little_memory_but_all_of_the_last_step_are_there(monkeypatch):
+    monkeypatch.setattr(live_data, "KEPT_BYTES", 3 * X.nbytes)
+    model = mlp()
+    _, session = attached(model, total_steps=10**6)
+    for step in range(5):
+        model(X + step)
+        session._calls.step_made()
+    assert len(calls_of(session)) == 3
+    for _ in range(5):
+        model(X)
+    assert len(calls_of(session)) == 5
 
 
 def test_what_was_written_into_is_left_out():

@@ -43,7 +43,7 @@ def test_outputs_differ_less_than_with_factors_of_the_weights(make, batch, optio
     assert all(0 < d.output_error < 1 and not d.gains_bias for d in plan.layers if d.factorized)
     known = len(plan.R)
     assert session.notes == [
-        f"factors of {known} of {known} layers know what these saw in 1 call of the model, of the step before the switch"
+        f"factors of {known} of {known} layers know what these saw in 1 call of the model, of the last steps before the switch"
     ]
 
 
@@ -158,7 +158,7 @@ def test_a_few_vectors_do_not_count():
     model, session, _ = run(batch=(X[:15], Y[:15]))
     plain, _, _ = run(replace(DATA, factors="weight"), batch=(X[:15], Y[:15]))
     said = (
-        "factors of the weight alone: it saw 15 vectors of 16 numbers in this step, and as many as numbers are needed"
+        "factors of the weight alone: it saw 15 vectors of 16 numbers in these steps, and as many as numbers are needed"
     )
     assert all(d.reason.endswith(said) for d in session.plan.layers if d.factorized)
     assert session.notes[0].startswith("factors of 0 of 2 layers know")
@@ -220,6 +220,34 @@ def test_a_stopped_run_goes_on_to_the_same_bits(stop):
     steps(again, others[0], stop, 6)
     assert session.finish() == others[1].finish()
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_stopped_run_of_several_last_steps_knows_those_since_its_checkpoint(stop):
+    def steps(model, optimizer, first, last):
+        for step in range(first, last):
+            train(model, optimizer, 1, vectors(6, step))
+
+    def fresh(seed):
+        model = mlp(seed)
+        return model, *attached(model, replace(DATA, E=5), total_steps=200)
+
+    whole, optimizer, session = fresh(0)
+    steps(whole, optimizer, 0, stop)
+    saved = copy.deepcopy([thing.state_dict() for thing in (session, whole, optimizer)])
+    steps(whole, optimizer, stop, 6)
+    again, *others = fresh(1)
+    for thing, state in zip((others[1], again, others[0]), saved, strict=True):
+        thing.load_state_dict(state)
+    steps(again, others[0], stop, 6)
+    assert session.plan == others[1].plan and session.plan.switch_step == 5
+    assert session.plan.calibration_batches == 5 - stop
+    assert session.notes[-1 if len(session.notes) == 1 else 0] == others[1].notes[0]
+    known = sum(d.output_error is not None for d in session.plan.layers)
+    assert known == (2 if stop == 2 else 0)  # 18 vectors of 16 numbers, and 6
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    session.detach()
+    others[1].detach()
 
 
 def test_a_plan_repeats_the_run_and_gains_no_bias(tmp_path):
