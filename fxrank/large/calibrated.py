@@ -1,0 +1,95 @@
+"""What data say of the layers of a model in files, one block of it after another.
+
+They are gone through twice: for what ranks are chosen by, which is kept, and, when the ranks have been chosen, for the factors. At no time is
+more held than one block with the moments of its layers, what the blocks are given (see `blocks`), and the file that is being filled.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from fxrank.fitting import Fitting
+from fxrank.large.blocks import Feed
+from fxrank.passes.calibration.evidence import Evidence, Key, Known, gather
+from fxrank.passes.calibration.tails import Tails
+from fxrank.passes.discovery.layer import Layer
+from fxrank.plan import LayerDecision, Plan
+from fxrank.switch.apply_plan import Factors
+
+SHARED = "its weight is shared by several blocks, or by one and what is outside of them"
+OUTSIDE = ""
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A part of a model: its `path`, `OUTSIDE` for all that is in no block, its `layers` and what is known of them; `part` holds their numbers."""
+
+    path: str
+    part: nn.Module
+    layers: Sequence[Layer]
+    evidence: Evidence
+
+    def decided(self, plan: Plan) -> tuple[list[LayerDecision], Factors]:
+        """The plan's decisions about these layers, with what the data say of them, and the factors. What is known is let go."""
+        decisions: list[LayerDecision] = []
+        factors: Factors = {}
+        for layer in self.layers:
+            known = self.evidence.known
+            mine = {layer.key: known.pop(layer.key)} if layer.key in known else {}
+            fitting = Fitting(self.part, replace(self.evidence, known=mine))
+            decisions += fitting.fitted(replace(plan, layers=(plan.layer(layer.name),)), [layer]).layers
+            factors |= fitting.factors
+        return decisions, factors
+
+
+def by_part(feed: Feed, layers: Sequence[Layer]) -> Iterator[Calibrated]:
+    """Each block in turn, with those of the `layers` that are in it and nowhere else, and then all else. The blocks are fed by the dense ones
+    before them. Errors as of `Feed.begin` and `gather`.
+    """
+    feed.begin()
+    homes: dict[str | None, list[Layer]] = {}
+    for layer in layers:
+        homes.setdefault(_home(feed, layer), []).append(layer)
+    batches = 0
+    for number in range(feed.blocks.count):
+        path = feed.blocks.path_of(number)
+        part, mine = feed.part(number), homes.get(path, [])
+        evidence = gather(part, mine, feed.of_part, frozenset())
+        feed.advance()
+        batches = evidence.batches
+        yield Calibrated(path, part, mine, evidence)
+        del part, evidence  # before the next one comes
+    mine = homes.get(OUTSIDE, [])
+    evidence = Evidence(batches=batches)
+    if mine:
+        with feed.around() as calls:
+            evidence = gather(feed.model, mine, calls, frozenset())
+    blind = {layer.key: SHARED for layer in homes.get(None, [])}
+    yield Calibrated(OUTSIDE, feed.model, mine, replace(evidence, blind=evidence.blind | blind))
+
+
+def tails(feed: Feed, layers: Sequence[Layer]) -> Evidence:
+    """What ranks are chosen by. Layers may come in several forms."""
+    known: dict[Key, Known] = {}
+    blind: dict[Key, str] = {}
+    notes: dict[Key, str] = {}
+    biased: frozenset[str] = frozenset()
+    batches = 0
+    for calibrated in by_part(feed, layers):
+        found = calibrated.evidence
+        for key in list(found.known):
+            of_data = found.known.pop(key)
+            assert not isinstance(of_data, Tails)
+            known[key] = Tails.of(of_data, biased=key[0] in found.biased)
+        blind |= found.blind
+        notes |= found.notes
+        biased |= found.biased
+        batches = found.batches
+    return Evidence(known, blind, biased, batches=batches, notes=notes)
+
+
+def _home(feed: Feed, layer: Layer) -> str | None:
+    """The path of the block that a layer is in, `OUTSIDE` for none; None if it is in more than one place."""
+    homes = {feed.blocks.part_of(path) for path in layer.paths or (layer.name,)}
+    return homes.pop() if len(homes) == 1 else None
