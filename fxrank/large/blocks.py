@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from fxrank.passes.calibration.collect import NO_BATCH
 from fxrank.passes.calibration.masks import mask_arguments
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call, at_other_batch_size
+from fxrank.passes.model.weights import weight_of
+from fxrank.passes.pairs.locate import dense_at
 from fxrank.torch_private import pytree
 
 log = logging.getLogger("fxrank")
@@ -105,8 +108,8 @@ def _chain(path: str, blocks: Sequence[nn.Module], calls: Sequence[tuple[int, Ca
     if [block for block, _, _ in calls if block in ids] != ids:
         return None
     places: set[int | str] = set()
-    for (_, output), ((args, kwargs), _) in zip(own, own[1:], strict=False):
-        named = (*enumerate(args), *kwargs.items())
+    for (_, output), ((args, kwargs), _) in pairwise(own):
+        named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         places.add(next((place for place, value in named if value is _first(output)), ""))
     lengths = {len(output) if isinstance(output, tuple) else None for _, output in own}
     if len(places) > 1 or len(lengths) > 1 or "" in places:
@@ -135,7 +138,7 @@ class Batch:
         return {id(t): t for t in held if isinstance(t, Tensor)}
 
 
-class _Reached(Exception):
+class _ReachedError(Exception):
     """All blocks have been called."""
 
 
@@ -172,7 +175,6 @@ class Feed:
                 f"a model that is calibrated from its files must have the buffers that are in none of them; {lost!r} is on the meta device. Build the "
                 "model inside fxrank.saving.unfilled.unfilled(), which puts there its parameters alone."
             )
-        weights.known_to(model)
         self.model, self.blocks = model, find_blocks(model, weights, first)
         self._weights, self._calls = weights, calls
         self._batches: list[Batch] = []
@@ -186,9 +188,9 @@ class Feed:
             batch = Batch((args, kwargs), mask_arguments(self.model, args, kwargs))
             moved: dict[int, tuple[Tensor, Tensor]] = {}
             try:
-                with self._instead(partial(self._record, batch, moved)), torch.no_grad():
+                with self._instead(self.model, partial(self._record, batch, moved)), torch.no_grad():
                     self.model(*args, **kwargs)
-            except _Reached:
+            except _ReachedError:
                 self._batches.append(batch)
             except CalibrationError:
                 raise
@@ -198,7 +200,9 @@ class Feed:
                 ) from error
         self._log()
 
-    def _record(self, batch: Batch, moved: dict[int, tuple[Tensor, Tensor]], number: int, *args: Any, **kwargs: Any) -> Any:
+    def _record(
+        self, batch: Batch, moved: dict[int, tuple[Tensor, Tensor]], number: int, *args: Any, **kwargs: Any
+    ) -> Any:
         """Take down what a block is given; `moved` has the tensors, each once, and what is kept of them."""
         given = self.blocks.given((args, kwargs))
         if not number:
@@ -218,7 +222,7 @@ class Feed:
 
         batch.beside.append(pytree.tree_map(kept, self.blocks.with_given((args, kwargs), None)))
         if number == self.blocks.count - 1:
-            raise _Reached
+            raise _ReachedError
         return self._like_a_block(torch.full_like(given, torch.nan))
 
     def _like_a_block(self, given: Tensor) -> Any:
@@ -251,9 +255,16 @@ class Feed:
         for batch in self._batches:
             batch.given, batch.gives = batch.gives, None
 
+    def outside(self, layers: Iterable[str]) -> nn.Module:
+        """The model with the weights of these layers."""
+        found = [weight_of(dense_at(self.model, name)) for name in layers]
+        return self._weights.filled(self.model, {id(weight) for weight in found}).eval()
+
     @contextmanager
-    def around(self) -> Iterator[Callable[[], Iterator[Call]]]:
-        """The calls of the model itself, while the last block gives what it gave before and each weight is read when it is used."""
+    def around(self, model: nn.Module) -> Iterator[Callable[[], Iterator[Call]]]:
+        """The calls of the model `outside` of its blocks, while the last of them gives what it gave before. Weights that it has not are read when
+        they are used.
+        """
         batches = iter(self._batches)
 
         def calls() -> Iterator[Call]:
@@ -270,14 +281,14 @@ class Feed:
             assert last is not None
             return self._like_a_block(last.to(self._weights.device))
 
-        with self._instead(answer):
+        with self._instead(model, answer):
             yield calls
 
     @contextmanager
-    def _instead(self, act: Callable[..., Any]) -> Iterator[None]:
+    def _instead(self, model: nn.Module, act: Callable[..., Any]) -> Iterator[None]:
         """With `act(number, …)` in the place of each block's forward, and numbers for all else."""
-        blocks = [self.model.get_submodule(self.blocks.path_of(number)) for number in range(self.blocks.count)]
-        forward = self.model.forward
+        blocks = [model.get_submodule(self.blocks.path_of(number)) for number in range(self.blocks.count)]
+        forward = model.forward
 
         @wraps(forward)
         def with_numbers(*args: Any, **kwargs: Any) -> Any:
@@ -287,10 +298,10 @@ class Feed:
         try:
             for number, block in enumerate(blocks):
                 vars(block)["forward"] = partial(act, number)
-            vars(self.model)["forward"] = with_numbers
+            vars(model)["forward"] = with_numbers
             yield
         finally:
-            for module in (*blocks, self.model):
+            for module in (*blocks, model):
                 vars(module).pop("forward", None)
 
     def _log(self) -> None:

@@ -4,15 +4,16 @@ They are gone through twice: for what ranks are chosen by, which is kept, and, w
 more held than one block with the moments of its layers, what the blocks are given (see `blocks`), and the file that is being filled.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import nn
 
 from fxrank.fitting import Fitting
 from fxrank.large.blocks import Feed
+from fxrank.large.tails import Tails
 from fxrank.passes.calibration.evidence import Evidence, Key, Known, gather
-from fxrank.passes.calibration.tails import Tails
 from fxrank.passes.discovery.layer import Layer
 from fxrank.plan import LayerDecision, Plan
 from fxrank.switch.apply_plan import Factors
@@ -43,50 +44,52 @@ class Calibrated:
         return decisions, factors
 
 
-def by_part(feed: Feed, layers: Sequence[Layer]) -> Iterator[Calibrated]:
-    """Each block in turn, with those of the `layers` that are in it and nowhere else, and then all else. The blocks are fed by the dense ones
-    before them. Errors as of `Feed.begin` and `gather`.
+def for_each_part(feed: Feed, layers: Sequence[Layer], act: Callable[[Calibrated], None]) -> None:
+    """Act on each block in turn, with those of the `layers` that are in it and nowhere else, and then on all else. The blocks are fed by the dense
+    ones before them. Errors as of `Feed.begin` and `gather`. (No iterator: who loops over one holds a part until the next has come.)
     """
     feed.begin()
     homes: dict[str | None, list[Layer]] = {}
     for layer in layers:
         homes.setdefault(_home(feed, layer), []).append(layer)
+
+    def of_block(path: str, part: nn.Module, mine: list[Layer]) -> int:
+        evidence = gather(part, mine, feed.of_part, frozenset())
+        feed.advance()
+        act(Calibrated(path, part, mine, evidence))
+        return evidence.batches
+
     batches = 0
     for number in range(feed.blocks.count):
         path = feed.blocks.path_of(number)
-        part, mine = feed.part(number), homes.get(path, [])
-        evidence = gather(part, mine, feed.of_part, frozenset())
-        feed.advance()
-        batches = evidence.batches
-        yield Calibrated(path, part, mine, evidence)
-        del part, evidence  # before the next one comes
+        batches = of_block(path, feed.part(number), homes.get(path, []))
     mine = homes.get(OUTSIDE, [])
-    evidence = Evidence(batches=batches)
+    outside, evidence = feed.outside([layer.name for layer in mine]), Evidence(batches=batches)
     if mine:
-        with feed.around() as calls:
-            evidence = gather(feed.model, mine, calls, frozenset())
+        with feed.around(outside) as calls:
+            evidence = gather(outside, mine, calls, frozenset())
     blind = {layer.key: SHARED for layer in homes.get(None, [])}
-    yield Calibrated(OUTSIDE, feed.model, mine, replace(evidence, blind=evidence.blind | blind))
+    act(Calibrated(OUTSIDE, outside, mine, replace(evidence, blind=evidence.blind | blind)))
 
 
 def tails(feed: Feed, layers: Sequence[Layer]) -> Evidence:
     """What ranks are chosen by. Layers may come in several forms."""
-    known: dict[Key, Known] = {}
-    blind: dict[Key, str] = {}
-    notes: dict[Key, str] = {}
-    biased: frozenset[str] = frozenset()
-    batches = 0
-    for calibrated in by_part(feed, layers):
-        found = calibrated.evidence
-        for key in list(found.known):
-            of_data = found.known.pop(key)
-            assert not isinstance(of_data, Tails)
-            known[key] = Tails.of(of_data, biased=key[0] in found.biased)
-        blind |= found.blind
-        notes |= found.notes
-        biased |= found.biased
-        batches = found.batches
-    return Evidence(known, blind, biased, batches=batches, notes=notes)
+    found = Evidence()
+
+    def keep(part: Calibrated) -> None:
+        nonlocal found
+        known, biased = part.evidence.known, part.evidence.biased
+        few = {key: Tails.of(known.pop(key), biased=key[0] in biased) for key in list(known)}
+        found = replace(
+            part.evidence,
+            known=found.known | cast(dict[Key, Known], few),  # in all that is asked of them
+            blind=found.blind | part.evidence.blind,
+            biased=found.biased | biased,
+            notes=found.notes | part.evidence.notes,
+        )
+
+    for_each_part(feed, layers, keep)
+    return found
 
 
 def _home(feed: Feed, layer: Layer) -> str | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fxrank.fitting import Fitting, variants
 from fxrank.large.blocks import Feed
-from fxrank.large.calibrated import OUTSIDE, by_part, tails
+from fxrank.large.calibrated import Calibrated, for_each_part, tails
 from fxrank.large.weights import Weights, without_numbers
 from fxrank.oneshot import RATIO, given_ranks
 from fxrank.passes.calibration.evidence import Evidence
@@ -37,7 +37,7 @@ from fxrank.passes.spectra.exact import Spectrum, check_finite, singular_values,
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Budget, LayerDecision, Plan
 from fxrank.saving.shards import Shards, ShardWriter, check_empty
-from fxrank.switch.apply_plan import Factors, apply_plan
+from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.zero_weights import why_dead
 from fxrank.training.batches import calls_of, to_device
 
@@ -115,11 +115,15 @@ def compress_shards(
         else:
             planned = {d.name: d.form for d in plan.layers if d.factorized}
             chosen = [layer.if_in_form(planned[layer.name]) for layer in layers if layer.name in planned]
-            for part in by_part(feed, chosen):
+            decided: list[LayerDecision] = []
+
+            def write(part: Calibrated) -> None:
                 decisions, factors = part.decided(plan)
-                plan = plan.with_layers(decisions)
-                names = [n for n in weights.keys if feed.blocks.part_of(n) == part.path]
-                writing.write(names, factors)
+                decided.extend(decisions)
+                writing.write([n for n in weights.keys if feed.blocks.part_of(n) == part.path], factors)
+
+            for_each_part(feed, chosen, write)
+            plan = plan.with_layers(decided)
         writer.finish(plan)
     apply_plan(model, plan, split=False)
     return plan
@@ -169,9 +173,7 @@ def _numbers(pair: FactorPair, weight: Tensor, name: str, factors: tuple[Tensor,
     return [t.detach().to(weight.dtype if t.is_floating_point() else t.dtype) for t in real.held]
 
 
-def _looked_at(
-    layer: Layer, weights: Weights, fitting: "_Streamed", forms: Sequence[Layer], *, keep: bool
-) -> Layer:
+def _looked_at(layer: Layer, weights: Weights, fitting: "_Streamed", forms: Sequence[Layer], *, keep: bool) -> Layer:
     """The layer, with a reason if its weight cannot become a pair; its singular values in these forms are kept, if they are to be."""
     if layer.reason is not None or not forms:
         return layer

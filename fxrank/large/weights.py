@@ -1,7 +1,7 @@
 """The numbers of a model that is itself without any: in files, read for one weight, one call or one part of the model at a time."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -10,13 +10,13 @@ from torch.overrides import TorchFunctionMode
 
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.names import own_state
-from fxrank.passes.model.weights import stands_for, weight_of
+from fxrank.passes.model.weights import weight_of
 from fxrank.saving.shards import Shards
 from fxrank.torch_private import pytree
 
 COMPUTED = "rotary_emb.inv_freq"
 """Older files of language models hold these angles in every layer; the models compute them now."""
-_VIEWS = (Tensor.T.__get__, Tensor.mT.__get__, Tensor.data.__get__)  # type: ignore[attr-defined]
+_VIEWS = [getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")]
 """Of what is read of a tensor by a dot, that which has numbers."""
 
 
@@ -91,22 +91,16 @@ class Weights:
         found = self.read(name)
         return found.to(wide(found.dtype))
 
-    def known_to(self, model: nn.Module) -> None:
-        """Let the model's parameters stand for their numbers (see `passes.model.weights.numbers_of`)."""
-
-        def reading(parameter: nn.Parameter) -> Callable[[], Tensor]:
-            return lambda: self.numbers(parameter)
-
-        for parameter in model.parameters():
-            stands_for(parameter, reading(parameter))
-
-    def filled(self, part: nn.Module) -> nn.Module:
-        """A copy of a part of the model, with its numbers."""
+    def filled(self, part: nn.Module, only: Collection[int] | None = None) -> nn.Module:
+        """A copy of a part of the model with its numbers; with those of the tensors of these `id`s alone, and all others the model's own."""
         memo: dict[int, object] = {}
         for tensor in (*part.parameters(), *part.buffers()):
-            numbers = self.numbers(tensor)
+            if only is not None and id(tensor) not in only:
+                memo[id(tensor)] = tensor
+                continue
+            numbers = self.numbers(tensor).to(self.device)
             is_parameter = isinstance(tensor, nn.Parameter)
-            memo[id(tensor)] = nn.Parameter(numbers, tensor.requires_grad) if is_parameter else numbers.to(self.device)
+            memo[id(tensor)] = nn.Parameter(numbers, tensor.requires_grad) if is_parameter else numbers
         return copy.deepcopy(part, memo)
 
 
@@ -121,7 +115,7 @@ class ReadWhenUsed(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if getattr(func, "__name__", "") == "__get__" and func not in _VIEWS:
-            of_device = func == Tensor.device.__get__ and self._weights.has(args[0])  # type: ignore[attr-defined]
+            of_device = func == Tensor.device.__get__ and self._weights.has(args[0])
             return self._weights.device if of_device else func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map_only(Tensor, self._weights.numbers, (args, kwargs or {}))
-        return func(*args, **kwargs)  # type: ignore[arg-type]
+        return func(*args, **kwargs)

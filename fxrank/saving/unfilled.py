@@ -22,7 +22,7 @@ def unfilled() -> Iterator[None]:
         vars(empty).update(vars(parameter))
         return empty
 
-    hook = register_module_parameter_registration_hook(emptied)
+    hook = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type] # it may return a parameter
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ from fxrank.passes.calibration.parts import Parts, of_parts
 from fxrank.passes.calibration.processes import OfAll, alone
 from fxrank.passes.calibration.projection import Projection
 from fxrank.passes.calibration.spatial import SpatialProjection
-from fxrank.passes.calibration.tails import Tails
 from fxrank.passes.discovery.layer import Layer, matrices_of
 from fxrank.passes.model.calls import Call
 from fxrank.passes.model.weights import weight_of
@@ -21,7 +20,7 @@ from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 Key = tuple[str, str]
 """Name and form of a layer; see `Layer.key`."""
-Known = Projection | SpatialProjection | Tails
+Known = Projection | SpatialProjection
 NEEDED = 1.05
 """A pair gains a bias where its least squared error would be so many times as large without."""
 

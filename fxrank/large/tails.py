@@ -4,14 +4,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fxrank.passes.calibration.projection import Projection
-from fxrank.passes.calibration.spatial import SpatialProjection
+from fxrank.passes.calibration.evidence import Known
 
 
 @dataclass(frozen=True)
 class Tails:
-    """The `sigma` of a projection (see there), with what else is asked of one but its factors: about the mean, if it was `centred`, and of the
-    `plain` moments where a pair without a bias may be as good. Of kernels and their patches they are those of independent columns.
+    """The `sigma` of a projection (see `passes.calibration`), with what else is asked of one but its factors: about the mean, if it was `centred`,
+    and of the `plain` moments where a pair without a bias may be as good. Where a projection has no closed form, as of kernels and their
+    patches, `lost` is what its start would lose.
     """
 
     about_mean: Tensor | None
@@ -19,7 +19,7 @@ class Tails:
     centred: bool
 
     @classmethod
-    def of(cls, known: Projection | SpatialProjection, *, biased: bool) -> "Tails":
+    def of(cls, known: Known, *, biased: bool) -> "Tails":
         """`biased`: whether the layer has a bias, so that the plain ones are of no use."""
         if not known.centred:
             return cls(None, known.sigma, False)
