@@ -44,7 +44,9 @@ def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tup
         if len(loaders) != 2:
             raise ValueError(f"{spec} must return (training loader, validation loader); got {len(loaders)} values.")
         return loaders[0], loaders[1]
-    raise ValueError(f"--data must be digits, an image folder, or package.module:callable; got {spec!r}.")
+    raise ValueError(
+        f"--data must be digits, an image folder, or package.module:callable; got {spec!r}. A text file is for fxrank compress FOLDER alone."
+    )
 
 
 def text_batches(text: Path, folder: Path, batches: int, batch_size: int, length: int) -> list[dict[str, Tensor]]:

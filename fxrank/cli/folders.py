@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from fxrank.cli.data import build_loaders, text_batches
-from fxrank.cli.models import build_model, example_for, where_possible
+from fxrank.cli.models import build_model, example_for
 from fxrank.large.stream import compress_shards
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.device import known_device
 from fxrank.policies.budget import asked_budget
 from fxrank.saving.model_files import WEIGHTS
 from fxrank.saving.shards import INDEX, check_empty
-from fxrank.saving.unfilled import unfilled
+from fxrank.saving.unfilled import built_unfilled
 from fxrank.training.measure import parameter_count
 
 OF_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"}
@@ -61,11 +61,8 @@ def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
         )
     spec = f"hf:{folder}"
 
-    def build() -> tuple[nn.Module, Any]:
-        model = build_model(spec, options.classes)
-        return model, example_for(spec, model, None)
-
-    model, example = where_possible(unfilled(), build)
+    model = built_unfilled(lambda: build_model(spec, options.classes))
+    example = example_for(spec, model, None)
     before = parameter_count(model)
     calibration = None
     if options.data is not None:

@@ -4,7 +4,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -51,18 +50,11 @@ def build_model(spec: str, classes: int | None = None) -> nn.Module:
 
 
 def on_meta_where_possible(build: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
-    """What `build` makes, a model and an example for it, on the meta device, where they take no memory; see `where_possible`."""
-    return where_possible(torch.device("meta"), build)
-
-
-def where_possible(
-    place: AbstractContextManager[Any], build: Callable[[], tuple[nn.Module, Any]]
-) -> tuple[nn.Module, Any]:
-    """What `build` makes in a context in which weights take no memory; without it if that fails, as it does for a model that computes with
-    them while it is built.
+    """What `build` makes, a model and an example for it, on the meta device, where they take no memory; for real if that
+    fails, as it does for a model that computes while it is built.
     """
     try:
-        with place:
+        with torch.device("meta"):
             return build()
     except RuntimeError:  # an operation without a meta kernel is a NotImplementedError, one of these too
         return build()
