@@ -108,7 +108,9 @@ def test_a_small_model_is_read_into_one_without_memory(tmp_path):
     fxrank.save(small, tmp_path)
     with unfilled():
         empty = Net()
-    with pytest.raises(ValueError, match=r"a model to load into must have memory; 'table.weight' is on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"a model to load into must have memory; 'table.weight' is on the meta device"
+    ):
         fxrank.load(empty, tmp_path)
     back = fill(empty, tmp_path).eval()
     assert back is empty
