@@ -239,7 +239,8 @@ class Feed:
     def _run(self, block: nn.Module, number: int, batch: Batch) -> Tensor:
         device = self._weights.device
         assert batch.given is not None
-        args, kwargs = self.blocks.with_given(batch.beside[number], batch.given)
+        # A copy, as it is needed once more where moments are taken in several rounds, and blocks may add to it in place.
+        args, kwargs = self.blocks.with_given(batch.beside[number], batch.given.clone())
         args, kwargs = pytree.tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else _fresh(v), (args, kwargs))
         found = _first(block(*args, **kwargs))
         assert isinstance(found, Tensor)

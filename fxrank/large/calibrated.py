@@ -45,8 +45,12 @@ class Calibrated:
 
 
 def for_each_part(feed: Feed, layers: Sequence[Layer], act: Callable[[Calibrated], None]) -> None:
-    """Act on each block in turn, with those of the `layers` that are in it and nowhere else, and then on all else. The blocks are fed by the dense
-    ones before them. Errors as of `Feed.begin` and `gather`. (No iterator: who loops over one holds a part until the next has come.)
+    """Act on each block in turn, with those of the `layers` that are in it and nowhere else, and then on all else. Errors as of `Feed.begin` and
+    `gather`. (No iterator: who loops over one holds a part until the next has come.)
+
+    The blocks are fed by the dense ones before them, as `factorize` has it. Fed by the compressed ones, so that later ones may make up for errors
+    (SVD-LLM, 2403.07378), they were no better: on a small Llama, trained on characters, losses at 0.8 to 0.4 of the parameters were the same to
+    0.0001, at 0.4 greater by 0.0008.
     """
     feed.begin()
     homes: dict[str | None, list[Layer]] = {}

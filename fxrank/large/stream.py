@@ -40,10 +40,12 @@ from fxrank.saving.shards import Shards, ShardWriter, check_empty
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.zero_weights import why_dead
 from fxrank.training.batches import calls_of, to_device
+from fxrank.wrappers import outside_autocast
 
 log = logging.getLogger("fxrank")
 
 
+@outside_autocast
 def compress_shards(
     model: nn.Module,
     example: Example,
@@ -69,7 +71,8 @@ def compress_shards(
 
     `calibration` needs a model of blocks that are called one after another (see `blocks.find_blocks`), each of which must fit into memory in
     float32, with the moments of its layers and with what the blocks are given: for each batch twice the hidden states, masks and positions. Layers
-    in no block are read one at a time. Ranks and factors are those of `factorize`: every block is fed by the dense ones before it.
+    in no block are read when they are used, one at a time, but for the weights among them that become pairs. Ranks and factors are those of
+    `factorize`; the data are gone through twice, for the ranks and for the factors, and a loader is asked for them each time.
 
     Raises, with nothing written, `CheckpointError` for files that are damaged or not this model's, or an output folder that holds weights,
     `NonFiniteWeightError`, `BudgetError`, `RankError` and `NothingToFactorizeError` as `factorize` does; `CalibrationError` for a model without

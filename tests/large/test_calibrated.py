@@ -35,7 +35,8 @@ class Block(nn.Module):
         cache.append(x)
         assert len(cache) <= 4, "a cache must be new in every call of the model"
         y = self.norm(x)
-        return x + self.down(self.up(y).relu()) * scale + self.mix(y * angles) + self.shared(y), y.mean()
+        x += self.shared(y)
+        return x + self.down(self.up(y).relu()) * scale + self.mix(y * angles), y.mean()
 
 
 class Net(nn.Module):
@@ -168,8 +169,11 @@ def test_the_files_hold_what_factorize_makes_of_the_whole_model(name, asked, tmp
         torch.testing.assert_close(small(**batches[1]).logits, expected(**batches[1]).logits, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rounds", ["one round", "several rounds"])
 @pytest.mark.parametrize("include", [(), "*"], ids=["inner", "all"])
-def test_what_a_model_does_outside_of_its_blocks_is_its_own_business(net, tmp_path, include):
+def test_what_a_model_does_outside_of_its_blocks_is_its_own_business(net, tmp_path, monkeypatch, include, rounds):
+    if rounds == "several rounds":
+        monkeypatch.setattr("fxrank.passes.calibration.collect.ROUND_BYTES", 2000)
     batches = [tokens(seed) for seed in range(3)]
     plan = compress_shards(
         empty(),
@@ -202,6 +206,13 @@ def test_batches_are_counted_and_a_loader_is_enough(net, tmp_path):
     given = {"rank": 3, "calibration": loader, "calibration_batches": 2}
     plan = compress_shards(empty(), tokens(0), in_files(net, tmp_path / "big"), tmp_path / "small", **given)
     assert plan.calibration_batches == 2
+
+
+def test_autocast_changes_nothing(net, tmp_path):
+    source, given = in_files(net, tmp_path / "big"), {"rank": 3, "calibration": [tokens(0)]}
+    expected = compress_shards(empty(), tokens(0), source, tmp_path / "small", **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compress_shards(empty(), tokens(0), source, tmp_path / "same", **given) == expected
 
 
 @settings(max_examples=10, deadline=None)
