@@ -11,8 +11,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from fxrank.cli.data import DATA_HELP, build_loaders
-from fxrank.cli.folders import compress_by_shards, copy_settings, is_in_shards, model_folder, trained
+from fxrank.cli.data import DATA_HELP
+from fxrank.cli.folders import (
+    calibration_loaders,
+    compress_by_shards,
+    copy_settings,
+    is_in_shards,
+    model_folder,
+    trained,
+)
 from fxrank.cli.models import MODEL_HELP, build_model, example_for
 from fxrank.oneshot import RATIO, factorize
 from fxrank.passes.errors import CheckpointError
@@ -29,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "spec",
         metavar="MODEL",
         help=f"{MODEL_HELP}; a folder as Transformers saves it, with or without hf:, brings its weights. In several files they are "
-        "read one at a time",
+        "read a part at a time",
     )
     parser.add_argument(
         "--weights", default=None, help="state dict of the trained model: .safetensors, or a file that torch.save wrote"
@@ -55,9 +62,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help=f"of every layer, or, with a point in it, ratio of its full rank (default {RATIO}, without a target)",
     )
     parser.add_argument("--form", default="auto", help="channel, spatial, qkv, … (default: whichever loses least)")
-    parser.add_argument("--data", default=None, help=f"to calibrate on, and to compare on: {DATA_HELP}")
+    parser.add_argument(
+        "--data",
+        default=None,
+        help=f"to calibrate on, and to compare on: {DATA_HELP}. For a folder with a tokenizer also a text file, to calibrate on alone. A "
+        "model in several files is calibrated one block at a time",
+    )
     parser.add_argument("--calibration-batches", type=int, default=8, help="(default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=None, help="(default 128, of texts 8)")
+    parser.add_argument(
+        "--tokens", type=int, default=None, help="of one sequence of a text (default 512, or what the model takes)"
+    )
     parser.add_argument("--image-size", type=int, default=224, help="for an image folder (default %(default)s)")
     parser.add_argument("--output", default="run/small", help="folder for model and plan (default %(default)s)")
 
@@ -78,7 +93,7 @@ def run(options: argparse.Namespace) -> None:
     model = model.to(device).eval()
     train = val = None
     if options.data is not None:
-        train, val = build_loaders(options.data, options.batch_size, options.image_size, seed=0)
+        train, val = calibration_loaders(options, model, folder)
         example = to_device(model_inputs(model, first_batch(train)), device)
     else:
         example = to_device(example_for(spec, model, options.input), device)

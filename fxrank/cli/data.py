@@ -1,9 +1,11 @@
 """Loaders by the names that the command line takes."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxrank.cli.models import called
 
@@ -42,4 +44,36 @@ def build_loaders(spec: str, batch_size: int, image_size: int, seed: int) -> tup
         if len(loaders) != 2:
             raise ValueError(f"{spec} must return (training loader, validation loader); got {len(loaders)} values.")
         return loaders[0], loaders[1]
-    raise ValueError(f"--data must be digits, an image folder, or package.module:callable; got {spec!r}.")
+    raise ValueError(
+        f"--data must be digits, an image folder, or package.module:callable; got {spec!r}. A text file is for fxrank compress FOLDER alone."
+    )
+
+
+def text_batches(text: Path, folder: Path, batches: int, batch_size: int, length: int) -> list[dict[str, Tensor]]:
+    """Batches `{"input_ids": (batch_size, length)}` of sequences that are evenly spaced in a text, tokenized as the model in the folder has
+    it; no more than lie side by side. Raises `ValueError` for a text that is too short, or no UTF-8, and a folder without a tokenizer.
+    """
+    for name, value in (("calibration-batches", batches), ("batch-size", batch_size), ("tokens", length)):
+        if value < 1:
+            raise ValueError(f"--{name} must be above 0; got {value}.")
+    transformers = importlib.import_module("transformers")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"a text is tokenized by what lies beside the model; AutoTokenizer finds nothing in {folder}: {str(error).partition(chr(10))[0]} "
+            "Save the tokenizer there, or name in --data a package.module:callable that returns loaders of token ids."
+        ) from error
+    try:
+        written = text.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"a text must be UTF-8; {text} is not: {error}.") from error
+    ids = torch.tensor(tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    count = min(batches * batch_size, len(ids) // length)
+    if not count:
+        raise ValueError(
+            f"a text must have at least one sequence of {length} tokens; {text} has {len(ids)}. Give a longer one, or fewer --tokens."
+        )
+    starts = torch.linspace(0, len(ids) - length, count).long().tolist()
+    sequences = torch.stack([ids[start : start + length] for start in starts])
+    return [{"input_ids": some} for some in sequences.split(batch_size)]

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from fxrank.cli.models import build_model, example_for, on_meta_where_possible
+from fxrank.cli.data import build_loaders, text_batches
+from fxrank.cli.models import build_model, example_for
 from fxrank.large.stream import compress_shards
 from fxrank.passes.errors import CheckpointError
 from fxrank.passes.model.device import known_device
 from fxrank.policies.budget import asked_budget
 from fxrank.saving.model_files import WEIGHTS
-from fxrank.saving.shards import INDEX
+from fxrank.saving.shards import INDEX, check_empty
+from fxrank.saving.unfilled import built_unfilled
 from fxrank.training.measure import parameter_count
 
 OF_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ot", ".onnx"}
@@ -49,22 +51,23 @@ def trained(model: nn.Module, folder: Path) -> nn.Module:
 
 
 def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
-    """One weight at a time, and print what became of every layer."""
-    run = ("weights", "data", "input", "target_step_time", "target_latency")
+    """One weight at a time, with data one block, and print what became of every layer."""
+    run = ("weights", "input", "target_step_time", "target_latency")
     given = [f"--{name.replace('_', '-')}" for name in run if getattr(options, name) is not None]
     if given:
         raise ValueError(
-            f"a model in several files is read one weight at a time, from {INDEX} alone, and never run; got {' and '.join(given)}. Leave them "
-            "out, or, where the model fits into memory, calibrate with fxrank.factorize(model, batch, calibration=loader)."
+            f"a model in several files is read a part at a time, from {INDEX} alone, and never timed; got {' and '.join(given)}. Leave them "
+            "out, or, where the model fits into memory, use fxrank.factorize(model, batch, …)."
         )
     spec = f"hf:{folder}"
 
-    def build() -> tuple[nn.Module, Any]:
-        model = build_model(spec, options.classes)
-        return model, example_for(spec, model, None)
-
-    model, example = on_meta_where_possible(build)
+    model = built_unfilled(lambda: build_model(spec, options.classes))
+    example = example_for(spec, model, None)
     before = parameter_count(model)
+    calibration = None
+    if options.data is not None:
+        check_empty(Path(options.output))
+        calibration = calibration_loaders(options, model, folder)[0]
     plan = compress_shards(
         model,
         example,
@@ -75,13 +78,26 @@ def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
         include=options.include,
         exclude=options.exclude,
         form=options.form,
+        calibration=calibration,
+        calibration_batches=None if calibration is None else options.calibration_batches,
         device=known_device(options.device or "cpu"),
     )
     copy_settings(folder, options.output)
     after = parameter_count(model)
     print(plan)
-    print(f"\n{after:,} of {before:,} parameters ({after / before:.3f}); factors of the weights alone")
+    known = f"know {plan.calibration_batches} batches" if plan.calibration_batches else "are of the weights alone"
+    print(f"\n{after:,} of {before:,} parameters ({after / before:.3f}); factors {known}")
     print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))
+
+
+def calibration_loaders(options: argparse.Namespace, model: nn.Module, folder: Path | None) -> tuple[Any, Any]:
+    """`(training, validation)` loaders for `compress --data`; of a text, for a model in a folder, there is no validation."""
+    text = Path(options.data)
+    if folder is None or not text.is_file():
+        return build_loaders(options.data, options.batch_size or 128, options.image_size, seed=0)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    length = options.tokens or min(512, longest or 512)
+    return text_batches(text, folder, options.calibration_batches, options.batch_size or 8, length), None
 
 
 def copy_settings(folder: Path, output: str | Path) -> None:

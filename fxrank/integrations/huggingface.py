@@ -40,8 +40,9 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.rewriting.install import pairs_in
 from fxrank.plan import Plan
 from fxrank.policies.base import Policy
-from fxrank.saving.model_files import PLAN, load, save
+from fxrank.saving.model_files import PLAN, fill, save
 from fxrank.saving.plainfile import read_plain, write_plain
+from fxrank.saving.unfilled import built_unfilled
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import LOW
 from fxrank.switch.plan_of import has_plan, plan_of
@@ -293,8 +294,8 @@ def from_pretrained(cls: Any, path: str | os.PathLike[str]) -> nn.Module:
     config = AutoConfig.from_pretrained(path)
     build = getattr(cls, "from_config", None) or cls._from_config
     with random_untouched():
-        model: nn.Module = build(config)
-    load(model, path)
+        model: nn.Module = built_unfilled(lambda: build(config))
+    fill(model, path)
     if (Path(path) / GENERATION_CONFIG_NAME).is_file():  # the configuration alone gives the default one
         model.generation_config = GenerationConfig.from_pretrained(path)
     return model.eval()

@@ -33,6 +33,7 @@ from fxrank.plan import Plan
 from fxrank.saving.dense_twin import dense_twin
 from fxrank.saving.plainfile import pack, unpack, unstorable
 from fxrank.saving.shards import INDEX, PLAN_FILE, Shards
+from fxrank.saving.unfilled import give_memory
 from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import plan_of
 from fxrank.switch.sites import sites
@@ -144,6 +145,16 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     file and for files of two saves, `PlanMismatchError` for a plan of another model, `ValueError` for a model on the meta
     device, `TypeError` for one in shards.
     """
+    state = own_state(uncompiled(model))
+    if meta := [name for name, value in state.items() if getattr(value, "is_meta", False)]:
+        raise ValueError(
+            f"a model to load into must have memory; {meta[0]!r} is on the meta device. Build it on a real one, or move it with model.to_empty(device=…) first."
+        )
+    return fill(model, path)
+
+
+def fill(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """As `load`, for a model that may be `unfilled`: its tensors get memory when they are the small ones."""
     folder = Path(path)
     sharded = (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file()
     for name in (PLAN, INDEX if sharded else WEIGHTS):
@@ -161,12 +172,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         raise TypeError(
             f"a file is loaded into a whole model; this {type(inner).__name__} is in shards. Load it into a freshly built one, and shard that."
         )
-    if meta := [name for name, value in own_state(inner).items() if getattr(value, "is_meta", False)]:
-        raise ValueError(
-            f"a model to load into must have memory; {meta[0]!r} is on the meta device. Build it on a real one, or move it with model.to_empty(device=…) first."
-        )
     aliases = check_names(inner, plan, stored | dict.fromkeys(extra))
     replacements = apply_plan(inner, plan, split=False)
+    give_memory(inner)
     rewrap_all(p for r in replacements for p in r.parameters)
     load_own_state(inner, state | extra | {name: state[same] for name, same in aliases.items()})
     return model

@@ -94,9 +94,11 @@ def model_inputs(model: nn.Module, batch: Any) -> Any:
     return {"images": inputs, "targets": targets} if takes_targets(model, targets) else inputs
 
 
-def calls_of(model: nn.Module, batches: Iterable[Any], limit: int | None = None) -> Callable[[], Iterator[Call]]:
+def calls_of(
+    model: nn.Module, batches: Iterable[Any], limit: int | None = None, device: torch.device | None = None
+) -> Callable[[], Iterator[Call]]:
     """The calls of the model that calibration batches make, in any form that a training loader yields, targets left out, on the
-    model's device; anew each time the result is called, `limit` of them at most.
+    `device` (the model's); anew each time the result is called, `limit` of them at most.
 
     Raises `TypeError` for what cannot be iterated again, or is a batch itself, and `ValueError` for a limit below 1.
     """
@@ -107,11 +109,11 @@ def calls_of(model: nn.Module, batches: Iterable[Any], limit: int | None = None)
         )
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"calibration_batches must be a whole number above 0; got {limit!r}. None takes them all.")
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    place = device or next((p.device for p in model.parameters()), torch.device("cpu"))
 
     def calls() -> Iterator[Call]:
         for batch in islice(batches, limit):
-            yield call_arguments(model, to_device(model_inputs(model, batch), device))
+            yield call_arguments(model, to_device(model_inputs(model, batch), place))
 
     return calls
 

@@ -33,6 +33,8 @@ positions. The draws of several batches add up.
 ROUND_BYTES = 2**30
 """Memory for the moments of the layers that are watched in one round over the batches; more layers take more rounds."""
 
+NO_BATCH = "calibration must yield at least one batch; it is empty. Check the data set, batch_size, drop_last and calibration_batches."
+
 
 @dataclass(frozen=True)
 class Watch:
@@ -96,9 +98,7 @@ def collect(
                 together(run, of_all)
         number = sum(of_all(batch.number))
         if not number:
-            raise CalibrationError(
-                "calibration must yield at least one batch; it is empty. Check the data set, batch_size, drop_last and calibration_batches."
-            )
+            raise CalibrationError(NO_BATCH)
         for key in keys:
             weight = watched[key].weight
             seen = Moments.added(of_all(moments[key])) if of_all is not alone else moments[key]

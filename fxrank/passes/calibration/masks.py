@@ -22,17 +22,22 @@ def paddings(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """Masks `(batch, length)`, true where a position is padding, one for each shape: of several masks of a shape, as of an encoder and a
     decoder, what is padding in all of them. Empty if the model is not told.
     """
+    given = mask_arguments(model, args, kwargs)
+    found: dict[torch.Size, Tensor] = {}
+    for name, keeps in MASKS.items():
+        padding = _padding(given[name], keeps) if name in given else None
+        if padding is not None:
+            found[padding.shape] = found[padding.shape] & padding if padding.shape in found else padding
+    return list(found.values())
+
+
+def mask_arguments(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks that a model is given, by the names of `MASKS`."""
     given = dict(kwargs)
     if args:
         with suppress(TypeError, ValueError):  # the call itself will say what does not fit
             given |= inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
-    found: dict[torch.Size, Tensor] = {}
-    for name, keeps in MASKS.items():
-        mask = given.get(name)
-        padding = _padding(mask, keeps) if isinstance(mask, Tensor) else None
-        if padding is not None:
-            found[padding.shape] = found[padding.shape] & padding if padding.shape in found else padding
-    return list(found.values())
+    return {name: mask for name in MASKS if isinstance(mask := given.get(name), Tensor)}
 
 
 def _padding(mask: Tensor, keeps: bool) -> Tensor | None:
