@@ -1,7 +1,8 @@
 """Whether a plan pays: the whole training step with its pairs, on copies, against the present one, before anything is changed.
 
 That each pair is faster by itself does not say so: what is small may be lost between the layers. Where the step is not faster, the pairs
-that save least are given back, half of them at a time.
+that save least are given back, half of them at a time. Parts that are compiled run as Python here: to compile two copies takes longer
+than a pair saves in many steps.
 """
 
 import copy
@@ -18,6 +19,7 @@ from fxrank.decisions import keep
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.model.restored import tensors_of
 from fxrank.passes.profiling.clock import Share
+from fxrank.passes.rewriting.install import uncompile_parts
 from fxrank.passes.tracing.proof import observers_off
 from fxrank.plan import Plan
 from fxrank.policies.scene import Clock, Scene
@@ -62,7 +64,7 @@ def _timed_whole(
         call = call_arguments(scene.model, example)
 
         def copied() -> nn.Module:
-            twin = _apart(scene.model)
+            twin = uncompile_parts(_apart(scene.model))
             meanwhile.enter_context(observers_off(twin, *call))
             return twin
 

@@ -15,6 +15,7 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.profiling.clock import times_of
 from fxrank.passes.profiling.timing import Profiler
 from fxrank.policies import times as timed
+from fxrank.session.worth import _timed_whole
 
 TIMED = replace(SOON, speedup_threshold=1.1)
 FOUND = "the training step with pairs in {} layers took {} of the dense one's time"
@@ -176,6 +177,22 @@ def test_the_measurement_leaves_no_trace(clock, monkeypatch):
 class Uncopied(SixLayers):
     def __deepcopy__(self, memo):
         raise RuntimeError("only one of me\nand no more")
+
+
+def test_compiled_parts_are_timed_as_python(monkeypatch):
+    monkeypatch.setattr(Profiler, "times", lambda self, layer, ranks: times_of([[1.0, 0.5]] * 3, "clock"))
+
+    def backend(gm, inputs):
+        raise AssertionError("compiled")
+
+    model = SixLayers()
+    model.l3 = torch.compile(model.l3, backend=backend)
+    session = attach(model, sgd(model), replace(TIMED, objective="size"))
+    session.detach()
+    plan = session.policy.plan(session.scene, session.clock, "now")
+    assert plan.R.keys() == {"l1", "l2", "l3", "l4"}
+    _, share, (note,) = _timed_whole(plan, session._attached, None, 0.0)
+    assert share is not None and note.startswith("measured on copies")
 
 
 def test_what_cannot_be_timed_is_switched_with_a_note(clock):

@@ -89,7 +89,8 @@ def compare(
     """
     for step in steps:
         step()
-    rows, counted, tried, spent = _rounds(steps, watch), list[list[float]](), 0, 0.0
+    rows, tried, spent = _rounds(steps, watch), 0, 0.0
+    counted: list[list[float]] = []
     while tried < PATIENCE * least or (tried < PATIENCE * rounds and spent < PATIENCE * budget_ms):
         row = next(rows)
         tried, spent = tried + 1, spent + sum(lap.ms for lap in row)
