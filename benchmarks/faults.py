@@ -2,11 +2,13 @@
 
     python -m benchmarks.faults            # the tests that do it to the real thing, some minutes in two processes
     python -m benchmarks.faults --kills    # and 150 more kills around the switch and elsewhere, ten minutes in all
+    python -m benchmarks.faults --kills --only FSDP2    # these rows again, in the JSON that there is
 
 Each test asserts that nothing is lost; one that fails is counted as lost here, one that is skipped is named with its reason.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -23,6 +25,7 @@ from tabulate import tabulate
 
 from benchmarks import record
 
+CPU = torch.device("cpu")
 TESTS = Path(__file__).parent.parent / "tests"
 
 
@@ -82,6 +85,7 @@ FAULTS = (
     Fault("gradients switched off, reversed, invented; inference mode", ("trace_gradients::*", "made_in_inference::*")),
     Fault("odd models, odd options", ("odd_models::*", "odd_parts::*")),
     Fault("traces and sessions in several threads", ("threads::*", "session_threads::*")),
+    Fault("a busy machine, and pairs that do not pay (given back)", ("clock::*", "worth::*")),
 )
 
 
@@ -126,7 +130,12 @@ def row(fault: Fault, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Run and write. Returns the path of the JSON."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", action="append", default=None, help="rows whose text has this in it")
+    p.add_argument(
+        "--only",
+        action="append",
+        default=None,
+        help="rows whose text has this in it; the others stay as they were measured",
+    )
     p.add_argument("--kills", action="store_true", help="the long series of kills as well")
     p.add_argument("--results", default=None, help="folder for the JSON (default benchmarks/results)")
     options = p.parse_args(arguments)
@@ -145,12 +154,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     results = {fault.what: row(fault, cases) for fault in faults}
     columns = ("tried", "lost", "skipped")
     print(tabulate([(what, *(r[c] for c in columns)) for what, r in results.items()], headers=("", *columns)))
-    return record.write(
-        "faults",
-        {"configuration": {"kills": options.kills}, "results": results},
-        device=torch.device("cpu"),
-        folder=options.results,
-    )
+    configuration: dict[str, Any] = {"kills": options.kills}
+    path = record.path_of("faults", CPU, options.results)
+    if options.only is not None and path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        again = {*before["configuration"].get("measured again", ()), *results}
+        configuration |= {"measured again": sorted(again)}
+        results = {what: (before["results"] | results)[what] for what in before["results"] | results}
+    data = {"configuration": configuration, "results": results}
+    return record.write("faults", data, device=CPU, folder=options.results)
 
 
 if __name__ == "__main__":

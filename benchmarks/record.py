@@ -43,12 +43,20 @@ def place(name: str, found: dict[str, Any], folder: str | Path | None = None, en
     ) / f"{name}_{hardware}_{found['date'].replace('-', '')}.{ending}"
 
 
-def write(name: str, data: dict[str, Any], *, device: torch.device, folder: str | Path | None = None) -> Path:
-    """Write `<name>_<hardware>_<yyyymm>.json` with the environment and `data`; returns its path."""
+def path_of(name: str, device: torch.device, folder: str | Path | None = None) -> Path:
+    """`<name>_<hardware>_<yyyymm>.json` in `folder` (default benchmarks/results)."""
     found = environment(device)
-    path = place(name, found, folder)
+    hardware = f"cpu{os.cpu_count()}" if found["gpu"] is None else found["gpu"].lower().replace("nvidia", "").split()[0]
+    target = RESULTS if folder is None else Path(folder)
+    return target / f"{name}_{hardware}_{found['date'].replace('-', '')}.json"
+
+
+def write(name: str, data: dict[str, Any], *, device: torch.device, folder: str | Path | None = None) -> Path:
+    """Write `path_of` with the environment and `data`; returns its path."""
+    path = path_of(name, device, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": found} | data, indent=1, default=str) + "\n", encoding="utf-8")
+    content = {"environment": environment(device)} | data
+    path.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     return path
 
 

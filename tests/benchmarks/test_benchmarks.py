@@ -4,6 +4,7 @@ import json
 import re
 import tarfile
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -225,6 +226,24 @@ def test_every_row_of_the_fault_table_has_tests():
         assert texts and re.search(rf"def test_{fault.named.rstrip('*')}", texts), fault.what
     with pytest.raises(SystemExit):
         faults.main(["--only", "meteorites"])
+
+
+def test_rows_that_are_measured_again_take_their_places(tmp_path, monkeypatch):
+    tried = [{"test": "leading::it", "with": "", "outcome": "lost", "reason": "no"}]
+    monkeypatch.setattr(faults.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(faults, "outcomes", lambda report: tried)
+    path = faults.main(["--results", str(tmp_path), "--kills"])
+    before = json.loads(path.read_text())
+    assert before["configuration"] == {"kills": True} and len(before["results"]) == len(faults.FAULTS)
+    tried[0]["outcome"] = "nothing lost"
+    assert faults.main(["--results", str(tmp_path), "--kills", "--only", "large layers"]) == path
+    after = json.loads(path.read_text())
+    (what,) = after["configuration"]["measured again"]
+    assert (before["results"][what]["lost"], after["results"][what]["lost"]) == (1, 0)
+    assert list(after["results"]) == list(before["results"])
+    assert {w: r for w, r in after["results"].items() if w != what} == {
+        w: r for w, r in before["results"].items() if w != what
+    }
 
 
 def test_no_row_of_the_fault_table_takes_what_another_counts():

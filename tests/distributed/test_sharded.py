@@ -79,8 +79,9 @@ def test_every_way_of_sharding_and_deciding():
     for end in team(cases, 2):
         assert {case: found["worst"] < 1e-9 for case, found in end.items()} == dict.fromkeys(CASES, True)
         assert {case: found["switch"] for case, found in end.items()} == dict.fromkeys(CASES, 4) | {"from the start": 0}
-        for found in end.values():
-            assert len(found["R"]) == 8 and (found["R"], found["switch"]) == found["other"]
+        for case, found in end.items():
+            assert (found["R"], found["switch"]) == found["other"]
+            assert len(found["R"]) == 8 or (found["R"] and case == "within a target")  # which may leave layers dense
 
 
 def replicated(rank, size):
