@@ -69,6 +69,11 @@ def tables(share: float, **options: Any) -> Row:
     return row
 
 
+def outputs(share: float = 0.95, speedup_threshold: float | None = None) -> Row:
+    """Ranks from what the layers give on live data; untimed, so that it is the same on a busy machine, or never slower."""
+    return lambda job: Setup(Cuttlefish.of_outputs(share, speedup_threshold=speedup_threshold))
+
+
 def start(share: float, **options: Any) -> Row:
     """A budget at E = 0, whatever the ranks do."""
     return lambda job: Setup(SpectralInit(K=0, target_params=share, **options))
@@ -83,6 +88,10 @@ ROWS: dict[str, Row] = {
     "0.3": ours(target_params=0.3),
     "narrow-0.3": narrow(0.3),
     "0.3-data": ours(target_params=0.3, factors="data"),
+    "outputs": outputs(),
+    "outputs-0.99": outputs(0.99),
+    "outputs-0.9": outputs(0.9),
+    "outputs-gated": outputs(speedup_threshold=1.0),
     "paper": paper,
     "no-gate": ours(speedup_threshold=None),
     "entropy": ours(rank_metric="entropy"),
@@ -98,5 +107,5 @@ ROWS: dict[str, Row] = {
     "0.3-tables": tables(0.3),
 }
 """Rows by name, in the order in which they are run."""
-DECIDING = ("full", "default", "0.5", "0.5-data", "narrow-0.5", "0.3", "narrow-0.3")
+DECIDING = ("full", "default", "outputs", "0.5", "0.5-data", "narrow-0.5", "0.3", "narrow-0.3")
 """Those that are run with more than one seed."""

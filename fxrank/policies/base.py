@@ -149,6 +149,11 @@ class Policy(ABC):
         return None
 
     @property
+    def sees_outputs(self) -> bool:
+        """Whether `decide` looks at `scene.outputs`."""
+        return False
+
+    @property
     def probe(self) -> float:
         """The share of the full rank at which a stack's pair is timed."""
         return 0.25

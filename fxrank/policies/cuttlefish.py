@@ -12,7 +12,7 @@ from fxrank.plan import LayerDecision
 from fxrank.policies.base import LATER, Policy
 from fxrank.policies.forms import in_best_form, spectrum_of
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
-from fxrank.policies.ranks import Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
+from fxrank.policies.ranks import OF_OUTPUTS, Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
 
 FULL_SPEED = 1.0
@@ -31,7 +31,8 @@ class Cuttlefish(Policy):
       `speedup_threshold` times. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
     - R: `rank_metric` is a name in `fxrank.policies.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
-      for `"ratio"`. `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
+      for `"ratio"`. `"output_energy"` keeps a `share` of what each layer gives on live data, with factors that know them (see `of_outputs`).
+      `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
       rounded up to a multiple of it; `"auto"` measures the rank and the next multiples of 8 and 16 and takes the
@@ -68,6 +69,10 @@ class Cuttlefish(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         rank_rule(self.rank_metric)
+        if self.rank_metric in OF_OUTPUTS and self.factors != "data":
+            raise ValueError(
+                f'rank_metric={self.rank_metric!r} says how many ranks factors need that know the data; got factors={self.factors!r}. Add factors="data".'
+            )
         if self.k_rule not in ("stack", "prefix"):
             raise unknown_name("k_rule", self.k_rule, ("stack", "prefix"))
         if self.objective not in ("auto", "speed", "size"):
@@ -126,6 +131,15 @@ class Cuttlefish(Policy):
         return cls(**(chosen | options))
 
     @classmethod
+    def of_outputs(cls, share: float = 0.95, **options: Any) -> "Cuttlefish":
+        """R from the data: each layer gets the rank that keeps `share` of the mean square of its outputs on the last batches before the
+        switch, and the factors that lose least of them. For networks that are larger than their task, whose weights keep a high stable
+        rank. `options` override any field.
+        """
+        chosen: dict[str, Any] = {"rank_metric": "output_energy", "share": share, "factors": "data"}
+        return cls(**(chosen | options))
+
+    @classmethod
     def reference(cls) -> "Cuttlefish":
         """The reference code's detector on CIFAR: window 15, tail 11, relaxed for the last two layers,
         a second warm-up after the switch.
@@ -149,6 +163,10 @@ class Cuttlefish(Policy):
         if self.speedup_threshold is None or (self.objective == "auto" and self.k_rule == "prefix"):
             return None
         return self.objective == "speed" or (self.objective == "auto" and self.budget is None)
+
+    @property
+    def sees_outputs(self) -> bool:
+        return self.rank_metric in OF_OUTPUTS and self.budget is None
 
     @property
     def probe(self) -> float:
@@ -225,15 +243,19 @@ class Cuttlefish(Policy):
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)
-        value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio))
+        outputs = scene.outputs.get(layer.key)
+        value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio, outputs))
         full_rank = layer.full_rank
         rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
+        unknown = ""
+        if self.sees_outputs and outputs is None:
+            unknown = f", of its weight alone: {scene.unseen.get(layer.key, 'its outputs were not looked at')}"
         known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
         if rank >= layer.break_even_rank:
             return replace(
                 keep(
                     layer,
-                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}",
+                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}{unknown}",
                 ),
                 **known,
             )
@@ -247,7 +269,7 @@ class Cuttlefish(Policy):
             )
         scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
-        why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}"
+        why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}{unknown}"
         decision = take(layer, rank, why, extra_bn=self.extra_bn)
         return replace(
             decision,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.profiling.timing import Profiler, StackProfile
@@ -37,6 +37,12 @@ class Scene:
     monitor: RankMonitor | None = None
     factors: Factors = field(default_factory=dict)
     """Factors of the layers decided on, so that the switch needs no second decomposition."""
+    outputs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """Where the policy looks at them (`Policy.sees_outputs`), spectra of what layers give on live data, `(groups, full_rank)`
+    descending, by the layers' keys.
+    """
+    unseen: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Why there are none of other layers."""
 
     def watched(self, kept: Mapping[str, str]) -> frozenset[str]:
         """Layers whose ranks decide the switch: those that may still be factorized, given the policy's `kept`."""

@@ -14,7 +14,7 @@ state goes on. Nothing is put right in a BatchNorm: its statistics follow in the
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxrank.fitting import Fitting
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather, in_rounds
+from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call, call_arguments
 from fxrank.plan import Plan
@@ -140,14 +141,58 @@ def _where_enough(evidence: Evidence) -> Evidence:
     return replace(evidence, known=enough, blind=evidence.blind | few)
 
 
-def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment) -> tuple[Plan, str]:
+def look(calls: LastCalls, attached: Attachment) -> tuple[Evidence | None, list[str]]:
+    """Put the spectra of what the open layers give on the calls into the scene's `outputs`. Returns what is known of the layers, for
+    `fitted_to`, if that was little enough to be kept, and notes.
+    """
+    scene = attached.scene
+    layers = [layer for layer in scene.layers if layer.reason is None]
+    found: list[Evidence] = []
+    scene.outputs.clear()
+    scene.unseen.clear()
+    try:
+        for _, evidence in _seen(layers, calls, attached):
+            scene.outputs.update({key: known.sigma for key, known in evidence.known.items()})
+            scene.unseen.update(evidence.blind)
+            found = [*found[:1], evidence]
+    except CalibrationError as error:
+        return None, [f"ranks were chosen by the weights alone: {error}"]
+    return found[0] if len(found) == 1 else None, []
+
+
+def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment, known: Evidence | None = None) -> tuple[Plan, str]:
     """The plan with what its pairs lose on the calls, or on the example where there were none, their factors in the scene's; and a note.
-    In all processes of a team: each runs its own calls, what they see is added up, and the first one's factors are taken.
+    In all processes of a team: each runs its own calls, what they see is added up, and the first one's factors are taken. `known` is what
+    `look` found.
     """
     team, scene = attached.team, attached.scene
     planned = {d.name: d.form for d in plan.layers if d.factorized}
     there = [layer.if_in_form(planned[layer.name]) for layer in scene.layers if layer.name in planned]
     layers = [replace(layer, reason=None) for layer in there]  # of a plan that is given, which may name any
+    seen: Iterable[tuple[Sequence[Layer], Evidence]]
+    if known is not None and all(layer.key in known.known or layer.key in known.blind for layer in layers):
+        seen = [(layers, known)]
+    else:
+        seen = _seen(layers, calls, attached)
+    try:
+        for some, evidence in seen:
+            fitting = Fitting(team.model, evidence, factors=scene.factors)
+            plan = team.agree(partial(fitting.fitted, plan, some))
+    except CalibrationError as error:
+        return plan, f"factors were made of the weights alone: {error}"
+    number, calls_made = sum(d.output_error is not None for d in plan.layers), plan.calibration_batches
+    made = f"{calls_made} call{'s' * (calls_made != 1)}"
+    return (
+        plan,
+        f"factors of {number} of {len(plan.R)} layers know what these saw in {made} of the model, of the last steps before the switch",
+    )
+
+
+def _seen(
+    layers: Sequence[Layer], calls: LastCalls, attached: Attachment
+) -> Iterator[tuple[Sequence[Layer], Evidence]]:
+    """The layers, in rounds, with what is known of them by the calls."""
+    team = attached.team
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
     with ExitStack() as around:
 
@@ -159,16 +204,5 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment) -> tuple[Plan,
             if not made:
                 yield call_arguments(team.model, attached.example)
 
-        try:
-            for some in in_rounds(team.model, layers, ROUND_BYTES):
-                evidence = gather(team.model, some, again, absorbed, team.of_all, by_batch=True)
-                fitting = Fitting(team.model, _where_enough(evidence), factors=scene.factors)
-                plan = team.agree(partial(fitting.fitted, plan, some))
-        except CalibrationError as error:
-            return plan, f"factors were made of the weights alone: {error}"
-    known, calls_made = sum(d.output_error is not None for d in plan.layers), plan.calibration_batches
-    made = f"{calls_made} call{'s' * (calls_made != 1)}"
-    return (
-        plan,
-        f"factors of {known} of {len(plan.R)} layers know what these saw in {made} of the model, of the last steps before the switch",
-    )
+        for some in in_rounds(team.model, layers, ROUND_BYTES):
+            yield some, _where_enough(gather(team.model, some, again, absorbed, team.of_all, by_batch=True))

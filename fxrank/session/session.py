@@ -33,7 +33,7 @@ from fxrank.policies.fixed import as_policy
 from fxrank.policies.scene import Clock
 from fxrank.session.attach import Attachment, clock_of, examine
 from fxrank.session.hooks import StepHooks
-from fxrank.session.live_data import LastCalls, fitted_to
+from fxrank.session.live_data import LastCalls, fitted_to, look
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
 from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
@@ -236,11 +236,15 @@ class LowRankSession:
         self.team.check()
         self.team.together(lambda: self._listener("before_switch", self))
         start, profiled = time.perf_counter(), self._profiled()
+        known = None
+        if self.policy.sees_outputs:
+            known, notes = look(self._calls, self._attached)
+            self.notes += notes
         steps = list(self.step_ms[FULL])
         plan, self.share, notes = self.team.agree(lambda: decided(self._attached, self.clock, why, steps))
         self.notes += notes
         if self.policy.factors == "data" and plan.R:
-            plan, note = fitted_to(plan, self._calls, self._attached)
+            plan, note = fitted_to(plan, self._calls, self._attached, known)
             self.notes.append(note)
         measured = self._profiled() - profiled
         self.seconds["profile"] += measured
