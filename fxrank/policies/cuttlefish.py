@@ -134,9 +134,14 @@ class Cuttlefish(Policy):
     def of_outputs(cls, share: float = 0.95, **options: Any) -> "Cuttlefish":
         """R from the data: each layer gets the rank that keeps `share` of the mean square of its outputs on the last batches before the
         switch, and the factors that lose least of them. For networks that are larger than their task, whose weights keep a high stable
-        rank. `options` override any field.
+        rank. Any stack whose pair is faster may be factorized, as the whole step has to be faster in the end. `options` override any field.
         """
-        chosen: dict[str, Any] = {"rank_metric": "output_energy", "share": share, "factors": "data"}
+        chosen: dict[str, Any] = {
+            "rank_metric": "output_energy",
+            "share": share,
+            "factors": "data",
+            "speedup_threshold": FULL_SPEED,
+        }
         return cls(**(chosen | options))
 
     @classmethod

@@ -1,5 +1,6 @@
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ HALVING = [2.0**-i for i in range(FULL)]
         ("max_scaled_accumulative", 2 * FULL, 2),
         ("entropy", FULL, 1),
         ("energy", 16, 1),
+        ("output_energy", 2 * FULL, 2),
         ("ratio", 5, 5),
     ],
 )
@@ -55,6 +57,16 @@ def test_max_takes_the_larger():
     rule = rank_rule("max_scaled_accumulative")
     assert rule(evidence(HALVING, xi=1.0, share=0.99)) == 7
     assert rule(evidence(HALVING, xi=9.0, share=0.99)) == pytest.approx(12.0, rel=1e-11)  # the tail of the series
+
+
+def test_energy_of_the_outputs_where_they_are_known():
+    rule = rank_rule("output_energy")
+    seen = replace(evidence(FLAT, xi=2.0, share=0.8), outputs=torch.tensor([HALVING], dtype=torch.float64))
+    assert rule(seen) == 2  # 3/4, 15/16
+    assert rule(replace(seen, share=0.99)) == 4
+    two = torch.tensor([HALVING, FLAT], dtype=torch.float64)
+    assert rule(replace(seen, outputs=two)) == (2 + 16) / 2
+    assert rule(replace(seen, outputs=None)) == pytest.approx(2 * FULL)  # the scaled stable rank
 
 
 def test_groups_are_averaged():
