@@ -244,11 +244,12 @@ class Cuttlefish(Policy):
 
     def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
         spectrum = spectrum_of(layer, scene.model)
-        rank_now = spectrum.stable_rank
+        outputs = scene.outputs.get(layer.key)
+        # Where the outputs decide, nothing is asked of the weight's spectrum, which takes as long as all else.
+        rank_now = spectrum.stable_rank if outputs is None else self._last_look(layer, scene)
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)
-        outputs = scene.outputs.get(layer.key)
         value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio, outputs))
         full_rank = layer.full_rank
         rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
@@ -272,13 +273,14 @@ class Cuttlefish(Policy):
                 speedup=round(speedup, 4),
                 **known,
             )
-        scene.factors[layer.name] = spectrum.factors(rank)
+        if outputs is None:
+            scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
         why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}{unknown}"
         decision = take(layer, rank, why, extra_bn=self.extra_bn)
         return replace(
             decision,
-            truncation_error=round(spectrum.truncation_error(rank), 6),
+            truncation_error=round(spectrum.truncation_error(rank), 6) if outputs is None else None,
             speedup=None if speedup is None else round(speedup, 4),
             **known,
         )
@@ -296,6 +298,10 @@ class Cuttlefish(Policy):
         # A tie goes to the larger rank: it costs nothing and keeps more.
         best = max(i for i, t in enumerate(pairs) if t <= 1.02 * min(pairs))
         return choices[best], dense / pairs[best]
+
+    def _last_look(self, layer: Layer, scene: Scene) -> float:
+        assert scene.monitor is not None
+        return scene.monitor.latest()[layer.name]
 
     def _xi_of(self, layer: Layer, scene: Scene) -> float:
         if isinstance(self.xi, Mapping):

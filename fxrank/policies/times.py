@@ -21,6 +21,7 @@ from fxrank.passes.model.calls import Example
 from fxrank.passes.profiling.clock import Share, Stopwatch, Times
 from fxrank.passes.profiling.timing import Profiler
 from fxrank.passes.profiling.whole import BUDGET_MS, LEAST, compare
+from fxrank.passes.rewriting.install import pairs_in
 from fxrank.plan import Budget, Plan
 from fxrank.policies.budget import Costs, CostsOf, Forms, Option, allocate, ladders_of
 from fxrank.switch.apply_plan import Factors, apply_plan
@@ -120,10 +121,15 @@ class Trials:
         """What a copy with the plan's pairs takes of the dense model's time."""
         return self.times(plan, factors).shares[1]
 
-    def times(self, plan: Plan, factors: Factors) -> Times:
-        """Of the dense model, and of a copy with the plan's pairs."""
+    def times(self, plan: Plan, factors: Factors | None = None) -> Times:
+        """Of the dense model, and of a copy with the plan's pairs, of random numbers if there are no factors."""
         small = self._copied()
-        apply_plan(small, plan, example=self._example, factors=dict(factors))
+        apply_plan(small, plan, example=self._example, split=factors is not None, factors=dict(factors or {}))
+        if factors is None:
+            with torch.random.fork_rng():
+                for pair in pairs_in(small).values():
+                    for weight in (pair.u.weight, pair.v.weight):
+                        nn.init.normal_(weight, std=max(1, weight[0].numel()) ** -0.5)
         return self._timed(self._dense, small)
 
     def _timed(self, *models: nn.Module) -> Times:

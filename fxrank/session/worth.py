@@ -79,7 +79,7 @@ def _timed_whole(
 def _paying(plan: Plan, trials: Trials, scene: Scene, must: bool) -> tuple[Plan, Share | None, list[str]]:
     notes: list[str] = []
     while plan.R:
-        times = trials.times(plan, scene.factors)
+        times = trials.times(plan)
         share = times.shares[1]
         found = f"the training step with pairs in {len(plan.R)} layers took {share.median:.2f} ± {share.spread:.2f} of the dense one's time"
         if times.how != "clock":
