@@ -111,7 +111,12 @@ class Report:
             ),
             ("as predicted", "", "", _times(self.predicted_speedup)),
             ("training memory", _mib(full_memory), _mib(low_memory), _ratio(full_memory, low_memory)),
-            ("accuracy at the switch", _percent(self.accuracy_before_switch), _percent(self.accuracy_after_switch), ""),
+            (
+                "accuracy at the switch",
+                _percent(self.accuracy_before_switch if count else None),
+                _percent(self.accuracy_after_switch if count else None),
+                "",
+            ),
         ]
         if gradients:
             full, low = gradients.get("full-rank"), gradients.get("low-rank")
