@@ -141,8 +141,8 @@ class Plan:
 
     @property
     def E(self) -> float | None:
-        """Switch epoch."""
-        return self.switch_epoch
+        """Switch epoch; None where nothing is factorized."""
+        return self.switch_epoch if self.R else None
 
     @property
     def K(self) -> int:

@@ -188,6 +188,8 @@ def profile(
     profiler = Profiler(model, place, amp=amp)
     found_stacks = stacks(layers)
     measured = tuple(profiler.stack(stack, probe_ratio) for stack in found_stacks)
+    if not found_stacks:
+        return Profile((), tuple(layers), speedup_threshold, 0.0, str(place), tuple(notes))
     dtype = amp or found_stacks[0].sample.dtype
     roof = roofline(place, dtype)
     outlook = tuple(

@@ -39,7 +39,8 @@ def give_memory(model: nn.Module) -> None:
 
     for module in model.modules():
         for held in (own_parameters(module), own_buffers(module)):
-            held.update({name: real(t) for name, t in held.items() if t is not None and t.is_meta})
+            if unfilled_ones := {name: t for name, t in held.items() if t is not None and t.is_meta}:
+                held.update({name: real(t) for name, t in unfilled_ones.items()})  # a script's own are never
         if isinstance(module, nn.RNNBase):
             read_weights_again(module)
 

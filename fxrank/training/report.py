@@ -80,7 +80,7 @@ class Report:
         """The totals, without the table of layers."""
         plan = self.plan
         count = len(plan.R)
-        switched = f"E = {plan.E:g} of {self.epochs} epochs" if plan.E is not None and count else "no switch"
+        switched = f"E = {plan.E:g} of {self.epochs} epochs" if plan.E is not None else "no switch"
         lines = [
             f"policy {plan.policy}: {switched}, K = {plan.K}, {count} of {len(plan.layers)} layers factorized ({plan.note})"
         ]

@@ -71,13 +71,23 @@ def test_an_interrupt_gets_a_sentence(options, text, capsys, monkeypatch, tmp_pa
 def test_ctrl_c_in_a_real_process(tmp_path):
     command = [sys.executable, "-m", "fxrank", *TRAIN, "--epochs", "500", "--output", str(tmp_path), "--resume"]
     environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
-    for _ in range(600):
-        if (tmp_path / "checkpoint.safetensors").exists():
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    )
+    try:
+        for _ in range(600):
+            if (tmp_path / "checkpoint.safetensors").exists():
+                break
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "fxrank train: interrupted; the same command goes on" in err and "Traceback" not in err
     files = {"checkpoint.safetensors", "checkpoint.before.safetensors", "checkpoint.grown.jsonl"}

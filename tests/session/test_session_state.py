@@ -27,6 +27,7 @@ from nets import (
 )
 
 import fxrank
+from fxrank.passes.spectra import tracked
 
 X, Y = vectors()
 TIMED = fxrank.Cuttlefish(speedup_threshold=0.0, latest=None)
@@ -182,8 +183,9 @@ def test_the_rank_curves_go_on_to_the_last_bit(make, by_attach, tmp_path):
     assert resumed.scene.monitor.settled == session.scene.monitor.settled
 
 
-def test_without_the_tracker_the_curves_would_differ():
+def test_without_the_tracker_the_curves_would_differ(monkeypatch):
     """What the state of version 1 left out matters."""
+    monkeypatch.setattr(tracked, "NARROW", 0)
     model, optimizer, session = attached(UNTIMED, ConvNet, x=images()[0])
     train(model, optimizer, 7, images())
     saved = session.state_dict()
