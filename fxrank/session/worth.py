@@ -57,8 +57,10 @@ def _timed_whole(
     must, scene = attached.policy.must_pay, attached.scene
     if must is None or not plan.R:
         return plan, None, []
-    if is_sharded(attached.team.model):
-        return plan, None, ["the training step was not timed as a whole: the model is in shards"]
+    # One process alone would wait for ever in a part that talks to the others, as SyncBatchNorm does; and what pairs save where gradients are
+    # averaged would not be in it.
+    if attached.team.size > 1 or is_sharded(attached.team.model):
+        return plan, None, ["the training step was not timed as a whole: several processes make it"]
     with ExitStack() as meanwhile:
         example = attached.team.example(attached.example)
         call = call_arguments(scene.model, example)

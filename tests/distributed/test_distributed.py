@@ -19,6 +19,8 @@ import fxrank
 from fxrank.demo import DigitsNet
 from fxrank.distributed.ddp import wrapper_around
 from fxrank.distributed.team import Team, gradient_bytes
+from fxrank.passes.profiling.clock import times_of
+from fxrank.passes.profiling.timing import Profiler
 
 PUFFERFISH = fxrank.Pufferfish(E=4, K=0, ratio=0.25)
 STEPS = 10
@@ -182,8 +184,44 @@ def test_options_outlive_the_switch(name):
     hook = {"fp16": "fp16_compress_hook", "powersgd": "powerSGD_hook"}.get(options.get("hook"))
     assert found[0]["hooks"] == ([hook] if hook and options.get("keep", True) else [])
     assert found[0]["compressed"] == (options.get("hook") == "powersgd")
-    assert [note for note in found[0]["notes"] if not note.startswith("measured on copies")] == []
-    assert found[0]["notes"] == found[1]["notes"]
+    whole = "the training step was not timed as a whole: several processes make it"
+    assert found[0]["notes"] == found[1]["notes"] == ([whole] if name == "stacks timed" and found[0]["R"] else [])
+
+
+class Averages(nn.Module):
+    """Talks to the other processes in each forward in training, as SyncBatchNorm does."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, x):
+        x = self.inner(x)
+        if self.training:
+            dist.all_reduce(x.detach().mean(0))
+        return x
+
+
+def timed(rank, size):
+    Profiler.times = lambda self, layer, ranks: times_of([[1.0, *[0.5] * len(ranks)]] * 3, "clock")
+    torch.manual_seed(0)
+    wrapper, (mine, _) = DistributedDataParallel(Averages()), part_of(rank, size)
+    optimizer = torch.optim.SGD(wrapper.parameters(), 0.1)
+    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
+    with fxrank.LowRankSession.attach(
+        wrapper, optimizer, example_inputs=mine[0], total_steps=STEPS, policy=policy
+    ) as session:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            F.cross_entropy(wrapper(mine[0]), mine[1]).backward()
+            optimizer.step()
+    return session.plan.R, session.share, session.notes
+
+
+def test_no_process_waits_for_others_in_a_model_that_it_times_alone():
+    for ranks, share, notes in team(timed, 2):
+        assert ranks and share is None
+        assert notes == ["the training step was not timed as a whole: several processes make it"]
 
 
 def called_once(rank, size, folder):
