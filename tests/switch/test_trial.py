@@ -346,3 +346,23 @@ def test_what_shows_in_later_calls_is_seen_in_the_weights():
     model(x), small(x)
     torch.testing.assert_close(small.slow.weight, model.slow.weight)
     torch.testing.assert_close(small(x), model(x))
+
+
+class BesideScript(nn.Module):
+    """Asks what a layer is, beside a part that takes no hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.script = nn.Linear(8, 8), torch.jit.script(nn.Linear(8, 8))
+
+    def forward(self, x):
+        return self.script(torch.tanh(self.layer(x) if isinstance(self.layer, nn.Linear) else x))
+
+
+def test_a_script_beside_a_layer_does_not_keep_it_from_being_tried():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", Warning)
+        model = BesideScript()
+    _, reasons = at_full_rank(model)
+    assert re.search(r"layer \(linear\): with a pair in its place the model computes something else", reasons)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fxrank.torch_private import pytree
 from fxrank.torch_private.kernels import is_of_functorch
-from fxrank.torch_private.modules import times_written
+from fxrank.torch_private.modules import own_parameters, times_written
 
 
 class Inside(NamedTuple):
@@ -61,7 +61,8 @@ class SeenInside(nn.Module):
         return Inside(outputs, of_modules, weights)
 
     def _weights(self) -> dict[str, Tensor]:
-        own = {name: module._parameters.get("weight") for name, module in self.model.named_modules()}
+        modules = [(n, m) for n, m in self.model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
+        own = {name: own_parameters(module).get("weight") for name, module in modules}
         return {name: weight for name, weight in own.items() if weight is not None}
 
 
