@@ -106,20 +106,24 @@ class Clear(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.wide = nn.Conv2d(128, 128, 3, padding=1, bias=False)
+        self.wide = nn.Conv2d(512, 512, 3, padding=1, bias=False)
         self.tiny = nn.Linear(16, 16, bias=False)
 
     def forward(self, x):
-        return self.tiny(self.wide(x)[:, :2, 0])
+        return self.tiny(self.wide(x)[:, :16].mean((2, 3)))
 
 
 def test_beside_busy_processes_what_is_clear_is_decided_as_on_a_quiet_machine():
+    """By the clock on the wall two threads that wait for each other took this pair for half as fast as its layer."""
+    threads = torch.get_num_threads()
     with ExitStack() as busy:
         for _ in range(2 * (os.cpu_count() or 1)):
             process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
             busy.callback(process.wait)
             busy.callback(process.kill)
-        wide, tiny = fxrank.profile(Clear(), torch.randn(8, 128, 16, 16), include="*").stacks
+        busy.callback(torch.set_num_threads, threads)
+        torch.set_num_threads(2)
+        wide, tiny = fxrank.profile(Clear(), torch.randn(16, 512, 2, 2), include="*").stacks
     assert wide.names == ("wide",) and wide.speedup > 1.5
     assert tiny.names == ("tiny",) and tiny.speedup < 1.0
     assert {wide.how, tiny.how} <= {"clock", "processor time"}
