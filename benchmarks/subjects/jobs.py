@@ -207,30 +207,26 @@ TRANSFORMER = fxrank.Cuttlefish.transformer
 _IMAGES = {"side": SIDE}
 _PAIRS: dict[str, Any] = {"width": 128, "depth": 2, "at_least": 8, "train": 29_000, "batch": 64}
 
+
+def _resnet(name: str, stages: int, depth: int, epochs: int) -> Job:
+    return Job(
+        name,
+        resnet_cifar10,
+        _IMAGES | {"stages": stages, "depth": depth, "width": 16},
+        epochs,
+        tuple(range(4, 16)),
+        exclude=("*shortcut*",),
+        planar=True,
+        small={"train": 256},
+    )
+
+
 JOBS: dict[str, Job] = {
     job.name: job
     for job in (
         Job("wide-digits", wide_digits, {"width": 512, "batch": 64}, 30, tuple(range(16, 512, 4)), bare=True),
-        Job(
-            "resnet20-cifar10",
-            resnet_cifar10,
-            _IMAGES | {"stages": 3, "depth": 3, "width": 16},
-            5,
-            tuple(range(4, 16)),
-            exclude=("*shortcut*",),
-            planar=True,
-            small={"train": 256},
-        ),
-        Job(
-            "resnet18-cifar10",
-            resnet_cifar10,
-            _IMAGES | {"stages": 4, "depth": 2, "width": 16},
-            6,
-            tuple(range(4, 16)),
-            exclude=("*shortcut*",),
-            planar=True,
-            small={"train": 256},
-        ),
+        _resnet("resnet20-cifar10", stages=3, depth=3, epochs=5),
+        _resnet("resnet18-cifar10", stages=4, depth=2, epochs=6),
         Job(
             "vit-cifar10",
             tasks.vit_cifar10,

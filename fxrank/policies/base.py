@@ -51,7 +51,8 @@ class Policy(ABC):
     parameters), or one of `register_pair`; layers without it keep theirs.
     `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
     papers' BERT recipe. `factors` are made of the `"weight"` alone, its truncated SVD, or of the `"data"`: those whose outputs differ
-    least from the layer's on what the model was called with in the last steps before the switch (see `session.live_data`); the ranks are the same. `target_params` and `target_macs` are a budget, one of them at most: the share, in (0, 1], of all the
+    least from the layer's on what the model was called with in the last steps before the switch (see `session.live_data`); the ranks are the same, unless the policy
+    chooses them by the outputs. `target_params` and `target_macs` are a budget, one of them at most: the share, in (0, 1], of all the
     model's parameters, or of the multiply-adds of its weight layers, that the model may have after the switch. The policy decides when, and
     which layers stay dense, and the ranks are chosen by the spectra at the switch, so that the least is lost (see `policies.within`).
     """

@@ -60,10 +60,12 @@ class Cuttlefish(Policy):
     """A convergence test of your own instead of the slope test."""
     form: str = "auto"
     samples: int | str = 300
-    """Samples of the ranks in a run, or `"epoch"` for one an epoch."""
+    """Samples of the ranks in a run, or `"epoch"` for one an epoch. Where so many would take much of a step's time they are fewer, and the
+    window spans as many steps (see `monitor.spacing`).
+    """
     objective: str = field(default="auto", metadata=LATER)
     """`"speed"`: before the switch the whole training step is timed with the pairs, on copies, and those that do not pay are given back;
-    `"size"`: it is timed and said; `"auto"` is speed where no target asks for a size, and neither under the papers' prefix rule.
+    `"size"`: it is timed and said. `"auto"` is `"size"` under a target, and else `"speed"`; under the papers' prefix rule it is not timed.
     """
 
     def __post_init__(self) -> None:

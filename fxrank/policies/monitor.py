@@ -1,6 +1,6 @@
 """E: stable ranks of the live weights, sampled by optimizer step, and the test whether they have settled.
 
-Ranks are sampled at even steps, 300 times in a run (the papers' runs have 300 epochs and look once an epoch), so
+Ranks are sampled at even steps, 300 times in a run unless that takes too long (the papers' runs have 300 epochs and look once an epoch), so
 that one rule serves 10 epochs, 300 epochs, or one long epoch: a slope is measured per sample, that is per 1/300 of
 the training.
 """

@@ -8,7 +8,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any, Protocol
 
 from torch import nn
@@ -162,15 +162,14 @@ def _are_numbers(value: Any, names: tuple[str, ...]) -> bool:
 
 
 def _is_profile(value: Any) -> bool:
-    lately = {"spread": 0.0, "how": "clock"}  # earlier versions had none
-    if not isinstance(value, dict) or set(lately | value) != {f.name for f in fields(StackProfile)}:
+    lately = {f.name: f.default for f in fields(StackProfile) if f.default is not MISSING}  # earlier versions had none
+    if not isinstance(value, dict) or set(value := lately | value) != {f.name for f in fields(StackProfile)}:
         return False
     shapes = all(isinstance(value[n], list) and all(map(_is_count, value[n])) for n in ("weight_shape", "input_shape"))
     names = isinstance(value["names"], list) and all(isinstance(n, str) for n in value["names"])
-    words = all(isinstance(n, str) for n in (value["kind"], value.get("how", "")))
-    numbers = value.keys() - {"names", "kind", "weight_shape", "input_shape", "how", "spread"}
-    spread = _is_number(value.get("spread", 0.0)) and value.get("spread", 0.0) >= 0
-    return shapes and names and words and spread and all(_is_number(value[n]) and value[n] > 0 for n in numbers)
+    words = isinstance(value["kind"], str) and isinstance(value["how"], str)
+    numbers = value.keys() - {"names", "kind", "weight_shape", "input_shape", "how"}
+    return shapes and names and words and all(_is_number(value[n]) and (value[n] > 0 or n == "spread") for n in numbers)
 
 
 def _listed(profile: dict[str, Any]) -> dict[str, Any]:

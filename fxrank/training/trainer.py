@@ -248,7 +248,7 @@ class Trainer:
         if event == "before_switch" and self._bar is not None:
             self._bar.say("switching")
         _, self.state.at_switch[event] = self.evaluate(session)
-        if event == "after_switch" and session.plan is not None:
+        if event == "after_switch" and session.plan is not None and session.plan.R:
             log.info(
                 "switch at epoch %s: %d layers factorized (%s)", session.plan.E, len(session.plan.R), session.plan.note
             )

@@ -5,9 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from rolled import LowRankRolledLinear, RolledLinear, RolledNet
 from torch import nn
 
 import fxrank
+from fxrank.passes.pairs.registry import PAIRS
 
 pytestmark = pytest.mark.filterwarnings("ignore:ranks at or above break-even")
 
@@ -231,3 +233,13 @@ def test_the_layers_of_gpt2_lose_the_least_that_a_pair_can():
             assert off == pytest.approx(float(least[4:].norm()), rel=1e-3), name  # no pair of this rank loses less
             error = fxrank.plan_of(small).layer(f"{name}.weight").output_error
             assert error == pytest.approx(off / float(least.norm()), abs=1e-4)
+
+
+def test_a_pair_of_ones_own_watches_nothing_unless_it_says_what_and_the_plan_says_so():
+    fxrank.register_pair(RolledLinear, LowRankRolledLinear)
+    try:
+        small = fxrank.factorize(RolledNet(), x := torch.randn(3, 12), 2, include="*", calibration=[x])
+    finally:
+        del PAIRS[RolledLinear]
+    said = "rank 2 as given; factors of the weight alone: channel pairs of rolled_linear have none that know data"
+    assert {d.reason for d in fxrank.plan_of(small).layers} == {said}
