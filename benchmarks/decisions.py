@@ -17,8 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ import fxrank
 from benchmarks import record
 from benchmarks.subjects import cells, tasks, verdicts
 from benchmarks.subjects.jobs import JOBS, Job
-from benchmarks.subjects.rows import DECIDING, ROWS
+from benchmarks.subjects.rows import DECIDING, ROWS, Setup
 
 GUESS = 6.0
 """Minutes of a cell of a job of which none is known."""
@@ -53,7 +53,9 @@ def in_order(jobs: Sequence[str], rows: Sequence[str], seeds: Sequence[int], fur
 
 def meaning(job: Job, row: str) -> str:
     """A fingerprint of what a row is for a job: another one is another measurement."""
-    text = json.dumps([job.configuration, repr(ROWS[row](job))], sort_keys=True)
+    setup = ROWS[row](job)
+    of_other = [meaning(job, setup.like)] if isinstance(setup, Setup) and setup.like else []
+    text = json.dumps([job.configuration, repr(setup), *of_other], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -87,6 +89,18 @@ class Book:
             "environment": record.environment(CPU),
         }
         self._ledger.add(self._name(cell, kind), dict(found) | about, shown=False)
+
+    def share(self, cell: Cell) -> float | None:
+        """What a narrower twin may have of the parameters outside of embeddings: those of the row that it is like, of the same seed, None if
+        that is not trained.
+        """
+        setup = ROWS[cell.row](self.jobs[cell.job])
+        assert isinstance(setup, Setup), setup
+        found = self.found(cell._replace(row=setup.like)) if setup.like else None
+        if found is None or "parameters" not in found:
+            return None
+        fixed = found["dense_fixed"]
+        return float((found["parameters"] - fixed) / (found["dense_parameters"] - fixed))
 
     def minutes(self, job: str) -> float:
         """The most that a cell of a job has taken."""
@@ -129,7 +143,7 @@ class Campaign:
 
     def run(self, wanted: Sequence[Cell]) -> None:
         """Train what the book lacks. A keyboard interrupt ends the cells that are being trained, of which nothing is kept."""
-        waiting = iter([cell for cell in wanted if self.book.found(cell) is None])
+        waiting = deque(cell for cell in wanted if self.book.found(cell) is None)
         running: list[Running] = []
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -148,11 +162,17 @@ class Campaign:
                 for one in running:
                     one.process.kill()
                     one.process.wait()
+        self._left_out += len(waiting)
         if self._left_out:
             print(f"{self._left_out} cells were left for another time: they would not have ended within the budget")
 
-    def _next(self, waiting: Iterator[Cell]) -> Cell | None:
-        for cell in waiting:
+    def _next(self, waiting: deque[Cell]) -> Cell | None:
+        """The next cell that can be trained now; of one that is like another, which is not trained yet, later."""
+        for cell in list(waiting):
+            setup = ROWS[cell.row](self.book.jobs[cell.job])
+            if isinstance(setup, Setup) and setup.like and self.book.share(cell) is None:
+                continue
+            waiting.remove(cell)
             if time.monotonic() + 60 * self.book.minutes(cell.job) <= self._ends:
                 return cell
             self._left_out += 1
@@ -163,6 +183,7 @@ class Campaign:
         command = [sys.executable, "-m", "benchmarks.decisions", "--cell", *map(str, cell), "--output", str(output)]
         command += ["--data", self.options.data, "--cache", self.options.cache]
         command += ["--small"] if self.options.small else []
+        command += [] if (share := self.book.share(cell)) is None else ["--share", str(share)]
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         print(f"{time.strftime('%H:%M:%S')} begins: {' '.join(map(str, cell))}", flush=True)
         process = subprocess.Popen(command, env=os.environ | one_thread)
@@ -244,6 +265,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--ledger", default=None, help="(default: in benchmarks/results)")
     p.add_argument("--cell", nargs=3, default=None, metavar=("JOB", "ROW", "SEED"), help=argparse.SUPPRESS)
+    p.add_argument("--share", type=float, default=None, help=argparse.SUPPRESS)
     p.add_argument("--output", default=None, help=argparse.SUPPRESS)
     return p
 
@@ -268,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> Book | None:
         job, row, seed = options.cell
         setup = ROWS[row](jobs[job])
         assert not isinstance(setup, str), setup
+        setup = setup if options.share is None else replace(setup, narrow=options.share)
         found = cells.train(jobs[job], setup, int(seed), Path(options.data), Path(options.cache))
         Path(options.output).write_text(json.dumps(found, default=str), encoding="utf-8")
         return None

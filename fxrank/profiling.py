@@ -23,6 +23,7 @@ from fxrank.passes.pairs.registry import check_form
 from fxrank.passes.profiling.roofline import PASSES, Roofline, roofline
 from fxrank.passes.profiling.timing import Profiler, StackProfile
 from fxrank.passes.tracing.trace import trace
+from fxrank.policies.cuttlefish import FULL_SPEED
 from fxrank.switch.trial import misfits, with_reasons
 from fxrank.torch_private import pytree
 
@@ -155,7 +156,7 @@ def profile(
     device: str | torch.device | None = None,
     amp: torch.dtype | None = None,
     probe_ratio: float = 0.25,
-    speedup_threshold: float = 1.5,
+    speedup_threshold: float = FULL_SPEED,
     include: Iterable[Selector] | Selector = (),
     exclude: Iterable[Selector] | Selector = (),
     form: str = "channel",

@@ -13,7 +13,7 @@ TABLES = "*embedding*"
 @dataclass(frozen=True)
 class Setup:
     """How a job is trained: by a policy, with further arguments of `auto_lowrank`; `narrow` is the share of parameters of a narrower
-    dense model instead of the job's own, `tables` takes the embeddings into a target. A `target_params` is a share of the parameters
+    dense model instead of the job's own, which has those of the row that it is `like`, if that is given; `tables` takes the embeddings into a target. A `target_params` is a share of the parameters
     outside of embeddings, unless `tables`.
     """
 
@@ -21,6 +21,7 @@ class Setup:
     options: dict[str, Any] = field(default_factory=dict)
     narrow: float | None = None
     tables: bool = False
+    like: str | None = field(default=None, repr=False)
 
 
 Row = Callable[[Job], Setup | str]
@@ -69,9 +70,14 @@ def tables(share: float, **options: Any) -> Row:
     return row
 
 
-def outputs(share: float = 0.95, speedup_threshold: float | None = None) -> Row:
-    """Ranks from what the layers give on live data; untimed, so that it is the same on a busy machine, or never slower."""
-    return lambda job: Setup(Cuttlefish.of_outputs(share, speedup_threshold=speedup_threshold))
+def twin(row: str) -> Row:
+    """A narrower dense model with no more parameters than another row has come to."""
+    return lambda job: Setup(FullRank(), like=row)
+
+
+def scaled(**options: Any) -> Row:
+    """Ranks by the scaled stable rank, as they were before the outputs decided."""
+    return ours(rank_metric="scaled_stable_rank", **options)
 
 
 def start(share: float, **options: Any) -> Row:
@@ -82,30 +88,33 @@ def start(share: float, **options: Any) -> Row:
 ROWS: dict[str, Row] = {
     "full": full,
     "default": ours(),
-    "outputs": outputs(),
+    "twin": twin("default"),
+    "untimed": ours(speedup_threshold=None),
+    "scaled": scaled(speedup_threshold=1.5),
+    "paper": paper,
+    "keep-0.95": ours(keep=0.95),
+    "keep-0.99": ours(keep=0.99),
+    "channel": ours(form="channel"),
+    "rewarm": ours(rewarmup=0.05),
+    "lr-0.5": ours(lr_scale=0.5),
+    "no-decay": ours(frobenius_decay=None),
     "0.5": ours(target_params=0.5),
     "0.5-data": ours(target_params=0.5, factors="data"),
     "narrow-0.5": narrow(0.5),
     "0.3": ours(target_params=0.3),
-    "narrow-0.3": narrow(0.3),
     "0.3-data": ours(target_params=0.3, factors="data"),
-    "outputs-0.99": outputs(0.99),
-    "outputs-0.9": outputs(0.9),
-    "outputs-gated": outputs(speedup_threshold=1.0),
-    "paper": paper,
-    "no-gate": ours(speedup_threshold=None),
+    "narrow-0.3": narrow(0.3),
+    "scaled-untimed": scaled(speedup_threshold=None),
     "entropy": ours(rank_metric="entropy"),
-    "prefix": ours(k_rule="prefix"),
+    "prefix": scaled(speedup_threshold=1.5, k_rule="prefix"),
     "0.5-start": start(0.5, factors="data"),
     "0.5-rewarm": ours(target_params=0.5, rewarmup=0.05),
     "0.5-lr": ours(target_params=0.5, lr_scale=0.5),
     "0.5-spatial": spatial(0.5),
-    "0.5-channel": ours(target_params=0.5, form="channel"),
     "0.5-tables": tables(0.5),
     "0.3-spatial": spatial(0.3),
-    "0.3-channel": ours(target_params=0.3, form="channel"),
     "0.3-tables": tables(0.3),
 }
 """Rows by name, in the order in which they are run."""
-DECIDING = ("full", "default", "outputs", "0.5", "0.5-data", "narrow-0.5", "0.3", "narrow-0.3")
+DECIDING = ("full", "default", "twin")
 """Those that are run with more than one seed."""

@@ -24,6 +24,7 @@ from fxrank.passes.errors import FxrankError
 from fxrank.passes.model.device import known_device
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import Plan
+from fxrank.policies.cuttlefish import FULL_SPEED
 from fxrank.policies.fixed import POLICIES, as_policy
 from fxrank.profiling import profile
 from fxrank.training.options import RunOptions
@@ -159,7 +160,10 @@ def parser() -> argparse.ArgumentParser:
         "--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)"
     )
     timing.add_argument(
-        "--threshold", type=float, default=1.5, help="speed-up from which a stack is factorized (default %(default)s)"
+        "--threshold",
+        type=float,
+        default=FULL_SPEED,
+        help="speed-up from which a stack is factorized (default %(default)s)",
     )
     timing.add_argument(
         "--figure", default=None, metavar="FILE", help="draw the stacks under the roofline (PNG or SVG)"

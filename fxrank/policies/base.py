@@ -51,8 +51,8 @@ class Policy(ABC):
     parameters), or one of `register_pair`; layers without it keep theirs.
     `freeze` are globs of parameter names that no longer train after the switch, as `"*.intermediate.dense.*"` in the
     papers' BERT recipe. `factors` are made of the `"weight"` alone, its truncated SVD, or of the `"data"`: those whose outputs differ
-    least from the layer's on what the model was called with in the last steps before the switch (see `session.live_data`); the ranks are the same, unless the policy
-    chooses them by the outputs. `target_params` and `target_macs` are a budget, one of them at most: the share, in (0, 1], of all the
+    least from the layer's on what the model was called with in the last steps before the switch (see `session.live_data`); `"auto"` is
+    `"data"` where the policy chooses the ranks by outputs, and else `"weight"`. `target_params` and `target_macs` are a budget, one of them at most: the share, in (0, 1], of all the
     model's parameters, or of the multiply-adds of its weight layers, that the model may have after the switch. The policy decides when, and
     which layers stay dense, and the ranks are chosen by the spectra at the switch, so that the least is lost (see `policies.within`).
     """
@@ -67,7 +67,7 @@ class Policy(ABC):
     lr_scale: float = Training.lr_scale
     rewarmup: float = Training.rewarmup
     freeze: tuple[str, ...] = Training.freeze
-    factors: str = field(default="weight", metadata=LATER)
+    factors: str = field(default="auto", metadata=LATER)
     target_params: float | None = field(default=None, metadata=LATER)
     target_macs: float | None = field(default=None, metadata=LATER)
 
@@ -98,8 +98,8 @@ class Policy(ABC):
             )
         if self.form not in (AUTO, *forms()):
             raise unknown_name("form", self.form, (AUTO, *forms()))
-        if self.factors not in ("weight", "data"):
-            raise unknown_name("factors", self.factors, ("weight", "data"))
+        if self.factors not in ("auto", "weight", "data"):
+            raise unknown_name("factors", self.factors, ("auto", "weight", "data"))
 
     @property
     def name(self) -> str:
@@ -150,9 +150,19 @@ class Policy(ABC):
         return None
 
     @property
-    def sees_outputs(self) -> bool:
-        """Whether `decide` looks at `scene.outputs`."""
-        return False
+    def keeps(self) -> float | None:
+        """The share of the model's outputs for which `scene.chosen` is made, before `decide`; None if nothing is."""
+        return None
+
+    @property
+    def knows_data(self) -> bool:
+        """Whether the factors know what the model was called with."""
+        return self.factors == "data" or (self.factors == "auto" and self.keeps is not None)
+
+    @property
+    def by_weights(self) -> "Policy":
+        """The policy to take its place where no layer can be looked at on data, unless the user asks for that."""
+        return self
 
     @property
     def probe(self) -> float:

@@ -6,7 +6,7 @@ from numbers import Real
 from typing import Any
 
 from fxrank.decisions import keep, take
-from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.errors import unknown_name
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import LATER, Policy
@@ -14,7 +14,21 @@ from fxrank.policies.forms import in_best_form, spectrum_of
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
 from fxrank.policies.ranks import OF_OUTPUTS, Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
+from fxrank.switch.zero_weights import why_dead
 
+PAPER_SPEEDUP = 1.5
+"""υ of the paper's Alg. 2."""
+KEEP = 0.98
+"""Of the model's outputs."""
+MOVED = 0.9
+"""A stable rank below this share of a random matrix's says that a layer has learned something."""
+_PAPER: dict[str, Any] = {
+    "rank_metric": "scaled_stable_rank",
+    "speedup_threshold": PAPER_SPEEDUP,
+    "round_to": 1,
+    "wait": False,
+    "latest": None,
+}
 FULL_SPEED = 1.0
 """A pair must be faster than the dense layer at the very rank chosen."""
 
@@ -27,11 +41,12 @@ class Cuttlefish(Policy):
       per 1/300 of the run; see `SlopeDetector`. With `wait`, settled ranks of which none is below break-even yet do
       not count: a run that has hardly begun is flat as well. `latest` is the share of the run at which the switch is
       made in any case, None for never.
-    - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is faster than
-      `speedup_threshold` times. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
+    - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is more than
+      `speedup_threshold` times as fast. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
     - R: `rank_metric` is a name in `fxrank.policies.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
-      for `"ratio"`. `"output_energy"` keeps a `share` of what each layer gives on live data, with factors that know them (see `of_outputs`).
+      for `"ratio"`. `"outputs"` is no rule for one layer: the ranks of all together are the smallest with which the model keeps the share
+      `keep` of its outputs on live data, by factors that know them (see `of_outputs`).
       `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
@@ -43,12 +58,12 @@ class Cuttlefish(Policy):
     Else always: a layer whose rank reaches break-even, or whose pair is not faster at the rank chosen, stays dense.
     """
 
-    rank_metric: str = "scaled_stable_rank"
+    rank_metric: str = OF_OUTPUTS
     epsilon: float = 0.1
     window: int = 25
     wait: bool = True
     latest: float | None = 0.5
-    speedup_threshold: float | None = 1.5
+    speedup_threshold: float | None = FULL_SPEED
     probe_ratio: float = 0.25
     k_rule: str = "stack"
     share: float = 0.8
@@ -63,6 +78,8 @@ class Cuttlefish(Policy):
     """Samples of the ranks in a run, or `"epoch"` for one an epoch. Where so many would take much of a step's time they are fewer, and the
     window spans as many steps (see `monitor.spacing`).
     """
+    keep: float = field(default=KEEP, metadata=LATER)
+    """For `rank_metric="outputs"`."""
     objective: str = field(default="auto", metadata=LATER)
     """`"speed"`: before the switch the whole training step is timed with the pairs, on copies, and those that do not pay are given back;
     `"size"`: it is timed and said. `"auto"` is `"size"` under a target, and else `"speed"`; under the papers' prefix rule it is not timed.
@@ -70,11 +87,15 @@ class Cuttlefish(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        rank_rule(self.rank_metric)
-        if self.rank_metric in OF_OUTPUTS and self.factors != "data":
+        if self.rank_metric != OF_OUTPUTS:
+            rank_rule(self.rank_metric)
+        elif self.factors == "weight" and self.budget is None:
             raise ValueError(
-                f'rank_metric={self.rank_metric!r} says how many ranks factors need that know the data; got factors={self.factors!r}. Add factors="data".'
+                f"rank_metric={self.rank_metric!r} says how many ranks factors need that know the data; got factors={self.factors!r}. "
+                "Leave it out, or choose another rank_metric."
             )
+        if not 0 < self.keep < 1:
+            raise ValueError(f"keep is the share of the model's outputs that is kept, in (0, 1); got {self.keep}.")
         if self.k_rule not in ("stack", "prefix"):
             raise unknown_name("k_rule", self.k_rule, ("stack", "prefix"))
         if self.objective not in ("auto", "speed", "size"):
@@ -118,9 +139,7 @@ class Cuttlefish(Policy):
             test=SlopeDetector(epsilon=0.1, window=2, relative=False),
             samples="epoch",
             k_rule="prefix",
-            round_to=1,
-            wait=False,
-            latest=None,
+            **_PAPER,
         )
 
     @classmethod
@@ -129,20 +148,11 @@ class Cuttlefish(Policy):
         nothing left full, the learning rate a third of the schedule's after the switch (Cuttlefish, appendix; 1/2 for
         ResMLP). `options` override any field; for a pretrained model add `xi="random"`.
         """
-        chosen: dict[str, Any] = {"rank_metric": "max_scaled_accumulative", "share": 0.8, "lr_scale": 1 / 3}
-        return cls(**(chosen | options))
-
-    @classmethod
-    def of_outputs(cls, share: float = 0.95, **options: Any) -> "Cuttlefish":
-        """R from the data: each layer gets the rank that keeps `share` of the mean square of its outputs on the last batches before the
-        switch, and the factors that lose least of them. For networks that are larger than their task, whose weights keep a high stable
-        rank. Any stack whose pair is faster may be factorized, as the whole step has to be faster in the end. `options` override any field.
-        """
         chosen: dict[str, Any] = {
-            "rank_metric": "output_energy",
-            "share": share,
-            "factors": "data",
-            "speedup_threshold": FULL_SPEED,
+            "rank_metric": "max_scaled_accumulative",
+            "share": 0.8,
+            "lr_scale": 1 / 3,
+            "speedup_threshold": PAPER_SPEEDUP,
         }
         return cls(**(chosen | options))
 
@@ -151,15 +161,7 @@ class Cuttlefish(Policy):
         """The reference code's detector on CIFAR: window 15, tail 11, relaxed for the last two layers,
         a second warm-up after the switch.
         """
-        return cls(
-            test=ReferenceDetector(),
-            samples="epoch",
-            k_rule="prefix",
-            round_to=1,
-            wait=False,
-            latest=None,
-            rewarmup=5 / 300,
-        )
+        return cls(test=ReferenceDetector(), samples="epoch", k_rule="prefix", rewarmup=5 / 300, **_PAPER)
 
     @property
     def speedup_needed(self) -> float | None:
@@ -172,8 +174,14 @@ class Cuttlefish(Policy):
         return self.objective == "speed" or (self.objective == "auto" and self.budget is None)
 
     @property
-    def sees_outputs(self) -> bool:
-        return self.rank_metric in OF_OUTPUTS and self.budget is None
+    def keeps(self) -> float | None:
+        return self.keep if self.rank_metric == OF_OUTPUTS and self.budget is None else None
+
+    @property
+    def by_weights(self) -> Policy:
+        if self.keeps is None or self.factors == "data":
+            return self
+        return replace(self, rank_metric="scaled_stable_rank", speedup_threshold=PAPER_SPEEDUP)
 
     @property
     def probe(self) -> float:
@@ -221,10 +229,13 @@ class Cuttlefish(Policy):
 
     def _saves(self, watched: frozenset[str], scene: Scene) -> bool:
         """Whether a layer's rank is below break-even by now, as far as its stable rank tells."""
-        if self.rank_metric not in ("scaled_stable_rank", "max_scaled_accumulative"):
-            return True
         assert scene.monitor is not None
         stable_ranks = scene.monitor.latest()
+        if self.keeps is not None:
+            layers = [a for a in scene.layers if a.name in watched]
+            return any(random_matrix_xi(a.rows, a.cols) * stable_ranks[a.name] < MOVED * a.full_rank for a in layers)
+        if self.rank_metric not in ("scaled_stable_rank", "max_scaled_accumulative"):
+            return True
         return any(
             whole_rank(max(self._xi_of(a, scene) * stable_ranks[a.name], self.min_ratio * a.full_rank), a.full_rank)
             < a.break_even_rank
@@ -245,47 +256,60 @@ class Cuttlefish(Policy):
         return decisions
 
     def _decide_one(self, layer: Layer, scene: Scene) -> LayerDecision:
+        if self.keeps is not None:
+            return self._as_chosen(layer, scene)
         spectrum = spectrum_of(layer, scene.model)
-        outputs = scene.outputs.get(layer.key)
-        # Where the outputs decide, nothing is asked of the weight's spectrum, which takes as long as all else.
-        rank_now = spectrum.stable_rank if outputs is None else self._last_look(layer, scene)
+        rank_now = spectrum.stable_rank
         if rank_now == 0:
             return keep(layer, "its weight is zero (stable rank 0)")
         xi = self._xi_of(layer, scene)
-        value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio, outputs))
+        value = rank_rule(self.rank_metric)(Evidence(spectrum, xi, self.share, self.ratio))
         full_rank = layer.full_rank
         rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
-        unknown = ""
-        if self.sees_outputs and outputs is None:
-            unknown = f", of its weight alone: {scene.unseen.get(layer.key, 'its outputs were not looked at')}"
         known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
         if rank >= layer.break_even_rank:
             return replace(
                 keep(
                     layer,
-                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}{unknown}",
+                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}",
                 ),
                 **known,
             )
         layer, rank, spectrum = in_best_form(layer, rank, self.form, scene.model, spectrum)
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
-            return replace(
-                keep(layer, f"at rank {rank} a pair measured {speedup:.2f}x as fast as the layer"),
-                speedup=round(speedup, 4),
-                **known,
-            )
-        if outputs is None:
-            scene.factors[layer.name] = spectrum.factors(rank)
+            return replace(_too_slow(layer, rank, speedup), **known)
+        scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
-        why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}{unknown}"
+        why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}"
         decision = take(layer, rank, why, extra_bn=self.extra_bn)
         return replace(
             decision,
-            truncation_error=round(spectrum.truncation_error(rank), 6) if outputs is None else None,
+            truncation_error=round(spectrum.truncation_error(rank), 6),
             speedup=None if speedup is None else round(speedup, 4),
             **known,
         )
+
+    def _as_chosen(self, layer: Layer, scene: Scene) -> LayerDecision:
+        """The pair that was chosen with those of all other layers, if it is faster; nothing is asked of the weight's spectrum, which takes
+        as long as all else.
+        """
+        assert scene.monitor is not None
+        known: dict[str, Any] = {"stable_rank": round(scene.monitor.latest()[layer.name], 4)}
+        asked = f"the model keeps {self.keep:g} of its outputs"
+        if layer.name not in scene.chosen:
+            reason = why_dead(stack_of(layer, scene.model)) or f"worth its parameters where {asked}"
+            return replace(keep(layer, reason), **known)
+        planned, rank = scene.chosen[layer.name]
+        rank = max(rank, whole_rank(self.min_ratio * layer.full_rank, planned.full_rank))
+        rank, speedup = self._round(planned, rank, scene)
+        if speedup is not None and speedup <= FULL_SPEED:
+            return replace(_too_slow(planned, rank, speedup), **known)
+        unknown = ""
+        if planned.key not in scene.outputs:
+            unknown = f", by its weight alone: {scene.unseen.get(layer.key, 'its outputs were not looked at')}"
+        decision = take(planned, rank, f"rank {rank} of {planned.full_rank}: {asked}{unknown}", extra_bn=self.extra_bn)
+        return replace(decision, speedup=None if speedup is None else round(speedup, 4), **known)
 
     def _round(self, layer: Layer, rank: int, scene: Scene) -> tuple[int, float | None]:
         """The rank after hardware rounding, below break-even, and its measured speed-up (None without timing)."""
@@ -297,13 +321,10 @@ class Cuttlefish(Policy):
             return (allowed[0] if allowed and not isinstance(self.round_to, str) else rank), None
         choices = sorted({rank, *allowed}) if isinstance(self.round_to, str) else (allowed[:1] or [rank])
         dense, *pairs = scene.profiler.times_ms(layer, choices)
-        # A tie goes to the larger rank: it costs nothing and keeps more.
-        best = max(i for i, t in enumerate(pairs) if t <= 1.02 * min(pairs))
+        # A tie goes to the larger rank, which costs no time and keeps more; to the smaller one where as much is kept as is asked for.
+        tied = [i for i, t in enumerate(pairs) if t <= 1.02 * min(pairs)]
+        best = max(tied) if self.keeps is None else min(tied)
         return choices[best], dense / pairs[best]
-
-    def _last_look(self, layer: Layer, scene: Scene) -> float:
-        assert scene.monitor is not None
-        return scene.monitor.latest()[layer.name]
 
     def _xi_of(self, layer: Layer, scene: Scene) -> float:
         if isinstance(self.xi, Mapping):
@@ -319,3 +340,8 @@ class Cuttlefish(Policy):
         assert scene.monitor is not None
         first = scene.monitor.curves[layer.name][0]
         return layer.full_rank / first if first > 0 else 1.0
+
+
+def _too_slow(layer: Layer, rank: int, speedup: float) -> LayerDecision:
+    reason = f"at rank {rank} a pair measured {speedup:.2f}x as fast as the layer"
+    return replace(keep(layer, reason), speedup=round(speedup, 4))

@@ -149,7 +149,7 @@ def as_policy(policy: Policy | Plan | str | None) -> Policy:
     if policy is None:
         return Cuttlefish()
     if isinstance(policy, Plan):
-        factors = "weight" if policy.calibration_batches is None else "data"
+        factors = "auto" if policy.calibration_batches is None else "data"
         return FixedPlan(given=policy, factors=factors, **({} if policy.training is None else vars(policy.training)))
     if isinstance(policy, str):
         if policy not in POLICIES:

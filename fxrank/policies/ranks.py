@@ -17,16 +17,13 @@ from fxrank.passes.spectra import exact as spectra
 @dataclass(frozen=True)
 class Evidence:
     """What a rule may look at: the spectrum, of which `sigma` is `(groups, full_rank)`, descending, ξ, and the policy's options
-    `share` and `ratio`. All singular values of a large layer take long: `stable_rank` does not need them. `outputs`, for the rules in
-    `OF_OUTPUTS`, is the like of `sigma` for what the layer gives on data, the root mean squares along its principal directions; None where
-    nothing is known of that.
+    `share` and `ratio`. All singular values of a large layer take long: `stable_rank` does not need them.
     """
 
     spectrum: spectra.Spectrum
     xi: float
     share: float
     ratio: float
-    outputs: Tensor | None = None
 
     @property
     def sigma(self) -> Tensor:
@@ -67,20 +64,6 @@ def energy_rank(e: Evidence) -> float:
     return spectra.mean_over_groups(lambda s: spectra.energy(s, e.share), e.sigma)
 
 
-def output_energy(e: Evidence) -> float:
-    """Least `r` that keeps `share` of the mean square of the layer's outputs on data, about their mean: factors that know the data lose no
-    more of them. Where nothing is known of the outputs it is the scaled stable rank.
-
-    A weight that is much larger than its task keeps the flat spectrum that it was drawn with, and a stable rank near the full one,
-    while what comes in lies in few directions, and what goes out too.
-    """
-    return (
-        scaled_stable_rank(e)
-        if e.outputs is None
-        else spectra.mean_over_groups(lambda s: spectra.energy(s, e.share), e.outputs)
-    )
-
-
 def fixed_ratio(e: Evidence) -> float:
     """`⌊ratio · full rank⌋` (Pufferfish)."""
     return float(ratio_rank(e.full_rank, e.ratio))
@@ -93,18 +76,17 @@ RANK_RULES: dict[str, Callable[[Evidence], float]] = {
     "max_scaled_accumulative": max_scaled_accumulative,
     "entropy": entropy_rank,
     "energy": energy_rank,
-    "output_energy": output_energy,
     "ratio": fixed_ratio,
 }
 
-OF_OUTPUTS = frozenset({"output_energy"})
-"""Rules that look at what layers give on data."""
+OF_OUTPUTS = "outputs"
+"""The metric that is no rule for one layer: ranks of all together, by what the whole model gives (see `session.whole_outputs`)."""
 
 
 def rank_rule(name: str) -> Callable[[Evidence], float]:
     """The rule called `name`; `ValueError` that lists the valid names otherwise."""
     if name not in RANK_RULES:
-        raise unknown_name("rank_metric", name, RANK_RULES)
+        raise unknown_name("rank_metric", name, (*RANK_RULES, OF_OUTPUTS))
     return RANK_RULES[name]
 
 

@@ -43,6 +43,8 @@ class Scene:
     """
     unseen: dict[tuple[str, str], str] = field(default_factory=dict)
     """Why there are none of other layers."""
+    chosen: dict[str, tuple[Layer, int]] = field(default_factory=dict)
+    """And the pairs with which the model keeps as much of its outputs as the policy asks for, by name: a layer in its form, and the rank."""
 
     def watched(self, kept: Mapping[str, str]) -> frozenset[str]:
         """Layers whose ranks decide the switch: those that may still be factorized, given the policy's `kept`."""

@@ -94,7 +94,13 @@ def examine(
         raise TypeError(f"followers are several averages of the model; got {type(followers).__name__}. Give a list.")
     averages = tuple(averaged_in(follower, model) for follower in followers)
     frozen_names(model, policy.training.freeze)
-    if policy.factors == "data" and is_sharded(model):
+    notes: list[str] = []
+    if is_sharded(model) and policy.by_weights != policy:
+        policy = policy.by_weights
+        notes.append(
+            "the model is in shards, whose layers cannot be run by themselves: ranks and factors are of the weights alone"
+        )
+    if policy.knows_data and is_sharded(model):
         raise TypeError(
             'factors="data" needs a model that is whole in each process, whose layers are run by themselves; this one is in shards. '
             "Leave it out, for factors of the weights alone, or train with DistributedDataParallel."
@@ -109,7 +115,6 @@ def examine(
     layers = candidates(found, structure, include=include, exclude=exclude)
     held = {id(p) for one in optimizers for group in one.param_groups for p in group["params"]}
     layers = without_followed(layers, structure, held)
-    notes: list[str] = []
     if policy.known_plan is None:  # else it was decided when the plan was made
         with own_forward(structure):
             reasons = misfits(layers, structure, team.example(example_inputs), graph_module, notes, policy.form)

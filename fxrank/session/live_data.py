@@ -10,7 +10,8 @@ Measured on three layers 256 wide, relative errors of the outputs on images not 
 with factors of the weights, 0.072 and 0.241 with those of 32 vectors, 0.057 and 0.118 of 128, 0.042 and 0.097 of 512.
 
 A pair gains no bias here, which no optimizer would know. A bias that there is takes what the mean of the outputs has lost, and its optimizer
-state goes on. Nothing is put right in a BatchNorm: its statistics follow in the steps after.
+state goes on. The statistics of BatchNorms that are trained are measured again on the calls where there are at least `ENOUGH` of them, as many
+as an exponential average remembers: they lag behind in training, and would be those of other layers.
 """
 
 from collections import deque
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxrank.fitting import Fitting
+from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather, in_rounds
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import CalibrationError
@@ -39,6 +41,8 @@ CALLS = 16
 """That are made once more, at most, the last ones: a step may add up the gradients of many."""
 STEPS = 16, 40
 """So many of the last steps, and no more than one of so many of the training: a forward of each is less than a hundredth of it then."""
+ENOUGH = 10
+"""Calls, over all processes."""
 KEPT_BYTES = 2**26
 """Of arguments, and at least the last step's."""
 ROUND_BYTES = 2**28
@@ -100,11 +104,13 @@ class LastCalls:
         """In a copy of the model, or a file of it, it watches nothing."""
         return LastCalls, ()
 
-    def again(self, around: ExitStack) -> Iterator[Call]:
-        """The calls, each under the autocast that it was made under, which `around` ends if nobody asks for the next."""
+    def again(self, around: ExitStack, most: int = CALLS) -> Iterator[Call]:
+        """The calls, the last ones if there are more, each under the autocast that it was made under, which `around` ends if nobody asks
+        for the next.
+        """
         if not self._kept and self._compiled is not None:
             yield self._compiled
-        for kept in self._kept:
+        for kept in list(self._kept)[-most:]:
             if kept.is_as_it_was():
                 around.enter_context(kept.autocast())
                 yield kept.call
@@ -141,17 +147,16 @@ def _where_enough(evidence: Evidence) -> Evidence:
     return replace(evidence, known=enough, blind=evidence.blind | few)
 
 
-def look(calls: LastCalls, attached: Attachment) -> tuple[Evidence | None, list[str]]:
-    """Put the spectra of what the open layers give on the calls into the scene's `outputs`. Returns what is known of the layers, for
-    `fitted_to`, if that was little enough to be kept, and notes.
+def look(layers: Sequence[Layer], calls: LastCalls, attached: Attachment) -> tuple[Evidence | None, list[str]]:
+    """Put the spectra of what the layers, each in all its forms, give on the calls into the scene's `outputs`. Returns what is known of
+    them, for `fitted_to`, if that was little enough to be kept, and notes.
     """
     scene = attached.scene
-    layers = [layer for layer in scene.layers if layer.reason is None]
     found: list[Evidence] = []
     scene.outputs.clear()
     scene.unseen.clear()
     try:
-        for _, evidence in _seen(layers, calls, attached):
+        for _, evidence in seen_by(layers, calls, attached):
             scene.outputs.update({key: known.sigma for key, known in evidence.known.items()})
             scene.unseen.update(evidence.blind)
             found = [*found[:1], evidence]
@@ -173,7 +178,7 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment, known: Evidenc
     if known is not None and all(layer.key in known.known or layer.key in known.blind for layer in layers):
         seen = [(layers, known)]
     else:
-        seen = _seen(layers, calls, attached)
+        seen = seen_by(layers, calls, attached)
     try:
         for some, evidence in seen:
             fitting = Fitting(team.model, evidence, factors=scene.factors)
@@ -188,21 +193,36 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment, known: Evidenc
     )
 
 
-def _seen(
+def again(calls: LastCalls, attached: Attachment, around: ExitStack, most: int = CALLS) -> Iterator[Call]:
+    """The calls as of `LastCalls.again`, or the example where there are none."""
+    made = False
+    for call in calls.again(around, most):
+        made = True
+        yield call
+    if not made:
+        yield call_arguments(attached.team.model, attached.example)
+
+
+def seen_by(
     layers: Sequence[Layer], calls: LastCalls, attached: Attachment
 ) -> Iterator[tuple[Sequence[Layer], Evidence]]:
     """The layers, in rounds, with what is known of them by the calls."""
     team = attached.team
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
     with ExitStack() as around:
-
-        def again() -> Iterator[Call]:
-            made = False
-            for call in calls.again(around):
-                made = True
-                yield call
-            if not made:
-                yield call_arguments(team.model, attached.example)
-
+        made = partial(again, calls, attached, around)
         for some in in_rounds(team.model, layers, ROUND_BYTES):
-            yield some, _where_enough(gather(team.model, some, again, absorbed, team.of_all, by_batch=True))
+            yield some, _where_enough(gather(team.model, some, made, absorbed, team.of_all, by_batch=True))
+
+
+def measure_again(plan: Plan, calls: LastCalls, attached: Attachment) -> list[str]:
+    """The statistics of the model's BatchNorms with the plan's pairs in it, if there are calls enough. Returns what to say of it."""
+    if (plan.calibration_batches or 0) < ENOUGH:
+        return []
+    with ExitStack() as around:
+        try:
+            made = partial(again, calls, attached, around)
+            number = measure_batchnorms(attached.team.model, made, attached.team.of_all, trained=True)
+        except CalibrationError as error:
+            return [f"statistics of BatchNorms were not measured again: {error}"]
+    return [f"statistics of {number} BatchNorms were measured again with the pairs"] if number else []

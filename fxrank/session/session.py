@@ -33,10 +33,11 @@ from fxrank.policies.fixed import as_policy
 from fxrank.policies.scene import Clock
 from fxrank.session.attach import Attachment, clock_of, examine
 from fxrank.session.hooks import StepHooks
-from fxrank.session.live_data import LastCalls, fitted_to, look
+from fxrank.session.live_data import LastCalls, fitted_to, measure_again
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
 from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
+from fxrank.session.whole_outputs import choose
 from fxrank.session.worth import decided
 from fxrank.switch.averages import ListedAverage, averaged_in, check_averages
 from fxrank.switch.freeze import as_in_training
@@ -147,7 +148,7 @@ class LowRankSession:
             self._observe(exact=True)
         self._hooks.put_on(self._before_step, self._after_step)
         self._end_watch = self._elsewhere.watch()
-        if self.policy.factors == "data" and self.plan is None:
+        if self.policy.knows_data and self.plan is None:
             self._calls.watch(self.model)
         expect_end(self)
         try:
@@ -237,13 +238,13 @@ class LowRankSession:
         self.team.together(lambda: self._listener("before_switch", self))
         start, profiled = time.perf_counter(), self._profiled()
         known = None
-        if self.policy.sees_outputs:
-            known, notes = look(self._calls, self._attached)
+        if (keeps := self.policy.keeps) is not None:
+            known, notes = choose(keeps, self._calls, self._attached)
             self.notes += notes
         steps = list(self.step_ms[FULL])
         plan, self.share, notes = self.team.agree(lambda: decided(self._attached, self.clock, why, steps))
         self.notes += notes
-        if self.policy.factors == "data" and plan.R:
+        if self.policy.knows_data and plan.R:
             plan, note = fitted_to(plan, self._calls, self._attached, known)
             self.notes.append(note)
         measured = self._profiled() - profiled
@@ -287,6 +288,8 @@ class LowRankSession:
         for average, module in zip(self._averages, averages, strict=True):
             if isinstance(average, ListedAverage):
                 average.take(module, self.model)
+        if split and self.policy.knows_data:
+            notes += measure_again(plan, self._calls, self._attached)
         self._hooks.regimes.update(regimes)
         self.notes += notes
         self.gradient_bytes[LOW] = gradient_bytes(self.model)

@@ -66,7 +66,7 @@ def _timed_whole(
         call = call_arguments(scene.model, example)
 
         def copied() -> nn.Module:
-            twin = uncompile_parts(_apart(scene.model))
+            twin = uncompile_parts(apart(scene.model))
             meanwhile.enter_context(observers_off(twin, *call))
             return twin
 
@@ -113,7 +113,7 @@ def _without(plan: Plan, scene: Scene, why: str) -> Plan:
     return replace(plan, layers=tuple(decisions))
 
 
-def _apart(model: nn.Module) -> nn.Module:
+def apart(model: nn.Module) -> nn.Module:
     """A copy with numbers of its own, also of tensors in attributes, which may have a history."""
     own = {
         id(t): nn.Parameter(t.detach().clone(), t.requires_grad) if isinstance(t, nn.Parameter) else t.detach().clone()

@@ -17,7 +17,8 @@ from fxrank.policies.ranks import RANK_RULES
 from fxrank.policies.scene import Clock, Scene
 
 X = vectors()[0]
-RULES = ", ".join(map(repr, sorted(RANK_RULES)))
+RULES = ", ".join(map(repr, sorted([*RANK_RULES, "outputs"])))
+SCALED = dataclasses.replace(UNTIMED, rank_metric="scaled_stable_rank")
 
 
 # -- options
@@ -44,6 +45,11 @@ RULES = ", ".join(map(repr, sorted(RANK_RULES)))
         ({"probe_ratio": 0}, "probe_ratio must be above 0 and at most 1; got 0."),
         ({"probe_ratio": 1.5}, "probe_ratio must be above 0 and at most 1; got 1.5."),
         ({"ratio": -0.25}, "ratio must be above 0 and at most 1; got -0.25."),
+        ({"keep": 1.0}, "keep is the share of the model's outputs that is kept, in (0, 1); got 1.0."),
+        (
+            {"factors": "weight"},
+            "rank_metric='outputs' says how many ranks factors need that know the data; got factors='weight'. Leave it out, or choose another",
+        ),
         ({"share": 1.1}, "share must be above 0 and at most 1; got 1.1."),
         ({"epsilon": 0}, "epsilon must be above 0 and window at least 2; got 0 and 25."),
         ({"window": 1}, "epsilon must be above 0 and window at least 2; got 0.1 and 1."),
@@ -85,18 +91,18 @@ def scene_of(model, x, speedups=None, profiler=None):
 SPEEDUPS = {"l1": 1.5, "l2": 1.75, "l3": 1.25, "l4": 2.0}
 
 
-def text(speedup, threshold="1.5"):
+def text(speedup, threshold="1"):
     return f"a pair at 0.25 of full rank is {speedup:.2f}x as fast, at most the threshold {threshold}x"
 
 
 @pytest.mark.parametrize(
     ("options", "kept"),
     [
-        ({}, {"l1": text(1.5), "l3": text(1.25)}),
-        ({"k_rule": "prefix"}, {"l1": text(1.5)}),
+        ({"speedup_threshold": 1.5}, {"l1": text(1.5, "1.5"), "l3": text(1.25, "1.5")}),
+        ({"speedup_threshold": 1.5, "k_rule": "prefix"}, {"l1": text(1.5, "1.5")}),
         ({"speedup_threshold": 1.75}, {n: text(SPEEDUPS[n], "1.75") for n in ("l1", "l2", "l3")}),
         ({"speedup_threshold": 1.75, "k_rule": "prefix"}, {n: text(SPEEDUPS[n], "1.75") for n in ("l1", "l2", "l3")}),
-        ({"speedup_threshold": 1.0}, {}),
+        ({}, {}),
         ({"speedup_threshold": None}, {}),
         ({"speedup_threshold": 9.0, "k_rule": "prefix"}, {n: text(s, "9") for n, s in SPEEDUPS.items()}),
     ],
@@ -130,7 +136,7 @@ def decide(policy, model=None, profiler=None, speedups=None):
 
 
 def test_kept_by_k_keeps_its_measurement():
-    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.25, round_to=1)
+    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.25, round_to=1, speedup_threshold=1.5)
     profiler = FakeProfiler(lambda rank: 4.0)
     decisions = decide(policy, profiler=profiler, speedups=SPEEDUPS)
     assert {n: d.rank for n, d in decisions.items()} == {
@@ -141,7 +147,7 @@ def test_kept_by_k_keeps_its_measurement():
         "l4": 8,
         "l5": None,
     }
-    assert decisions["l1"].reason == text(1.5)
+    assert decisions["l1"].reason == text(1.5, "1.5")
     assert decisions["l1"].speedup == 1.5
     assert decisions["l2"].speedup == 2.5  # at the rank chosen
     assert decisions["l0"].reason == "first layer of the graph, left dense by default"
@@ -171,7 +177,7 @@ def test_break_even_and_its_reason():
 
 
 def test_at_initialization_the_scaled_rank_is_full():
-    decisions = decide(UNTIMED)
+    decisions = decide(SCALED)
     assert decisions["l1"].reason == "rank 16 of 16 would not save anything: break-even is 8.0"
     assert not any(d.factorized for d in decisions.values())
 
@@ -179,7 +185,7 @@ def test_at_initialization_the_scaled_rank_is_full():
 def test_a_zero_matrix_is_kept():
     model = SixLayers()
     nn.init.zeros_(model.l2.weight)
-    for policy in (dataclasses.replace(UNTIMED, xi=1.0), fxrank.Pufferfish(E=0)):
+    for policy in (dataclasses.replace(SCALED, xi=1.0), UNTIMED, fxrank.Pufferfish(E=0)):
         decision = decide(policy, model)["l2"]
         assert decision.rank is None
         assert decision.reason == "its weight is zero (stable rank 0)"
@@ -195,17 +201,17 @@ def test_xi():
     model = SixLayers()
     ranks = {n: fxrank.stable_rank(model.get_submodule(n).weight) for n in ("l1", "l2", "l3", "l4")}
     # rounded to four digits in the plan
-    init = decide(UNTIMED, model)
+    init = decide(SCALED, model)
     assert {n: init[n].xi for n in ranks} == {n: round(init[n].full_rank / ranks[n], 4) for n in ranks}
-    assert decide(dataclasses.replace(UNTIMED, xi="random"), model)["l3"].xi == 4.0
-    number = decide(dataclasses.replace(UNTIMED, xi=1.0), model)
+    assert decide(dataclasses.replace(SCALED, xi="random"), model)["l3"].xi == 4.0
+    number = decide(dataclasses.replace(SCALED, xi=1.0), model)
     assert {n: number[n].stable_rank for n in ranks} == {n: pytest.approx(r, abs=1e-4) for n, r in ranks.items()}
     assert number["l4"].rank == -(-ranks["l4"] // 1)
-    by_name = decide(dataclasses.replace(UNTIMED, xi={"l1": 1.0, "l2": 1.0, "l3": 1.0, "l4": 0.5}), model)
+    by_name = decide(dataclasses.replace(SCALED, xi={"l1": 1.0, "l2": 1.0, "l3": 1.0, "l4": 0.5}), model)
     assert by_name["l4"].xi == 0.5
     message = "xi as a dict must name every layer to factorize; 'l2' is missing. Add it, or use 'init' or 'random'."
     with pytest.raises(ValueError, match=re.escape(message)):
-        decide(dataclasses.replace(UNTIMED, xi={"l1": 1.0}), model)
+        decide(dataclasses.replace(SCALED, xi={"l1": 1.0}), model)
 
 
 @pytest.mark.parametrize(

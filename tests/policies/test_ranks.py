@@ -1,6 +1,5 @@
 import math
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -32,7 +31,6 @@ HALVING = [2.0**-i for i in range(FULL)]
         ("max_scaled_accumulative", 2 * FULL, 2),
         ("entropy", FULL, 1),
         ("energy", 16, 1),
-        ("output_energy", 2 * FULL, 2),
         ("ratio", 5, 5),
     ],
 )
@@ -59,16 +57,6 @@ def test_max_takes_the_larger():
     assert rule(evidence(HALVING, xi=9.0, share=0.99)) == pytest.approx(12.0, rel=1e-11)  # the tail of the series
 
 
-def test_energy_of_the_outputs_where_they_are_known():
-    rule = rank_rule("output_energy")
-    seen = replace(evidence(FLAT, xi=2.0, share=0.8), outputs=torch.tensor([HALVING], dtype=torch.float64))
-    assert rule(seen) == 2  # 3/4, 15/16
-    assert rule(replace(seen, share=0.99)) == 4
-    two = torch.tensor([HALVING, FLAT], dtype=torch.float64)
-    assert rule(replace(seen, outputs=two)) == (2 + 16) / 2
-    assert rule(replace(seen, outputs=None)) == pytest.approx(2 * FULL)  # the scaled stable rank
-
-
 def test_groups_are_averaged():
     assert rank_rule("accumulative")(evidence(FLAT, LEADER)) == (16 + 1) / 2
     assert rank_rule("stable_rank")(evidence(FLAT, LEADER)) == (FULL + 1) / 2
@@ -88,7 +76,7 @@ def test_energy_bounds_the_truncation_error(rows, cols, share, seed):
 
 
 def test_unknown_rule():
-    names = ", ".join(map(repr, sorted(RANK_RULES)))
+    names = ", ".join(map(repr, sorted([*RANK_RULES, "outputs"])))
     with pytest.raises(
         ValueError, match=re.escape(f"rank_metric must be one of {names}; got 'stable'. Did you mean 'stable_rank'?")
     ):

@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
 from fxrank.session import attach as attaching
-from fxrank.session import live_data
 
 # -- how well
 
@@ -277,95 +276,13 @@ def test_the_option_is_told_from_its_default_and_leaves_earlier_runs_as_they_are
         fxrank.Cuttlefish(factors="dat")
 
 
-# -- ranks of the data
-
-
-OUTPUTS = fxrank.Cuttlefish.of_outputs(
-    0.9, speedup_threshold=None, window=2, epsilon=100.0, wait=False, latest=None, round_to=1, form="channel"
-)
-
-
-class Narrow(nn.Module):
-    """Three wide layers behind three directions."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32, bias=False)
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x):
-        x = torch.cat([x[:, :3], torch.zeros_like(x[:, 3:])], 1)
-        return self.head(torch.tanh(self.third(0.1 * self.second(self.first(x)))))
-
-
-def test_each_layer_has_the_rank_that_its_outputs_need():
-    model = Narrow()
-    optimizer, session = attached(model, OUTPUTS, total_steps=400)
-    for step in range(4):
-        train(model, optimizer, 1, vectors(40, step))
-    plan = session.plan
-    assert plan.R.keys() == {"second", "third"}
-    for d in (plan.layer(name) for name in plan.R):
-        assert d.rank <= 3 and d.output_error**2 <= 0.1 + 1e-9
-        assert d.reason == f"output_energy {d.rank}.0 of 32"
-        assert d.stable_rank > 3  # of the weight, which is far from what its data need
-    assert any("know what these saw" in note for note in session.notes)
-
-
-def test_layers_that_saw_too_little_have_ranks_of_their_weight():
-    model = Narrow()
-    optimizer, session = attached(model, replace(OUTPUTS, xi=0.5), total_steps=39)
-    for step in range(3):
-        train(model, optimizer, 1, vectors(20, step))
-    decision = session.plan.layer("second")
-    assert "of its weight alone: it saw 20 vectors of 32 numbers in these steps" in decision.reason
-    assert decision.output_error is None
-
-
-def test_ranks_of_the_data_need_factors_that_know_them():
-    message = "rank_metric='output_energy' says how many ranks factors need that know the data; got factors='weight'. Add factors=\"data\"."
-    with pytest.raises(ValueError, match=re.escape(message)):
-        fxrank.Cuttlefish(rank_metric="output_energy")
-    policy = fxrank.Cuttlefish.of_outputs(0.8, window=7)
-    assert (policy.share, policy.window, policy.factors, policy.speedup_threshold) == (0.8, 7, "data", 1.0)
-    assert policy.sees_outputs and not fxrank.Cuttlefish(factors="data").sees_outputs
-    assert not replace(policy, target_params=0.5).sees_outputs
-
-
-def test_numbers_that_are_not_finite_leave_the_ranks_of_the_weights():
-    model = Narrow()
-    optimizer, session = attached(model, OUTPUTS, total_steps=400)
-    for step in range(3):
-        x, y = vectors(40, step)
-        train(model, optimizer, 1, (x, y))
-        if session.plan is None:
-            model(torch.full_like(x, torch.nan))
-    assert any("ranks were chosen by the weights alone" in note for note in session.notes)
-
-
-@pytest.mark.parametrize("keep", [2**28, 1])
-def test_what_was_seen_for_the_ranks_serves_the_factors(monkeypatch, keep):
-    """In one round it is kept; in several each layer is looked at once more."""
-    monkeypatch.setattr(live_data, "ROUND_BYTES", keep)
-    looks = []
-    inner = live_data.gather
-    monkeypatch.setattr(live_data, "gather", lambda *a, **k: looks.append(len(a[1])) or inner(*a, **k))
-    model = Narrow()
-    optimizer, session = attached(model, OUTPUTS, total_steps=400)
-    for step in range(4):
-        train(model, optimizer, 1, vectors(40, step))
-    assert looks == ([2] if keep > 1 else [1, 1, 1, 1])
-    assert all(d.output_error is not None for d in session.plan.layers if d.factorized)
-
-
 # -- several processes
 
 
-def in_a_team(rank, size, policy=DATA):
+def in_a_team(rank, size):
     model = mlp()
     wrapped = DistributedDataParallel(model)
-    optimizer, session = attached(wrapped, policy, total_steps=10 if policy is DATA else 400)
+    optimizer, session = attached(wrapped, DATA, total_steps=10)
     for step in range(5):
         train(wrapped, optimizer, 1, vectors(32, 10 * step + rank))
     return session.plan.to_json(), [p.detach().tolist() for p in model.parameters()]
@@ -375,13 +292,6 @@ def test_all_processes_of_a_team_have_the_same_factors():
     first, second = team(in_a_team, 2)
     assert first == second
     assert fxrank.Plan.from_json(first[0]).calibration_batches
-
-
-def test_all_processes_of_a_team_have_the_same_ranks_of_the_data():
-    first, second = team(in_a_team, 2, OUTPUTS)
-    assert first == second
-    plan = fxrank.Plan.from_json(first[0])
-    assert plan.switch_step is not None and all("output_energy" in d.reason for d in plan.layers if d.factorized)
 
 
 def test_shards_are_refused(monkeypatch):

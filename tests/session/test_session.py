@@ -323,7 +323,8 @@ def test_the_warning_gives_every_layer_with_its_reason():
 def test_a_switch_that_keeps_every_layer_warns_too():
     model = mlp()
     optimizer = sgd(model)
-    session = attach(model, optimizer, fxrank.Cuttlefish(speedup_threshold=None, latest=0.5, epsilon=1e-9))
+    policy = fxrank.Cuttlefish(rank_metric="scaled_stable_rank", speedup_threshold=None, latest=0.5, epsilon=1e-9)
+    session = attach(model, optimizer, policy)
     train(model, optimizer, 10)
     assert session.phase == "full-rank"
     message = (

@@ -13,15 +13,21 @@ from fxrank.passes.model.restored import modes_put_back, randoms_put_back, unwri
 from fxrank.torch_private.modules import BatchNorm
 
 
-def measure_batchnorms(model: nn.Module, calls: Callable[[], Iterable[Call]], of_all: OfAll = alone) -> int:
-    """Set `running_mean` and `running_var` of every BatchNorm that keeps them to those of all its inputs over the calls, and return
+def measure_batchnorms(
+    model: nn.Module, calls: Callable[[], Iterable[Call]], of_all: OfAll = alone, *, trained: bool = False
+) -> int:
+    """Set `running_mean` and `running_var` of every BatchNorm that keeps them, or of those alone that are `trained`, in training mode, to those of all its inputs over the calls, and return
     how many there are. Each position counts once, whatever the sizes of the batches, the variance as an unbiased one: a mean of the
     batches' own, as exponential averages and `torch.optim.swa_utils.update_bn` take it, misses what lies between them.
 
     The layers normalize by the batch meanwhile, all else is in evaluation mode; nothing else of the model is changed. What several processes see is added up. Raises
     `CalibrationError` for statistics that are not finite, naming the layer; then none is set.
     """
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm) and m.running_mean is not None}
+    norms = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, BatchNorm) and m.running_mean is not None and (m.training or not trained)
+    }
     if not norms:
         return 0
     sums = {name: _Sums() for name in norms}

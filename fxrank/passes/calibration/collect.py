@@ -94,7 +94,7 @@ def collect(
                     with reads:  # torch's fused encoder layers, which call no hooks, step aside for it
                         model(*args, **kwargs)
 
-            with _evaluating(model, by_batch), torch.no_grad():
+            with evaluating(model, by_batch), torch.no_grad():
                 together(run, of_all)
         number = sum(of_all(batch.number))
         if not number:
@@ -214,7 +214,7 @@ def _narrower(weight: Tensor, reading: Reading) -> Tensor | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, by_batch: bool) -> Iterator[None]:
+def evaluating(model: nn.Module, by_batch: bool) -> Iterator[None]:
     """In evaluation mode, compiled parts as they were written, and everything as before at the end. `by_batch` as of `collect`, but for a
     BatchNorm that would wait for other processes.
     """

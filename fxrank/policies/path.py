@@ -1,0 +1,105 @@
+"""R for a share of the model's outputs: from the dense model on, layers give up parameters in the order in which these are worth least.
+
+On the lower convex hull of a layer's options each next one saves parameters at a higher price in lost energy. The steps of all layers
+together, in the order of their price, pass through the solutions of the knapsack of `policies.budget` with its constraint relaxed
+(Lagrange; Everett 1963), each inside the next. So one number says how far a model has gone, and a search finds how far it may go.
+"""
+
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fxrank.policies.budget import Ladder, Option
+
+Way = tuple[str, int]
+"""The form and the rank of a pair."""
+TRIES = 6
+"""Points of a path that are measured, at most."""
+NEAR = 0.85
+"""One that loses so much of what may be lost is far enough."""
+FIRST = 5.0
+"""The sum of the layers' losses over the model's, before anything is measured: 5 to 20 on the networks of `benchmarks.decisions`."""
+
+
+@dataclass(frozen=True)
+class Path:
+    """The steps of a model's layers, each a layer's name and what it becomes, and the sum of the layers' losses after so many of them."""
+
+    steps: tuple[tuple[str, Way], ...]
+    losses: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ladders: Mapping[str, Ladder]) -> "Path":
+        """The path of layers with these options, by name."""
+        steps = []
+        for name, ladder in ladders.items():
+            hull = _hull(ladder.some)
+            for number, (before, after) in enumerate(itertools.pairwise(hull)):
+                assert after.rank is not None
+                way = after.layer.form, after.rank
+                steps.append((_price(before, after), name, number, way, after.loss - before.loss))
+        steps.sort()
+        losses = [0.0]
+        for *_, lost in steps:
+            losses.append(losses[-1] + lost)
+        return cls(tuple((name, way) for _, name, _, way, _ in steps), tuple(losses))
+
+    def at(self, number: int) -> dict[str, Way]:
+        """The pairs after so many steps, by name; layers that are not there are dense."""
+        return dict(self.steps[:number])
+
+    def until(self, lost: float) -> int:
+        """The number of steps after which the sum of losses is at most so much."""
+        return bisect_right(self.losses, lost) - 1
+
+
+def _price(before: Option, after: Option) -> float:
+    return (after.loss - before.loss) / (before.cost - after.cost)
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """Those on the lower convex hull of loss over cost, from the dense layer to the cheapest pair."""
+    hull: list[Option] = []
+    for option in reversed(options):
+        while len(hull) > 1 and _price(hull[-2], hull[-1]) >= _price(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def farthest(path: Path, lost: Callable[[Mapping[str, Way]], float], most: float) -> tuple[dict[str, Way], float]:
+    """The pairs farthest along the path with which no more than `most` is lost, of those that `lost` was asked for, and what that is.
+
+    What the model loses is taken for a power of the sum of its layers' losses, through the two points nearest to `most`; the first power
+    where only one is known.
+    """
+    low, at_low, high = 0, 0.0, len(path.steps) + 1
+    aim = math.sqrt(NEAR) * most
+    number = path.until(FIRST * aim)
+    known: list[tuple[float, float]] = []
+    for _ in range(TRIES):
+        if high - low <= 1:
+            break
+        number = min(max(number, low + 1), high - 1)
+        found = lost(path.at(number))
+        if found <= most:
+            low, at_low = number, found
+            if found >= NEAR * most:
+                break
+        else:
+            high = number
+        if 0 < found < math.inf and path.losses[number] > 0:
+            known.append((path.losses[number], found))
+        number = path.until(_where(known, aim)) if known else (low + high) // 2
+    return path.at(low), at_low
+
+
+def _where(known: Sequence[tuple[float, float]], aim: float) -> float:
+    """The sum of the layers' losses at which the model should lose so much, by some sums and what it lost there."""
+    (near, at_near), *others = sorted(known, key=lambda one: abs(math.log(one[1] / aim)))
+    power = 1.0
+    if others and others[0][1] != at_near and others[0][0] != near:
+        power = math.log(near / others[0][0]) / math.log(at_near / others[0][1])
+    return near * (aim / at_near) ** (power if power > 0 else 1.0)

@@ -1,0 +1,100 @@
+"""The path from the dense model to ever cheaper ones: against brute force, and the search along it."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from nets import SixLayers, vectors
+
+from fxrank.passes.discovery.discover import discover
+from fxrank.passes.tracing.trace import trace
+from fxrank.policies.budget import Ladder, counted, ladders_of
+from fxrank.policies.path import NEAR, TRIES, Path, farthest
+
+MODEL = SixLayers()
+LAYERS = {a.name: a for a in discover(trace(MODEL, vectors()[0]), MODEL) if a.reason is None}
+SPECTRA = st.lists(st.floats(0.01, 10), min_size=1, max_size=16)
+
+
+def ladders(names, spectra):
+    found = {}
+    for name, values in zip(names, spectra, strict=True):
+        layer = LAYERS[name]
+        sigma = torch.zeros(1, layer.full_rank, dtype=torch.float64)
+        sigma[0, : len(values)] = torch.tensor(sorted(values, reverse=True)[: layer.full_rank], dtype=torch.float64)
+        found[name] = [(layer, sigma)]
+    return ladders_of(found, counted("params"))
+
+
+def reached(options: dict[str, Ladder], path: Path, number: int):
+    """Cost and loss after so many steps."""
+    ways = path.at(number)
+    chosen = [
+        next(
+            o for o in ladder.options if (o.layer.form, o.rank) == ways.get(name, (ladder.options[-1].layer.form, None))
+        )
+        for name, ladder in options.items()
+    ]
+    return sum(o.cost for o in chosen), sum(o.loss for o in chosen)
+
+
+@given(SPECTRA, SPECTRA)
+def test_no_pairs_of_the_size_of_a_point_lose_less(first, second):
+    options = ladders(("l1", "l2"), (first, second))
+    path = Path.of(options)
+    assert path.at(0) == {}
+    every = [
+        (sum(o.cost for o in chosen), sum(o.loss for o in chosen))
+        for chosen in itertools.product(*(ladder.options for ladder in options.values()))
+    ]
+    for number in range(len(path.steps) + 1):
+        cost, loss = reached(options, path, number)
+        assert loss == pytest.approx(path.losses[number], abs=1e-12)
+        assert loss <= min(other for at_cost, other in every if at_cost <= cost) + 1e-12
+    # The last is the cheapest of all.
+    assert cost == min(at_cost for at_cost, _ in every)
+
+
+@given(SPECTRA, st.floats(0, 2))
+def test_until_is_the_last_point_that_loses_no_more(values, most):
+    path = Path.of(ladders(("l1",), (values,)))
+    number = path.until(most)
+    assert path.losses[number] <= most
+    assert number == len(path.steps) or path.losses[number + 1] > most
+
+
+@given(st.floats(0.3, 3), st.floats(1e-3, 1), st.floats(1e-4, 0.5), st.integers(2, 400))
+def test_the_search_keeps_to_what_may_be_lost_and_comes_near_it(power, scale, most, count):
+    """Where the model loses a power of what its layers lose, as is the case nearly."""
+    path = Path(tuple(("a", ("channel", count - i)) for i in range(count)), tuple(i / count for i in range(count + 1)))
+    asked = []
+
+    def lost(ways):
+        number = count - ways["a"][1] + 1 if ways else 0
+        asked.append(number)
+        return scale * path.losses[number] ** power
+
+    ways, found = farthest(path, lost, most)
+    assert found <= most and len(asked) <= TRIES and len(set(asked)) == len(asked)
+    number = count - ways["a"][1] + 1 if ways else 0
+    assert found == (pytest.approx(scale * path.losses[number] ** power) if ways else 0.0)
+    best = min(count, int(count * (most / scale) ** (1 / power) + 1e-9))
+    # All, or as near as the measure asks for, or the steps are too wide for that, or the search has run out of tries close by.
+    assert number == best or found >= NEAR * most or number >= 0.8 * best - 1
+
+
+def test_a_loss_that_does_not_follow_the_layers_ends_the_search_in_time():
+    path = Path(tuple(("a", ("channel", 9 - i)) for i in range(8)), tuple(map(float, range(9))))
+    calls = []
+    ways, found = farthest(path, lambda ways: calls.append(ways) or math.inf, 0.1)
+    assert (ways, found) == ({}, 0.0) and len(calls) <= TRIES
+    ways, found = farthest(path, lambda ways: 0.0, 0.1)
+    assert found == 0.0 and ways["a"][1] <= 3
+
+
+def test_a_model_without_layers_is_at_its_end():
+    path = Path.of({})
+    assert farthest(path, lambda ways: pytest.fail("nothing to try"), 0.1) == ({}, 0.0)
