@@ -92,6 +92,7 @@ ROWS: dict[str, Row] = {
     "untimed": ours(speedup_threshold=None),
     "scaled": scaled(speedup_threshold=1.5),
     "paper": paper,
+    "keep-0.97": ours(keep=0.97),
     "keep-0.95": ours(keep=0.95),
     "keep-0.99": ours(keep=0.99),
     "channel": ours(form="channel"),

@@ -102,4 +102,4 @@ def _where(known: Sequence[tuple[float, float]], aim: float) -> float:
     power = 1.0
     if others and others[0][1] != at_near and others[0][0] != near:
         power = math.log(near / others[0][0]) / math.log(at_near / others[0][1])
-    return near * (aim / at_near) ** (power if power > 0 else 1.0)
+    return float(near * (aim / at_near) ** (power if power > 0 else 1.0))

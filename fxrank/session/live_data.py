@@ -43,6 +43,8 @@ STEPS = 16, 40
 """So many of the last steps, and no more than one of so many of the training: a forward of each is less than a hundredth of it then."""
 ENOUGH = 10
 """Calls, over all processes."""
+DRAWN = 2.0
+"""Of all calls together as many positions are drawn at most as of so many calls: eight for each number of a vector."""
 KEPT_BYTES = 2**26
 """Of arguments, and at least the last step's."""
 ROUND_BYTES = 2**28
@@ -67,6 +69,10 @@ class LastCalls:
         """Of as many steps as cost a training of this length little."""
         most, share = STEPS
         return cls(max(1, min(most, total_steps // share)))
+
+    def __len__(self) -> int:
+        """How many are known."""
+        return len(self._kept)
 
     def watch(self, model: nn.Module) -> None:
         """From now on, until `stop`."""
@@ -209,10 +215,12 @@ def seen_by(
     """The layers, in rounds, with what is known of them by the calls."""
     team = attached.team
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
+    of_each = min(1.0, DRAWN / max(1, sum(team.of_all(len(calls)))))
     with ExitStack() as around:
         made = partial(again, calls, attached, around)
         for some in in_rounds(team.model, layers, ROUND_BYTES):
-            yield some, _where_enough(gather(team.model, some, made, absorbed, team.of_all, by_batch=True))
+            found = gather(team.model, some, made, absorbed, team.of_all, by_batch=True, of_each=of_each)
+            yield some, _where_enough(found)
 
 
 def measure_again(plan: Plan, calls: LastCalls, attached: Attachment) -> list[str]:

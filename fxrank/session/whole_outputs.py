@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxrank.decisions import take
-from fxrank.fitting import Fitting, variants
+from fxrank.fitting import variants
 from fxrank.passes.calibration.collect import evaluating
 from fxrank.passes.calibration.evidence import Evidence
 from fxrank.passes.calibration.processes import together
@@ -98,7 +98,8 @@ class _Trial:
         plan = Plan("", tuple(take(a, ways[a.name][1], "", extra_bn=attached.policy.extra_bn) for a in layers))
         factors: Factors = {}
         for some, evidence in [(layers, self._known)] if self._known else seen_by(layers, self._calls, attached):
-            plan = Fitting(team.model, evidence, factors=factors).fitted(plan, some)
+            drafts = {layer.name: evidence.draft(*layer.key, ways[layer.name][1]) for layer in some}
+            factors |= {name: draft for name, draft in drafts.items() if draft is not None}
 
         def copied() -> nn.Module:
             twin = uncompile_parts(apart(team.model))

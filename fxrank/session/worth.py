@@ -27,7 +27,7 @@ from fxrank.policies.times import Trials
 from fxrank.session.attach import Attachment
 from fxrank.torch_private.dtensor import is_sharded
 
-SHARE = 0.01
+SHARE = 0.005
 """Of the time of a training, what the ranks' timing may take beyond the first rounds, and the whole step's beyond `LEAST`."""
 LEAST = 3
 

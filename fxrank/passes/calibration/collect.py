@@ -64,11 +64,12 @@ def collect(
     of_all: OfAll = alone,
     *,
     by_batch: bool = False,
+    of_each: float = 1.0,
 ) -> tuple[dict[K, Moments | Parts], int]:
     """The moments of each watched weight over all calls of the model in evaluation mode, and how many calls these were; one that no call
     reached is not there, and of one that was multiplied with outside of its layers it is the `Parts`. Padding is left out where the
     model is told of it (see `masks`). Nothing of the model is changed. `by_batch`: each BatchNorm that is in training mode normalizes by
-    the batch, as its statistics lag behind then.
+    the batch, as its statistics lag behind then. `of_each`: no more than this share of `POSITIONS` is taken of each call.
 
     `calls` is asked anew in each round. What several processes see is added up. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
     is no call.
@@ -80,7 +81,7 @@ def collect(
     for keys in list(rounds(watched, ROUND_BYTES)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
-            batch = _Batch(exact)
+            batch = _Batch(exact, of_each)
             for key in keys:
                 for layer in watched[key].layers:
                     hooks.callback(layer.register_forward_pre_hook(batch.enter).remove)
@@ -114,8 +115,9 @@ def collect(
 class _Batch:
     """The batch that is on its way through the model."""
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        """Moments of weights that are read are added up on this `device`."""
+    def __init__(self, device: torch.device | str = "cpu", of_each: float = 1.0) -> None:
+        """Moments of weights that are read are added up on this `device`. `of_each` as of `collect`."""
+        self._of_each = of_each
         self.number = 0
         self.masks: list[Tensor] = []
         self.parts: dict[int, Parts] = {}
@@ -191,7 +193,7 @@ class _Batch:
             kept = ~mask.cpu().reshape(*mask.shape, *trailing).expand(leading).flatten()
             drawn = drawn[kept[drawn]]
         groups, size = moments.shape
-        at_most = max(POSITIONS, 4 * size)
+        at_most = math.ceil(self._of_each * max(POSITIONS, 4 * size))
         places = torch.unravel_index(drawn[:at_most].to(vectors.device), leading)
         vectors = vectors[places] if leading else vectors[None]
         size = size if through is None else len(through)

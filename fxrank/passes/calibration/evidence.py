@@ -71,6 +71,16 @@ class Evidence:
         gains = best.centred and name not in self.biased
         return Fit(best.factors(rank), gains, best.output_error(rank))
 
+    def draft(self, name: str, form: str, rank: int) -> tuple[Tensor, ...] | None:
+        """Factors of a layer that take no search, for a try: `U`, `V`, and what its bias gains, if it has one; None where only its weight is
+        known.
+        """
+        best = self.known.get((name, form))
+        if best is None:
+            return None
+        u, v, *gained = best.draft(rank)
+        return (u, v, *gained) if name in self.biased else (u, v)
+
 
 def gather(
     model: nn.Module,
@@ -80,9 +90,10 @@ def gather(
     of_all: OfAll = alone,
     *,
     by_batch: bool = False,
+    of_each: float = 1.0,
 ) -> Evidence:
-    """Run the model over the calls, in evaluation mode (`by_batch` as of `collect`), for the layers without a `reason`, which may come in
-    several forms. Errors as of `collect`, and `NonFiniteWeightError`.
+    """Run the model over the calls, in evaluation mode (`by_batch` and `of_each` as of `collect`), for the layers without a `reason`, which
+    may come in several forms. Errors as of `collect`, and `NonFiniteWeightError`.
     """
     watched: dict[Key, Watch] = {}
     blind: dict[Key, str] = {}
@@ -96,11 +107,11 @@ def gather(
             blind[key] = watch
     known: dict[Key, Known] = {}
     notes: dict[Key, str] = {}
-    moments_of, batches = collect(model, watched, calls, of_all, by_batch=by_batch)
+    moments_of, batches = collect(model, watched, calls, of_all, by_batch=by_batch, of_each=of_each)
     mixed = [key for key, moments in moments_of.items() if isinstance(moments, Parts) and moments.is_mixed]
     if mixed:  # once more, all products with them in one way
         again = {key: replace(watched[key], layers=(), narrow=False) for key in mixed}
-        moments_of |= collect(model, again, calls, of_all, by_batch=by_batch)[0]
+        moments_of |= collect(model, again, calls, of_all, by_batch=by_batch, of_each=of_each)[0]
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)

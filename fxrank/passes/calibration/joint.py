@@ -123,6 +123,11 @@ class JointProjection:
         u, v = self._fit(rank)
         return tuple(t.to(self.stack) for t in balanced(u[None], v[None]))
 
+    def draft(self, rank: int) -> tuple[Tensor, ...]:
+        """Those from which `factors` are looked for, which takes much longer."""
+        u, v = self._drafted(rank)
+        return tuple(t.to(self.stack) for t in balanced(u[None], v[None]))
+
     @cached_property
     def _w(self) -> Tensor:
         return _numbers(self.stack, self.uses)
@@ -184,14 +189,17 @@ class JointProjection:
             own = self._truncated(self.stack, rank)
             best = own
             if rank < min(self._w.shape):
-                (_, left), (_, right) = self._roots
-                u, v = self._truncated(self._start[None], rank)
-                best = self._improved(u @ right, _times(left, v))
+                best = self._improved(*self._drafted(rank))
                 if self._lost(best) > self._lost(own):
                     best = min(own, self._improved(*own), key=self._lost)
             self._found.clear()  # whoever asks for one rank asks for it again at once
             self._found[rank] = best
         return self._found[rank]
+
+    def _drafted(self, rank: int) -> tuple[Tensor, Tensor]:
+        (_, left), (_, right) = self._roots
+        u, v = self._truncated(self._start[None], rank)
+        return u @ right, _times(left, v)
 
     def _truncated(self, stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         u, v = truncated_factors(stack, rank)

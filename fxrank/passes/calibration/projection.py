@@ -71,6 +71,10 @@ class Projection:
             return *found, lost[..., 0].to(like)
         return found
 
+    def draft(self, rank: int) -> tuple[Tensor, ...]:
+        """The same: they take no search."""
+        return self.factors(rank)
+
     @property
     def _w(self) -> Tensor:
         return self.stack.detach().to(dtype=torch.float64, device=self.moments.mean.device)

@@ -63,7 +63,13 @@ class SpatialProjection:
 
     def factors(self, rank: int) -> tuple[Tensor, ...]:
         """As `Projection.factors`."""
-        u, v = self._fit(rank)
+        return self._with_bias(*self._fit(rank))
+
+    def draft(self, rank: int) -> tuple[Tensor, ...]:
+        """Those from which `factors` are looked for, which takes much longer."""
+        return self._with_bias(*(t.to(self._kernel) for t in self._start.factors(rank)[:2]))
+
+    def _with_bias(self, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         found = tuple(t.to(self.stack) for t in balanced(u, v))
         if not self.centred:
             return found
@@ -152,9 +158,8 @@ class TurnedProjection(SpatialProjection):
     `factors` are those of the layer.
     """
 
-    def factors(self, rank: int) -> tuple[Tensor, ...]:
-        """As of a `SpatialProjection`."""
-        u, v, *gained = super().factors(rank)
+    def _with_bias(self, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        u, v, *gained = super()._with_bias(u, v)
         return (u, turned(v, self.width), *gained)
 
 

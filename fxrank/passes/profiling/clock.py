@@ -85,25 +85,25 @@ def compare(
     steps: Sequence[Callable[[], None]], watch: Stopwatch, rounds: int, budget_ms: float, least: int = 3
 ) -> Times:
     """How long the steps take, after one round that is not counted: at most `rounds`, and no more than `least` of them beyond
-    `budget_ms`. On a busy machine `PATIENCE` times as many are tried, and then it is done once more on one thread.
+    `budget_ms`. Where too few of `PATIENCE` times as many count, as on a busy machine, it is the processor time of one thread.
     """
     for step in steps:
         step()
-    rows, tried, spent = _rounds(steps, watch), 0, 0.0
-    counted: list[list[float]] = []
-    while tried < PATIENCE * least or (tried < PATIENCE * rounds and spent < PATIENCE * budget_ms):
-        row = next(rows)
-        tried, spent = tried + 1, spent + sum(lap.ms for lap in row)
-        if all(lap.counts for lap in row):
-            counted.append([lap.ms for lap in row])
-            if len(counted) >= least and (len(counted) == rounds or spent >= budget_ms):
-                return times_of(counted, "clock")
-    with _one_thread():
-        counted, spent = [], 0.0
-        while len(counted) < least or (len(counted) < rounds and spent < budget_ms):
-            counted.append([lap.busy_ms for lap in next(rows)])
-            spent += sum(counted[-1])
-    return times_of(counted, "processor time")
+    rows, spent = _rounds(steps, watch), 0.0
+    tried: list[list[Lap]] = []
+    while len(tried) < PATIENCE * least or (len(tried) < PATIENCE * rounds and spent < budget_ms):
+        tried.append(next(rows))
+        spent += sum(lap.ms for lap in tried[-1])
+        counted = [row for row in tried if all(lap.counts for lap in row)]
+        if len(counted) == rounds or (len(counted) >= least and spent >= budget_ms):
+            return times_of([[lap.ms for lap in row] for row in counted], "clock")
+    if torch.get_num_threads() > 1:
+        tried, spent = [], 0.0
+        with _one_thread():
+            while len(tried) < least or (len(tried) < rounds and spent < budget_ms):
+                tried.append(next(rows))
+                spent += sum(lap.busy_ms for lap in tried[-1])
+    return times_of([[lap.busy_ms for lap in row] for row in tried], "processor time")
 
 
 def _rounds(steps: Sequence[Callable[[], None]], watch: Stopwatch) -> Iterator[list[Lap]]:

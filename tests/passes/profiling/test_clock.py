@@ -70,7 +70,7 @@ def test_rounds_without_a_core_do_not_count():
 
 @pytest.mark.parametrize(
     ("options", "tried"),
-    [({"rounds": 5}, 10), ({"budget_ms": 24.0}, 6), ({"budget_ms": 42.0}, 7), ({"budget_ms": 0.0}, 6)],
+    [({"rounds": 5}, 10), ({"budget_ms": 24.0}, 6), ({"budget_ms": 84.0}, 7), ({"budget_ms": 0.0}, 6)],
 )
 def test_without_rounds_that_count_processor_time_of_one_thread_stands_in(options, tried):
     before = torch.get_num_threads()
@@ -84,6 +84,17 @@ def test_without_rounds_that_count_processor_time_of_one_thread_stands_in(option
     assert times == Times([8.0, 4.0], [Share(1.0, 0.0), Share(0.5, 0.0)], "processor time")
     assert watch.threads[:tried] == [2] * tried
     assert set(watch.threads[tried:]) == {1} and len(watch.threads) >= tried + 3
+
+
+def test_where_there_is_one_thread_nothing_is_done_once_more():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        times, watch = measured([[(10.0, 5.0), (2.0, 2.0)]] * 9, budget_ms=0.0)
+    finally:
+        torch.set_num_threads(before)
+    assert times == Times([5.0, 2.0], [Share(1.0, 0.0), Share(0.4, 0.0)], "processor time")
+    assert watch.marks.count("read") == 6
 
 
 def test_the_stopwatch_counts_between_marks_and_forgets():
