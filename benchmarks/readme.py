@@ -8,7 +8,10 @@ from typing import Any
 
 from tabulate import tabulate
 
+from benchmarks.decisions import Book
 from benchmarks.record import RESULTS
+from benchmarks.subjects import jobs
+from benchmarks.subjects.verdicts import lines
 
 
 def load(prefix: str) -> dict[str, Any]:
@@ -125,6 +128,53 @@ def zoo_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+JOBS = {
+    "wide-digits": "five-layer perceptron, 512 wide, digits (two arguments alone)",
+    "resnet20-cifar10": "ResNet-20, CIFAR-10 at 16x16",
+    "resnet18-cifar10": "ResNet-18, 16 wide, CIFAR-10 at 16x16",
+    "vit-cifar10": "ViT (4 blocks), CIFAR-10 at 16x16",
+    "char-transformer": "character Transformer, tinyshakespeare",
+    "lstm-wikitext2": "2-layer LSTM, WikiText-2",
+    "multi30k": "encoder-decoder Transformer, Multi30k",
+    "minilm-sst2": "MiniLM-L6, pretrained, SST-2",
+}
+UNITS = {
+    "accuracy": "accuracy, %",
+    "bits_per_character": "bits a character",
+    "perplexity": "perplexity",
+    "bleu": "BLEU",
+}
+
+
+def default_table() -> str:
+    """The default beside the dense model, and a narrower one of its size."""
+    path = max(RESULTS.glob("decisions_cpu*.jsonl"), key=lambda p: p.name[-12:])
+    book = Book(path, jobs.JOBS)
+    rows = []
+    for name, what in JOBS.items():
+        cells, steps = book.of_job(name)
+        found = lines({row: cells[row] for row in ("full", "default", "twin") if row in cells}, steps)
+        if not {"full", "default"} <= found.keys():
+            continue
+        full, default, twin = found["full"], found["default"], found.get("twin")
+        before, after = (default.mean(f"accuracy_{when}_switch") for when in ("before", "after"))
+        rows.append(
+            (
+                what,
+                UNITS[full.metric],
+                full.shown,
+                default.shown,
+                "-" if twin is None else twin.shown,
+                f"{default.share:.2f}",
+                "-" if default.steps is None else "{:.2f} ± {:.2f}".format(*default.steps["ratio"]),
+                "-" if before is None or after is None else f"{100 * before:.1f} → {100 * after:.1f}",
+                len(default.cells),
+            )
+        )
+    headers = ("job", "in", "full-rank", "fxrank", "narrower", "parameters", "step", "accuracy at the switch", "seeds")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
 RUNS = {
     "vit_cifar10": "ViT-tiny (6 blocks), CIFAR-10",
     "minilm_sst2": "MiniLM-L6, pretrained, SST-2",
@@ -237,7 +287,10 @@ def random_models_line() -> str:
 def tables() -> str:
     """All of them, as they stand in the README."""
     return (
-        f"{accuracy_table()}\n\nReal jobs, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
+        "The default, `Cuttlefish()`, beside the full-rank model and a dense one that is narrower and has no more parameters, trained as long, on 2 CPU cores. Parameters are the "
+        "share outside of embeddings, the step is that of the model that came out, of the dense one's:\n\n"
+        f'{default_table()}\n\nBy the papers\' ranks (`rank_metric="scaled_stable_rank"`): {accuracy_table()}\n\n'
+        f"Real jobs by policies after the papers, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
         "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
         f"between a model and its full-rank factorization, in evaluation, and in float64 in training mode too:\n\n{zoo_table()}\n\n"
         "Several processes of one machine, pairs at a quarter of full rank, step time relative to full-rank and plain:\n\n"

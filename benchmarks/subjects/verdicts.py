@@ -44,6 +44,11 @@ class Line:
         return statistics.fmean(self.scores)
 
     @property
+    def shown(self) -> str:
+        """The same, in words, with its spread."""
+        return _shown(self.metric, self.scores)
+
+    @property
     def share(self) -> float:
         """Of the parameters outside of the dense model's embeddings; those that pairs save of these count as well."""
         shares = [
