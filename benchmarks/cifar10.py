@@ -23,10 +23,11 @@ from benchmarks.subjects.models import build
 
 
 def policies(epochs: int, leading: int, ratio: float) -> dict[str, fxrank.Policy]:
-    """The four methods. Pufferfish switches at 80/300 of the run, as in its paper (spec: E = 80 of 300, ratio 1/4)."""
+    """The methods. Pufferfish switches at 80/300 of the run, as in its paper (spec: E = 80 of 300, ratio 1/4)."""
     return {
         "full-rank": fxrank.FullRank(),
-        "cuttlefish": fxrank.Cuttlefish(),
+        "cuttlefish": fxrank.Cuttlefish(rank_metric="scaled_stable_rank", speedup_threshold=1.5),
+        "outputs": fxrank.Cuttlefish(),
         "pufferfish": fxrank.Pufferfish(E=max(1, round(epochs * 80 / 300)), K=leading, ratio=ratio),
         "spectral-init": fxrank.SpectralInit(K=leading, ratio=ratio),
     }

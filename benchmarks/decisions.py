@@ -162,7 +162,8 @@ class Campaign:
                 for one in running:
                     one.process.kill()
                     one.process.wait()
-        self._left_out += len(waiting)
+        if waiting:
+            print(f"{len(waiting)} cells were left: of twins, those whose rows are not trained")
         if self._left_out:
             print(f"{self._left_out} cells were left for another time: they would not have ended within the budget")
 

@@ -263,7 +263,12 @@ def minilm_sst2(data: Path, scale: float = 1.0, *, train: int = 3072, test: int 
         adamw(3e-5, 0.01),
         linear,
         lambda epochs: fxrank.Cuttlefish(
-            rank_metric="max_scaled_accumulative", share=0.8, xi="random", latest=1 / max(3, epochs), lr_scale=4 / 3
+            rank_metric="max_scaled_accumulative",
+            speedup_threshold=1.5,
+            share=0.8,
+            xi="random",
+            latest=1 / max(3, epochs),
+            lr_scale=4 / 3,
         ),
     )
 
@@ -296,7 +301,7 @@ def char_transformer(
         token_loss,
         adamw(2e-3, 0.05, betas=(0.9, 0.98)),
         cosine,
-        lambda epochs: fxrank.Cuttlefish(min_ratio=0.5),
+        lambda epochs: fxrank.Cuttlefish(rank_metric="scaled_stable_rank", speedup_threshold=1.5, min_ratio=0.5),
     )
 
 

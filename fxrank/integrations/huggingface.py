@@ -211,6 +211,8 @@ class LowRankCallback(TrainerCallback):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self.session is not None:
+            self.session.pause()  # in all processes: none that goes on from here knows a call of before
         if not state.is_world_process_zero:
             return
         if not folder.is_dir():

@@ -78,9 +78,10 @@ class Policy(ABC):
 
     def __repr__(self) -> str:
         """Every option, but for a `LATER` one that has its default: it is compared when a run goes on."""
-        shown = [
-            f for f in fields(self) if f.repr and not ("later" in f.metadata and getattr(self, f.name) == f.default)
-        ]
+        usual: dict[str, tuple[Any, ...]] = {f.name: (f.default,) for f in fields(self) if "later" in f.metadata}
+        if self.keeps is None:
+            usual["factors"] = "auto", "weight"  # which are the same then
+        shown = [f for f in fields(self) if f.repr and getattr(self, f.name) not in usual.get(f.name, ())]
         return f"{type(self).__qualname__}({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Cuttlefish: E from the rank curves, K from profiling, R from the spectra."""
+"""Cuttlefish: E from the rank curves, K from profiling, R from what the model gives on data, or from the spectra."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -46,7 +46,7 @@ class Cuttlefish(Policy):
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
     - R: `rank_metric` is a name in `fxrank.policies.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
       for `"ratio"`. `"outputs"` is no rule for one layer: the ranks of all together are the smallest with which the model keeps the share
-      `keep` of its outputs on live data, by factors that know them (see `of_outputs`).
+      `keep` of its outputs on live data, by factors that know them (see `session.whole_outputs`).
       `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
@@ -94,6 +94,13 @@ class Cuttlefish(Policy):
                 f"rank_metric={self.rank_metric!r} says how many ranks factors need that know the data; got factors={self.factors!r}. "
                 "Leave it out, or choose another rank_metric."
             )
+        unused = {"xi": "init", "share": 0.8, "ratio": 0.25} if self.keeps is not None else {}
+        for option, default in unused.items():
+            if (value := getattr(self, option)) != default:
+                raise ValueError(
+                    f"{option} is an option of other ranks than rank_metric={self.rank_metric!r} chooses; got {value}. Leave it out, or name the "
+                    "rank_metric that it is for: 'scaled_stable_rank' was the default before."
+                )
         if not 0 < self.keep < 1:
             raise ValueError(f"keep is the share of the model's outputs that is kept, in (0, 1); got {self.keep}.")
         if self.k_rule not in ("stack", "prefix"):
@@ -181,7 +188,8 @@ class Cuttlefish(Policy):
     def by_weights(self) -> Policy:
         if self.keeps is None or self.factors == "data":
             return self
-        return replace(self, rank_metric="scaled_stable_rank", speedup_threshold=PAPER_SPEEDUP)
+        threshold = PAPER_SPEEDUP if self.speedup_threshold == FULL_SPEED else self.speedup_threshold
+        return replace(self, rank_metric="scaled_stable_rank", speedup_threshold=threshold)
 
     @property
     def probe(self) -> float:
@@ -231,7 +239,7 @@ class Cuttlefish(Policy):
         """Whether a layer's rank is below break-even by now, as far as its stable rank tells."""
         assert scene.monitor is not None
         stable_ranks = scene.monitor.latest()
-        if self.keeps is not None:
+        if self.rank_metric == OF_OUTPUTS:
             layers = [a for a in scene.layers if a.name in watched]
             return any(random_matrix_xi(a.rows, a.cols) * stable_ranks[a.name] < MOVED * a.full_rank for a in layers)
         if self.rank_metric not in ("scaled_stable_rank", "max_scaled_accumulative"):
@@ -268,13 +276,7 @@ class Cuttlefish(Policy):
         rank = whole_rank(max(value, self.min_ratio * full_rank), full_rank)
         known: dict[str, Any] = {"stable_rank": round(rank_now, 4), "xi": round(xi, 4)}
         if rank >= layer.break_even_rank:
-            return replace(
-                keep(
-                    layer,
-                    f"rank {rank} of {layer.full_rank} would not save anything: break-even is {layer.break_even_rank:.1f}",
-                ),
-                **known,
-            )
+            return replace(_unsaving(layer, rank), **known)
         layer, rank, spectrum = in_best_form(layer, rank, self.form, scene.model, spectrum)
         rank, speedup = self._round(layer, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
@@ -296,19 +298,17 @@ class Cuttlefish(Policy):
         """
         assert scene.monitor is not None
         known: dict[str, Any] = {"stable_rank": round(scene.monitor.latest()[layer.name], 4)}
-        asked = f"the model keeps {self.keep:g} of its outputs"
         if layer.name not in scene.chosen:
-            reason = why_dead(stack_of(layer, scene.model)) or f"worth its parameters where {asked}"
+            reason = why_dead(stack_of(layer, scene.model)) or f"worth its parameters where {scene.asked}"
             return replace(keep(layer, reason), **known)
         planned, rank = scene.chosen[layer.name]
-        rank = max(rank, whole_rank(self.min_ratio * layer.full_rank, planned.full_rank))
+        rank = max(rank, whole_rank(self.min_ratio * planned.full_rank, planned.full_rank))
+        if rank >= planned.break_even_rank:
+            return replace(_unsaving(planned, rank), **known)
         rank, speedup = self._round(planned, rank, scene)
         if speedup is not None and speedup <= FULL_SPEED:
             return replace(_too_slow(planned, rank, speedup), **known)
-        unknown = ""
-        if planned.key not in scene.outputs:
-            unknown = f", by its weight alone: {scene.unseen.get(layer.key, 'its outputs were not looked at')}"
-        decision = take(planned, rank, f"rank {rank} of {planned.full_rank}: {asked}{unknown}", extra_bn=self.extra_bn)
+        decision = take(planned, rank, f"rank {rank} of {planned.full_rank}: {scene.asked}", extra_bn=self.extra_bn)
         return replace(decision, speedup=None if speedup is None else round(speedup, 4), **known)
 
     def _round(self, layer: Layer, rank: int, scene: Scene) -> tuple[int, float | None]:
@@ -340,6 +340,11 @@ class Cuttlefish(Policy):
         assert scene.monitor is not None
         first = scene.monitor.curves[layer.name][0]
         return layer.full_rank / first if first > 0 else 1.0
+
+
+def _unsaving(layer: Layer, rank: int) -> LayerDecision:
+    even = f"break-even is {layer.break_even_rank:.1f}"
+    return keep(layer, f"rank {rank} of {layer.full_rank} would not save anything: {even}")
 
 
 def _too_slow(layer: Layer, rank: int, speedup: float) -> LayerDecision:

@@ -89,6 +89,10 @@ class FixedPlan(Policy):
     takes_target = False
 
     @property
+    def by_weights(self) -> Policy:
+        return replace(self, factors="weight")
+
+    @property
     def known_plan(self) -> Plan:
         return self.given
 

@@ -19,6 +19,8 @@ TRIES = 6
 """Points of a path that are measured, at most."""
 NEAR = 0.85
 """One that loses so much of what may be lost is far enough."""
+POWERS = 0.25, 4.0
+"""Within which a model's loss is thought to follow those of its layers."""
 FIRST = 5.0
 """The sum of the layers' losses over the model's, before anything is measured: 5 to 20 on the networks of `benchmarks.decisions`."""
 
@@ -84,7 +86,7 @@ def farthest(path: Path, lost: Callable[[Mapping[str, Way]], float], most: float
             break
         number = min(max(number, low + 1), high - 1)
         found = lost(path.at(number))
-        if found <= most:
+        if found <= most:  # NaN is not
             low, at_low = number, found
             if found >= NEAR * most:
                 break
@@ -102,4 +104,4 @@ def _where(known: Sequence[tuple[float, float]], aim: float) -> float:
     power = 1.0
     if others and others[0][1] != at_near and others[0][0] != near:
         power = math.log(near / others[0][0]) / math.log(at_near / others[0][1])
-    return float(near * (aim / at_near) ** (power if power > 0 else 1.0))
+    return float(near * (aim / at_near) ** min(max(power, POWERS[0]), POWERS[1]))

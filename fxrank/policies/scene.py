@@ -38,13 +38,13 @@ class Scene:
     factors: Factors = field(default_factory=dict)
     """Factors of the layers decided on, so that the switch needs no second decomposition."""
     outputs: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    """Where the policy looks at them (`Policy.sees_outputs`), spectra of what layers give on live data, `(groups, full_rank)`
+    """Where the policy chooses ranks by them (`Policy.keeps`), spectra of what layers give on live data, `(groups, full_rank)`
     descending, by the layers' keys.
     """
-    unseen: dict[tuple[str, str], str] = field(default_factory=dict)
-    """Why there are none of other layers."""
     chosen: dict[str, tuple[Layer, int]] = field(default_factory=dict)
     """And the pairs with which the model keeps as much of its outputs as the policy asks for, by name: a layer in its form, and the rank."""
+    asked: str = ""
+    """What is kept with them, in words."""
 
     def watched(self, kept: Mapping[str, str]) -> frozenset[str]:
         """Layers whose ranks decide the switch: those that may still be factorized, given the policy's `kept`."""

@@ -14,12 +14,13 @@ state goes on. The statistics of BatchNorms that are trained are measured again 
 as an exponential average remembers: they lag behind in training, and would be those of other layers.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gathe
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.model.calls import Call, call_arguments
+from fxrank.passes.tracing.proof import observers_off
 from fxrank.plan import Plan
 from fxrank.session.attach import Attachment
 from fxrank.torch_private import pytree
@@ -43,6 +45,8 @@ STEPS = 16, 40
 """So many of the last steps, and no more than one of so many of the training: a forward of each is less than a hundredth of it then."""
 ENOUGH = 10
 """Calls, over all processes."""
+FEWEST, VECTORS = 4, 2
+"""Calls that factors are made of, if there are so many, and all where a layer would see fewer vectors than so many for each of its numbers."""
 DRAWN = 2.0
 """Of all calls together as many positions are drawn at most as of so many calls: eight for each number of a vector."""
 KEPT_BYTES = 2**26
@@ -71,8 +75,8 @@ class LastCalls:
         return cls(max(1, min(most, total_steps // share)))
 
     def __len__(self) -> int:
-        """How many are known."""
-        return len(self._kept)
+        """How many can be made once more."""
+        return sum(kept.is_as_it_was() for kept in self._kept) or int(self._compiled is not None)
 
     def watch(self, model: nn.Module) -> None:
         """From now on, until `stop`."""
@@ -115,12 +119,17 @@ class LastCalls:
         for the next.
         """
         if not self._kept and self._compiled is not None:
-            yield self._compiled
+            yield _own(self._compiled)
         for kept in list(self._kept)[-most:]:
             if kept.is_as_it_was():
                 around.enter_context(kept.autocast())
-                yield kept.call
+                yield _own(kept.call)
                 around.close()
+
+
+def _own(call: Call) -> Call:
+    """With tensors of its own: some models write into what they are given."""
+    return cast(Call, pytree.tree_map_only(Tensor, torch.clone, call))
 
 
 class _Kept:
@@ -128,7 +137,10 @@ class _Kept:
 
     def __init__(self, step: int, *call: Any) -> None:
         self.step = step
-        self.bytes = sum(t.nbytes for t in pytree.tree_leaves(call) if isinstance(t, Tensor))
+        leaves = pytree.tree_leaves(call)
+        plain = all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in leaves)
+        # What an object holds nobody knows: as much as is kept of the last step alone.
+        self.bytes = sum(t.nbytes for t in leaves if isinstance(t, Tensor)) if plain else KEPT_BYTES + 1
         self.call: Call = pytree.tree_map_only(Tensor, torch.detach, call)
         self.autocast: Callable[[], AbstractContextManager[None]] = autocast_as_now()
         self._versions = self._now()
@@ -160,15 +172,19 @@ def look(layers: Sequence[Layer], calls: LastCalls, attached: Attachment) -> tup
     scene = attached.scene
     found: list[Evidence] = []
     scene.outputs.clear()
-    scene.unseen.clear()
     try:
         for _, evidence in seen_by(layers, calls, attached):
-            scene.outputs.update({key: known.sigma for key, known in evidence.known.items()})
-            scene.unseen.update(evidence.blind)
+            sigmas = attached.team.together(partial(_sigmas, evidence))
+            scene.outputs.update(sigmas)
             found = [*found[:1], evidence]
-    except CalibrationError as error:
-        return None, [f"ranks were chosen by the weights alone: {error}"]
+    except Exception as error:  # of what is called: not in this mode, say, or not without gradients
+        scene.outputs.clear()
+        return None, [f"ranks were chosen by the weights alone: {in_a_line(error)}"]
     return found[0] if len(found) == 1 else None, []
+
+
+def _sigmas(evidence: Evidence) -> dict[tuple[str, str], Tensor]:
+    return {key: known.sigma for key, known in evidence.known.items()}
 
 
 def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment, known: Evidence | None = None) -> tuple[Plan, str]:
@@ -180,23 +196,40 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment, known: Evidenc
     planned = {d.name: d.form for d in plan.layers if d.factorized}
     there = [layer.if_in_form(planned[layer.name]) for layer in scene.layers if layer.name in planned]
     layers = [replace(layer, reason=None) for layer in there]  # of a plan that is given, which may name any
+    given = plan
     seen: Iterable[tuple[Sequence[Layer], Evidence]]
     if known is not None and all(layer.key in known.known or layer.key in known.blind for layer in layers):
         seen = [(layers, known)]
     else:
         seen = seen_by(layers, calls, attached)
     try:
-        for some, evidence in seen:
-            fitting = Fitting(team.model, evidence, factors=scene.factors)
-            plan = team.agree(partial(fitting.fitted, plan, some))
-    except CalibrationError as error:
-        return plan, f"factors were made of the weights alone: {error}"
+        with unobserved(attached):
+            for some, evidence in seen:
+                fitting = Fitting(team.model, evidence, factors=scene.factors)
+                plan = team.agree(partial(fitting.fitted, plan, some))
+    except Exception as error:  # as in `look`
+        scene.factors.clear()
+        return given, f"factors were made of the weights alone: {in_a_line(error)}"
     number, calls_made = sum(d.output_error is not None for d in plan.layers), plan.calibration_batches
     made = f"{calls_made} call{'s' * (calls_made != 1)}"
     return (
         plan,
         f"factors of {number} of {len(plan.R)} layers know what these saw in {made} of the model, of the last steps before the switch",
     )
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of fxrank's own in its words, another with its kind, without what is below the first line."""
+    said = str(error) if isinstance(error, CalibrationError) else f"{type(error).__name__}: {error}"
+    return said.partition("\n")[0]
+
+
+@contextmanager
+def unobserved(attached: Attachment) -> Iterator[None]:
+    """Meanwhile hooks of the user's that only look on see none of the calls that are made once more."""
+    model = attached.team.model
+    with observers_off(model, *call_arguments(model, attached.example)):
+        yield
 
 
 def again(calls: LastCalls, attached: Attachment, around: ExitStack, most: int = CALLS) -> Iterator[Call]:
@@ -206,7 +239,7 @@ def again(calls: LastCalls, attached: Attachment, around: ExitStack, most: int =
         made = True
         yield call
     if not made:
-        yield call_arguments(attached.team.model, attached.example)
+        yield _own(call_arguments(attached.team.model, attached.example))
 
 
 def seen_by(
@@ -215,9 +248,10 @@ def seen_by(
     """The layers, in rounds, with what is known of them by the calls."""
     team = attached.team
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
-    of_each = min(1.0, DRAWN / max(1, sum(team.of_all(len(calls)))))
+    most = max((_enough(layer) for layer in attached.scene.layers if layer.reason is None), default=FEWEST)
+    of_each = min(1.0, DRAWN / max(1, sum(team.of_all(min(most, len(calls))))))
     with ExitStack() as around:
-        made = partial(again, calls, attached, around)
+        made = partial(again, calls, attached, around, most)
         for some in in_rounds(team.model, layers, ROUND_BYTES):
             found = gather(team.model, some, made, absorbed, team.of_all, by_batch=True, of_each=of_each)
             yield some, _where_enough(found)
@@ -225,12 +259,19 @@ def seen_by(
 
 def measure_again(plan: Plan, calls: LastCalls, attached: Attachment) -> list[str]:
     """The statistics of the model's BatchNorms with the plan's pairs in it, if there are calls enough. Returns what to say of it."""
-    if (plan.calibration_batches or 0) < ENOUGH:
+    team = attached.team
+    if plan.calibration_batches is None or sum(team.of_all(len(calls))) < ENOUGH:
         return []
     with ExitStack() as around:
         try:
             made = partial(again, calls, attached, around)
-            number = measure_batchnorms(attached.team.model, made, attached.team.of_all, trained=True)
-        except CalibrationError as error:
-            return [f"statistics of BatchNorms were not measured again: {error}"]
+            with unobserved(attached):
+                number = measure_batchnorms(team.model, made, team.of_all, trained=True)
+        except Exception as error:  # as in `look`
+            return [f"statistics of BatchNorms were not measured again: {in_a_line(error)}"]
     return [f"statistics of {number} BatchNorms were measured again with the pairs"] if number else []
+
+
+def _enough(layer: Layer) -> int:
+    """Calls after which a layer has seen vectors enough, by its positions in the example."""
+    return min(CALLS, max(FEWEST, math.ceil(VECTORS * max(layer.rows, layer.cols) / max(1, layer.positions))))

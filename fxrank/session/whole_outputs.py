@@ -5,8 +5,10 @@ path of `policies.path` is followed as far as the outputs of the copy keep the s
 Where they cannot be compared, the layers' own losses may add up to what is left of that share, which is far less.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +19,15 @@ from fxrank.passes.calibration.collect import evaluating
 from fxrank.passes.calibration.evidence import Evidence
 from fxrank.passes.calibration.processes import together
 from fxrank.passes.discovery.layer import Layer, stack_of
+from fxrank.passes.pairs.locate import dense_at
+from fxrank.passes.pairs.parameter import RawWeight
 from fxrank.passes.rewriting.install import uncompile_parts
 from fxrank.plan import Plan
 from fxrank.policies.budget import counted, ladders_of, norm_parameters
 from fxrank.policies.forms import spectrum_of
 from fxrank.policies.path import Path, Way, farthest
 from fxrank.session.attach import Attachment
-from fxrank.session.live_data import LastCalls, again, look, seen_by
+from fxrank.session.live_data import LastCalls, again, in_a_line, look, seen_by, unobserved
 from fxrank.session.worth import apart
 from fxrank.switch.apply_plan import Factors, apply_plan
 from fxrank.switch.zero_weights import why_dead
@@ -33,6 +37,8 @@ CALLS, SHARE = 4, 400
 """Of which outputs are compared, at most, and no more than one for so many steps of the training, but at least one."""
 KEPT_BYTES = 2**28
 """Of the dense model's outputs, and at least one call's."""
+MASKED = 1e3
+"""Numbers so many times as large as the median of their output stand for something that is masked, and are not compared."""
 
 
 def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidence | None, list[str]]:
@@ -49,17 +55,22 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
     forms = {layer.name: variants(layer, policy.form) for layer in open_layers}
     by_key = {layer.key: layer for of_layer in forms.values() for layer in of_layer}
     scene.chosen.clear()
-    known, notes = look(list(by_key.values()), calls, attached)
-    path = team.agree(lambda: _path(forms, attached))
-    trial = _Trial(attached, calls, known, by_key)
-    try:
-        trial.see_dense()
-        ways, lost = farthest(path, trial.lost, 1 - keep)
-        note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {trial.number} of its last calls"
-    except Exception as error:  # of a model that cannot be copied, or whose outputs cannot be compared
-        words = f"{type(error).__name__}: {error}".partition("\n")[0]
-        ways = path.at(path.until(1 - keep))
-        note = f"the losses of all layers add up to {1 - keep:.4g} at most, as the model could not be tried with its pairs: {words}"
+    scene.asked = f"the model keeps {keep:g} of its outputs"
+    if not open_layers:
+        return None, []
+    with unobserved(attached):
+        known, notes = look(list(by_key.values()), calls, attached)
+        path = team.agree(lambda: _path(forms, attached))
+        trial = _Trial(attached, calls, known, by_key)
+        try:
+            trial.see_dense()
+            ways, lost = farthest(path, trial.lost, 1 - keep)
+            on = f"{trial.number} of its last calls" if len(calls) else "the example"
+            note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {on}"
+        except Exception as error:  # of a model that cannot be copied, or whose outputs cannot be compared
+            ways = path.at(path.until(1 - keep))
+            scene.asked = f"the losses of all layers add up to {1 - keep:.4g} at most"
+            note = f"{scene.asked}, as the model could not be tried with its pairs: {in_a_line(error)}"
     scene.chosen.update({name: (by_key[name, form], rank) for name, (form, rank) in ways.items()})
     return known, [*notes, note]
 
@@ -74,13 +85,17 @@ def _path(forms: Mapping[str, Sequence[Layer]], attached: Attachment) -> Path:
 
 
 class _Trial:
-    """The dense model's outputs, and how far those of a copy with pairs are from them."""
+    """The dense model's outputs, and how far those of a copy with pairs are from them. What is done in one process of several alone, and
+    may fail, is done in `_run`, which fails in all of them then.
+    """
 
     def __init__(
         self, attached: Attachment, calls: LastCalls, known: Evidence | None, layers: Mapping[tuple[str, str], Layer]
     ) -> None:
         self._attached, self._calls, self._known, self._layers = attached, calls, known, layers
-        self._wanted: list[list[Tensor]] = []
+        self._wanted: list[list[_Output]] = []
+        self._energies: list[float] = []
+        """Of each place among the outputs, over all calls and processes: the sum of squares about the mean."""
 
     @property
     def number(self) -> int:
@@ -89,47 +104,57 @@ class _Trial:
 
     def see_dense(self) -> None:
         """Keep what the dense model gives."""
-        self._run(lambda: self._attached.team.model, lambda _, outputs: self._wanted.append(outputs))
+        self._run(
+            lambda: self._attached.team.model,
+            lambda _, outputs: self._wanted.append([_Output.of(one) for one in outputs]),
+        )
+        places = self._attached.team.of_all([[one.moments() for one in of_call] for of_call in self._wanted])
+        by_place = zip(*(of_call for theirs in places for of_call in theirs), strict=True)
+        self._energies = [_about_the_mean(moments) for moments in by_place]
 
     def lost(self, ways: Mapping[str, Way]) -> float:
-        """The share of the mean square of the outputs, about their mean, that pairs lose; of several outputs the largest."""
+        """The share of the mean square of the outputs, about their mean, that pairs lose; of several outputs the largest. Raises
+        `ValueError` where the copy does not compute with its pairs.
+        """
         attached, team = self._attached, self._attached.team
         layers = [self._layers[name, form] for name, (form, _) in ways.items()]
         plan = Plan("", tuple(take(a, ways[a.name][1], "", extra_bn=attached.policy.extra_bn) for a in layers))
-        factors: Factors = {}
-        for some, evidence in [(layers, self._known)] if self._known else seen_by(layers, self._calls, attached):
-            drafts = {layer.name: evidence.draft(*layer.key, ways[layer.name][1]) for layer in some}
-            factors |= {name: draft for name, draft in drafts.items() if draft is not None}
+        known = [(layers, self._known)] if self._known else list(seen_by(layers, self._calls, attached))
+        example = team.example(attached.example)
 
         def copied() -> nn.Module:
+            factors: Factors = {}
+            for some, evidence in known:
+                drafts = {layer.name: evidence.draft(*layer.key, ways[layer.name][1]) for layer in some}
+                factors |= {name: draft for name, draft in drafts.items() if draft is not None}
             twin = uncompile_parts(apart(team.model))
-            apply_plan(twin, plan, example=team.example(attached.example), factors=factors)
+            apply_plan(twin, plan, example=example, factors=factors)
             return twin
 
-        sums: list[tuple[int, float, float]] = []
+        squares = [0.0] * len(self._energies)
 
         def compare(number: int, outputs: list[Tensor]) -> None:
             for place, (wanted, got) in enumerate(zip(self._wanted[number], outputs, strict=True)):
-                if wanted.shape != got.shape:
-                    raise ValueError(
-                        f"outputs of shapes {tuple(wanted.shape)} and {tuple(got.shape)} cannot be compared."
-                    )
-                off, about = (got - wanted).double(), (wanted - _mean(wanted)).double()
-                sums.append((place, float(off.square().sum()), float(about.square().sum())))
+                squares[place] += wanted.off(got)
 
-        self._run(copied, compare)
-        totals: dict[int, tuple[float, float]] = {}
-        for place, off, about in (one for theirs in team.of_all(sums) for one in theirs):
-            before = totals.get(place, (0.0, 0.0))
-            totals[place] = before[0] + off, before[1] + about
-        return max(off / about if about > 0 else float(off > 0) for off, about in totals.values())
+        self._run(copied, compare, [dense_at(team.model, name) for name in ways])
+        totals = [sum(of_place) for of_place in zip(*team.of_all(squares), strict=True)]
+        if not any(totals) and ways:
+            raise ValueError("a copy of it computes without its own pairs.")
+        return float(max(off / energy for off, energy in zip(totals, self._energies, strict=True)))
 
-    def _run(self, made: Callable[[], nn.Module], take_in: Callable[[int, list[Tensor]], None]) -> None:
+    def _run(
+        self,
+        made: Callable[[], nn.Module],
+        take_in: Callable[[int, list[Tensor]], None],
+        never: Sequence[nn.Module] = (),
+    ) -> None:
+        """Call the model that is made, which must call none of the layers in `never`."""
         most = max(1, min(CALLS, self._attached.clock.total_steps // SHARE))
 
         def run() -> None:
             model, held = made(), 0
-            with ExitStack() as around, evaluating(model, by_batch=True), torch.no_grad():
+            with ExitStack() as around, evaluating(model, by_batch=True), torch.no_grad(), _uncalled(never):
                 for number, (args, kwargs) in enumerate(again(self._calls, self._attached, around, most)):
                     outputs = _numbers(model(*args, **kwargs))
                     take_in(number, outputs)
@@ -140,17 +165,74 @@ class _Trial:
         together(run, self._attached.team.of_all)
 
 
+class _Output(NamedTuple):
+    """One tensor of a call's outputs, and which of its numbers are compared; None where all are."""
+
+    values: Tensor
+    kept: Tensor | None
+
+    @classmethod
+    def of(cls, values: Tensor) -> "_Output":
+        kept = values.isfinite()
+        kept &= values.abs() <= MASKED * values[kept].abs().median().nan_to_num().clamp(min=1e-30)
+        return cls(values, None) if kept.all() else cls(values.where(kept, 0.0), kept)
+
+    def moments(self) -> tuple[Tensor, Tensor, float]:
+        """Of each feature, the last dimension, or the second of images: numbers, and their sum; and the sum of all squares."""
+        feature = -1 if self.values.ndim < 4 else 1
+        over = [d for d in range(self.values.ndim) if self.values.ndim > 1 and d != feature % self.values.ndim]
+        over = over or list(range(self.values.ndim))
+        kept = torch.ones_like(self.values) if self.kept is None else self.kept
+        squares = torch.linalg.vector_norm(self.values, dtype=torch.float64).square()
+        return (
+            kept.sum(over, dtype=torch.float64).cpu(),
+            self.values.sum(over, dtype=torch.float64).cpu(),
+            float(squares),
+        )
+
+    def off(self, got: Tensor) -> float:
+        """The sum of the squared differences."""
+        if self.values.shape != got.shape:
+            raise ValueError(f"outputs of shapes {tuple(self.values.shape)} and {tuple(got.shape)} cannot be compared.")
+        off = got - self.values if self.kept is None else (got - self.values).where(self.kept, 0.0)
+        return float(
+            torch.linalg.vector_norm(off, dtype=torch.float64).square().nan_to_num(nan=math.inf, posinf=math.inf)
+        )
+
+
+def _about_the_mean(moments: Sequence[tuple[Tensor, Tensor, float]]) -> float:
+    """Of one place among the outputs: the sum of squares about the features' means, of one number of each about 0. Raises `ValueError`
+    where nothing varies.
+    """
+    numbers, sums = (sum(column[1:], start=column[0]) for column in list(zip(*moments, strict=True))[:2])
+    squares = sum(m[2] for m in moments)
+    energy = squares - float((sums.square() / numbers.clamp(min=1))[numbers > 1].sum())
+    if energy <= 1e-12 * squares:
+        raise ValueError("its outputs are the same whatever it is called with.")
+    return energy
+
+
 def _numbers(outputs: object) -> list[Tensor]:
-    """The tensors of a call's outputs that are no labels, without losses where there is more."""
+    """The floating-point tensors of a call's outputs, but for losses, of which so small a share may be much."""
     found = [t.detach().float() for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    found = [t for t in found if t.numel() > 1]
     if not found:
-        raise ValueError(f"a model that is tried must give floating-point tensors; got {type(outputs).__name__}.")
-    return [t for t in found if t.numel() > 1] or found
+        raise ValueError(
+            f"it must give floating-point tensors of more than one number; it gave {type(outputs).__name__}."
+        )
+    return found
 
 
-def _mean(outputs: Tensor) -> Tensor:
-    """Of each feature, the last dimension, or the second of images, over all else; of one number 0."""
-    if outputs.numel() == 1:
-        return torch.zeros_like(outputs)
-    feature = {1: None, 4: 1}.get(outputs.ndim, outputs.ndim - 1)
-    return outputs.mean([d for d in range(outputs.ndim) if d != feature], keepdim=True)
+@contextmanager
+def _uncalled(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """A copy may hold functions that are not copied, a forward that was compiled, say, and run the model that it was made of."""
+
+    def found(layer: nn.Module, args: object) -> None:
+        raise ValueError("a copy of it calls the layers of the model itself.")
+
+    hooks = [layer.register_forward_pre_hook(found) for layer in layers if not isinstance(layer, RawWeight)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

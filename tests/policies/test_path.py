@@ -98,3 +98,11 @@ def test_a_loss_that_does_not_follow_the_layers_ends_the_search_in_time():
 def test_a_model_without_layers_is_at_its_end():
     path = Path.of({})
     assert farthest(path, lambda ways: pytest.fail("nothing to try"), 0.1) == ({}, 0.0)
+
+
+def test_points_that_are_nearly_the_same_throw_the_search_nowhere():
+    """No power of a number that overflows."""
+    losses = {1: 0.005, 2: 0.00500001, 3: 0.1, 4: math.nan}
+    path = Path(tuple(("a", ("channel", 4 - i)) for i in range(4)), (0.0, 0.5, 2.0, 3.0, 4.0))
+    ways, found = farthest(path, lambda ways: losses[4 - ways["a"][1] + 1], 0.02)
+    assert found == 0.00500001 and ways == path.at(2)

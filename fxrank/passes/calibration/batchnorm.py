@@ -26,7 +26,7 @@ def measure_batchnorms(
     norms = {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, BatchNorm) and m.running_mean is not None and (m.training or not trained)
+        if isinstance(m, BatchNorm) and m.running_mean is not None and (not trained or _trained_alone(m))
     }
     if not norms:
         return 0
@@ -54,10 +54,11 @@ def measure_batchnorms(
         for hook in hooks:
             hook.remove()
     for name, own in list(sums.items()):
-        found = sums[name] = _Sums.added(of_all(own))
+        found = sums[name] = _Sums.added(of_all(own.on_cpu()))  # what others send would lie on their devices
         if found.count > 1 and not all(torch.isfinite(t).all() for t in found.moments()):
             raise CalibrationError(
-                f"the inputs of a BatchNorm must be finite to measure its statistics; those of {name!r} are not. Check the calibration data, or pass recalibrate=False."
+                f"the inputs of a BatchNorm must be finite to measure its statistics; those of {name!r} are not. Check the calibration data"
+                + ("." if trained else ", or pass recalibrate=False.")
             )
     with torch.no_grad():
         for name, norm in norms.items():
@@ -67,6 +68,11 @@ def measure_batchnorms(
                     assert buffer is not None
                     buffer.copy_(value)
     return len(norms)
+
+
+def _trained_alone(norm: BatchNorm) -> bool:
+    """In training mode, and of one process's batches: another would wait for as many calls of each process."""
+    return norm.training and not isinstance(norm, nn.SyncBatchNorm)
 
 
 class _Sums:
@@ -86,6 +92,10 @@ class _Sums:
         if not n:
             return
         self.take(n, x.mean(over), x.var(over, correction=0) * n)
+
+    def on_cpu(self) -> "_Sums":
+        self.mean, self.squares = (torch.as_tensor(t).cpu() for t in (self.mean, self.squares))
+        return self
 
     @classmethod
     def added(cls, all_of_them: "list[_Sums]") -> "_Sums":
