@@ -89,6 +89,7 @@ ROWS: dict[str, Row] = {
     "full": full,
     "default": ours(),
     "twin": twin("default"),
+    "no-floor": ours(floor=0.0),
     "untimed": ours(speedup_threshold=None),
     "scaled": scaled(speedup_threshold=1.5),
     "paper": paper,

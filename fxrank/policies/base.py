@@ -156,6 +156,11 @@ class Policy(ABC):
         return None
 
     @property
+    def floor(self) -> float:
+        """And the share of their layers' parameters that the pairs in it have at least, all together."""
+        return 0.0
+
+    @property
     def knows_data(self) -> bool:
         """Whether the factors know what the model was called with."""
         return self.factors == "data" or (self.factors == "auto" and self.keeps is not None)

@@ -20,6 +20,8 @@ PAPER_SPEEDUP = 1.5
 """υ of the paper's Alg. 2."""
 KEEP = 0.98
 """Of the model's outputs."""
+FLOOR = 0.3
+"""Of the parameters of the layers that are factorized."""
 MOVED = 0.9
 """A stable rank below this share of a random matrix's says that a layer has learned something."""
 _PAPER: dict[str, Any] = {
@@ -80,6 +82,10 @@ class Cuttlefish(Policy):
     """
     keep: float = field(default=KEEP, metadata=LATER)
     """For `rank_metric="outputs"`."""
+    floor: float = field(default=FLOOR, metadata=LATER)
+    """For the same: pairs have at least this share of their layers' parameters, all together. What a model gives early in a training takes few
+    of them, and what it still learns may take more; 0 where nothing is learned any more.
+    """
     objective: str = field(default="auto", metadata=LATER)
     """`"speed"`: before the switch the whole training step is timed with the pairs, on copies, and those that do not pay are given back;
     `"size"`: it is timed and said. `"auto"` is `"size"` under a target, and else `"speed"`; under the papers' prefix rule it is not timed.
@@ -94,13 +100,8 @@ class Cuttlefish(Policy):
                 f"rank_metric={self.rank_metric!r} says how many ranks factors need that know the data; got factors={self.factors!r}. "
                 "Leave it out, or choose another rank_metric."
             )
-        unused = {"xi": "init", "share": 0.8, "ratio": 0.25} if self.keeps is not None else {}
-        for option, default in unused.items():
-            if (value := getattr(self, option)) != default:
-                raise ValueError(
-                    f"{option} is an option of other ranks than rank_metric={self.rank_metric!r} chooses; got {value}. Leave it out, or name the "
-                    "rank_metric that it is for: 'scaled_stable_rank' was the default before."
-                )
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor is a share of the layers' parameters, in [0, 1); got {self.floor}.")
         if not 0 < self.keep < 1:
             raise ValueError(f"keep is the share of the model's outputs that is kept, in (0, 1); got {self.keep}.")
         if self.k_rule not in ("stack", "prefix"):
@@ -136,6 +137,13 @@ class Cuttlefish(Policy):
             raise ValueError(f"xi must be above 0; got {self.xi}. 1.0 leaves the stable rank unscaled.")
         if self.epsilon <= 0 or self.window < 2:
             raise ValueError(f"epsilon must be above 0 and window at least 2; got {self.epsilon} and {self.window}.")
+        unused = {"xi": "init", "share": 0.8, "ratio": 0.25} if self.keeps is not None else {}
+        for option, default in unused.items():
+            if (value := getattr(self, option)) != default:
+                raise ValueError(
+                    f"{option} is an option of other ranks than rank_metric={self.rank_metric!r} chooses; got {value}. Leave it out, or name the "
+                    "rank_metric that it is for: 'scaled_stable_rank' was the default before."
+                )
 
     @classmethod
     def paper(cls) -> "Cuttlefish":

@@ -27,10 +27,13 @@ FIRST = 5.0
 
 @dataclass(frozen=True)
 class Path:
-    """The steps of a model's layers, each a layer's name and what it becomes, and the sum of the layers' losses after so many of them."""
+    """The steps of a model's layers, each a layer's name and what it becomes; after so many of them the sum of the layers' losses, and the
+    share of their dense cost.
+    """
 
     steps: tuple[tuple[str, Way], ...]
     losses: tuple[float, ...]
+    costs: tuple[float, ...]
 
     @classmethod
     def of(cls, ladders: Mapping[str, Ladder]) -> "Path":
@@ -41,16 +44,22 @@ class Path:
             for number, (before, after) in enumerate(itertools.pairwise(hull)):
                 assert after.rank is not None
                 way = after.layer.form, after.rank
-                steps.append((_price(before, after), name, number, way, after.loss - before.loss))
+                change = after.loss - before.loss, after.cost - before.cost
+                steps.append((_price(before, after), name, number, way, change))
         steps.sort()
-        losses = [0.0]
-        for *_, lost in steps:
-            losses.append(losses[-1] + lost)
-        return cls(tuple((name, way) for _, name, _, way, _ in steps), tuple(losses))
+        dense = sum(ladder.options[-1].cost for ladder in ladders.values()) or 1.0
+        losses, costs = ([*itertools.accumulate((s[-1][i] for s in steps), initial=0.0)] for i in (0, 1))
+        shares = tuple(1 + cost / dense for cost in costs)
+        return cls(tuple((name, way) for _, name, _, way, _ in steps), tuple(losses), shares)
 
     def at(self, number: int) -> dict[str, Way]:
         """The pairs after so many steps, by name; layers that are not there are dense."""
         return dict(self.steps[:number])
+
+    def down_to(self, share: float) -> "Path":
+        """Its part on which the layers have at least that share of their dense cost."""
+        number = bisect_right(self.costs, -share, key=lambda cost: -cost)
+        return Path(self.steps[: number - 1], self.losses[:number], self.costs[:number])
 
     def until(self, lost: float) -> int:
         """The number of steps after which the sum of losses is at most so much."""

@@ -42,8 +42,8 @@ MASKED = 1e3
 
 
 def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidence | None, list[str]]:
-    """Fill the scene's `chosen` with the pairs of fewest parameters with which the model keeps this share of its outputs. Returns what is
-    known of the layers, for `fitted_to`, and notes. In all processes of a team, each on its own calls.
+    """Fill the scene's `chosen` with the pairs of fewest parameters, but for the policy's `floor`, with which the model keeps this share of its
+    outputs. Returns what is known of the layers, for `fitted_to`, and notes. In all processes of a team, each on its own calls.
     """
     scene, policy, team = attached.scene, attached.policy, attached.team
     kept = policy.eligible(scene)
@@ -60,7 +60,7 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
         return None, []
     with unobserved(attached):
         known, notes = look(list(by_key.values()), calls, attached)
-        path = team.agree(lambda: _path(forms, attached))
+        path = team.agree(lambda: _path(forms, attached)).down_to(policy.floor)
         trial = _Trial(attached, calls, known, by_key)
         try:
             trial.see_dense()

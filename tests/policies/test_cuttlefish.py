@@ -45,6 +45,7 @@ SCALED = dataclasses.replace(UNTIMED, rank_metric="scaled_stable_rank")
         ({"probe_ratio": 0}, "probe_ratio must be above 0 and at most 1; got 0."),
         ({"probe_ratio": 1.5}, "probe_ratio must be above 0 and at most 1; got 1.5."),
         ({"ratio": -0.25}, "ratio must be above 0 and at most 1; got -0.25."),
+        ({"floor": 1.0}, "floor is a share of the layers' parameters, in [0, 1); got 1.0."),
         ({"keep": 1.0}, "keep is the share of the model's outputs that is kept, in (0, 1); got 1.0."),
         (
             {"factors": "weight"},

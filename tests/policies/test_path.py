@@ -19,6 +19,12 @@ LAYERS = {a.name: a for a in discover(trace(MODEL, vectors()[0]), MODEL) if a.re
 SPECTRA = st.lists(st.floats(0.01, 10), min_size=1, max_size=16)
 
 
+def made(steps, losses):
+    """A path whose cost falls to nothing, evenly."""
+    costs = tuple(1 - i / len(steps) for i in range(len(steps) + 1))
+    return Path(tuple(steps), tuple(losses), costs)
+
+
 def ladders(names, spectra):
     found = {}
     for name, values in zip(names, spectra, strict=True):
@@ -58,6 +64,19 @@ def test_no_pairs_of_the_size_of_a_point_lose_less(first, second):
     assert cost == min(at_cost for at_cost, _ in every)
 
 
+@given(SPECTRA, SPECTRA, st.floats(0, 1))
+def test_a_path_down_to_a_share_is_the_part_that_costs_no_less(first, second, share):
+    options = ladders(("l1", "l2"), (first, second))
+    dense = sum(ladder.options[-1].cost for ladder in options.values())
+    path = Path.of(options)
+    part = path.down_to(share)
+    number = len(part.steps)
+    assert (part.steps, part.losses) == (path.steps[:number], path.losses[: number + 1])
+    assert reached(options, part, number)[0] >= share * dense - 1e-6
+    if number < len(path.steps):
+        assert reached(options, path, number + 1)[0] < share * dense + 1e-6
+
+
 @given(SPECTRA, st.floats(0, 2))
 def test_until_is_the_last_point_that_loses_no_more(values, most):
     path = Path.of(ladders(("l1",), (values,)))
@@ -69,7 +88,7 @@ def test_until_is_the_last_point_that_loses_no_more(values, most):
 @given(st.floats(0.3, 3), st.floats(1e-3, 1), st.floats(1e-4, 0.5), st.integers(2, 400))
 def test_the_search_keeps_to_what_may_be_lost_and_comes_near_it(power, scale, most, count):
     """Where the model loses a power of what its layers lose, as is the case nearly."""
-    path = Path(tuple(("a", ("channel", count - i)) for i in range(count)), tuple(i / count for i in range(count + 1)))
+    path = made([("a", ("channel", count - i)) for i in range(count)], [i / count for i in range(count + 1)])
     asked = []
 
     def lost(ways):
@@ -87,7 +106,7 @@ def test_the_search_keeps_to_what_may_be_lost_and_comes_near_it(power, scale, mo
 
 
 def test_a_loss_that_does_not_follow_the_layers_ends_the_search_in_time():
-    path = Path(tuple(("a", ("channel", 9 - i)) for i in range(8)), tuple(map(float, range(9))))
+    path = made([("a", ("channel", 9 - i)) for i in range(8)], map(float, range(9)))
     calls = []
     ways, found = farthest(path, lambda ways: calls.append(ways) or math.inf, 0.1)
     assert (ways, found) == ({}, 0.0) and len(calls) <= TRIES
@@ -103,6 +122,6 @@ def test_a_model_without_layers_is_at_its_end():
 def test_points_that_are_nearly_the_same_throw_the_search_nowhere():
     """No power of a number that overflows."""
     losses = {1: 0.005, 2: 0.00500001, 3: 0.1, 4: math.nan}
-    path = Path(tuple(("a", ("channel", 4 - i)) for i in range(4)), (0.0, 0.5, 2.0, 3.0, 4.0))
+    path = made([("a", ("channel", 4 - i)) for i in range(4)], (0.0, 0.5, 2.0, 3.0, 4.0))
     ways, found = farthest(path, lambda ways: losses[4 - ways["a"][1] + 1], 0.02)
     assert found == 0.00500001 and ways == path.at(2)

@@ -16,7 +16,15 @@ from fxrank.session import attach as attaching
 from fxrank.session import live_data, whole_outputs
 
 KEEP = fxrank.Cuttlefish(
-    keep=0.9, speedup_threshold=None, window=2, epsilon=100.0, wait=False, latest=None, round_to=1, form="channel"
+    keep=0.9,
+    floor=0.0,
+    speedup_threshold=None,
+    window=2,
+    epsilon=100.0,
+    wait=False,
+    latest=None,
+    round_to=1,
+    form="channel",
 )
 
 
@@ -99,6 +107,17 @@ def test_more_is_kept_with_more_parameters():
         to_the_switch(model, replace(KEEP, keep=keep))
         sizes.append(sum(p.numel() for p in model.parameters()))
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+
+def test_the_pairs_have_at_least_their_share_of_the_parameters():
+    shares = []
+    for floor in (0.0, 0.3, 0.6, 0.8):
+        session = to_the_switch(Narrow(), replace(KEEP, floor=floor))
+        layers = [session.plan.layer(name) for name in ("second", "third")]
+        share = sum(d.pair_parameters or d.parameters for d in layers) / sum(d.parameters for d in layers)
+        assert share >= floor and told(session) >= 0.9
+        shares.append(share)
+    assert shares[0] <= shares[1] < 0.6 <= shares[2] < 0.65 and 0.8 <= shares[3] < 0.85
 
 
 def test_layers_behind_few_directions_get_few_ranks():
