@@ -36,30 +36,33 @@ class Path:
     costs: tuple[float, ...]
 
     @classmethod
-    def of(cls, ladders: Mapping[str, Ladder]) -> "Path":
-        """The path of layers with these options, by name."""
-        steps = []
+    def of(cls, ladders: Mapping[str, Ladder], floor: float = 0.0) -> "Path":
+        """The path of layers with these options, by name, as far as they keep that share of their dense cost, all together."""
+        found = []
         for name, ladder in ladders.items():
             hull = _hull(ladder.some)
             for number, (before, after) in enumerate(itertools.pairwise(hull)):
-                assert after.rank is not None
-                way = after.layer.form, after.rank
-                change = after.loss - before.loss, after.cost - before.cost
-                steps.append((_price(before, after), name, number, way, change))
-        steps.sort()
-        dense = sum(ladder.options[-1].cost for ladder in ladders.values()) or 1.0
-        losses, costs = ([*itertools.accumulate((s[-1][i] for s in steps), initial=0.0)] for i in (0, 1))
-        shares = tuple(1 + cost / dense for cost in costs)
-        return cls(tuple((name, way) for _, name, _, way, _ in steps), tuple(losses), shares)
+                found.append((_price(before, after), name, number, before, after))
+        dense = now = sum(ladder.options[-1].cost for ladder in ladders.values())
+        steps, losses, costs = [], [0.0], [1.0]
+        for _, name, _, before, after in sorted(found, key=lambda step: step[:3]):
+            least = floor * dense - (now - before.cost)
+            last = after.cost < least
+            if last:  # as far as it may go, with a pair that is on no corner of the hull
+                after = next((o for o in ladders[name].options if least <= o.cost), before)
+            if after.rank is None or after.cost >= before.cost:
+                break
+            now += after.cost - before.cost
+            steps.append((name, (after.layer.form, after.rank)))
+            losses.append(losses[-1] + after.loss - before.loss)
+            costs.append(now / dense)
+            if last:
+                break
+        return cls(tuple(steps), tuple(losses), tuple(costs))
 
     def at(self, number: int) -> dict[str, Way]:
         """The pairs after so many steps, by name; layers that are not there are dense."""
         return dict(self.steps[:number])
-
-    def down_to(self, share: float) -> "Path":
-        """Its part on which the layers have at least that share of their dense cost."""
-        number = bisect_right(self.costs, -share, key=lambda cost: -cost)
-        return Path(self.steps[: number - 1], self.losses[:number], self.costs[:number])
 
     def until(self, lost: float) -> int:
         """The number of steps after which the sum of losses is at most so much."""

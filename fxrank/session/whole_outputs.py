@@ -60,7 +60,7 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
         return None, []
     with unobserved(attached):
         known, notes = look(list(by_key.values()), calls, attached)
-        path = team.agree(lambda: _path(forms, attached)).down_to(policy.floor)
+        path = team.agree(lambda: _path(forms, attached))
         trial = _Trial(attached, calls, known, by_key)
         try:
             trial.see_dense()
@@ -81,7 +81,8 @@ def _path(forms: Mapping[str, Sequence[Layer]], attached: Attachment) -> Path:
     for name, of_layer in forms.items():
         seen = [(layer, scene.outputs[layer.key]) for layer in of_layer if layer.key in scene.outputs]
         found[name] = seen or [(of_layer[0], spectrum_of(of_layer[0], scene.model).sigma)]
-    return Path.of(ladders_of(found, counted("params", norm_parameters(attached.policy.extra_bn))))
+    ladders = ladders_of(found, counted("params", norm_parameters(attached.policy.extra_bn)))
+    return Path.of(ladders, attached.policy.floor)
 
 
 class _Trial:

@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +12,8 @@ from nets import SixLayers, vectors
 
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.tracing.trace import trace
-from fxrank.policies.budget import Ladder, counted, ladders_of
-from fxrank.policies.path import NEAR, TRIES, Path, farthest
+from fxrank.policies.budget import Ladder, Option, counted, ladders_of
+from fxrank.policies.path import NEAR, TRIES, Path, _hull, farthest
 
 MODEL = SixLayers()
 LAYERS = {a.name: a for a in discover(trace(MODEL, vectors()[0]), MODEL) if a.reason is None}
@@ -48,7 +49,7 @@ def reached(options: dict[str, Ladder], path: Path, number: int):
 
 
 @given(SPECTRA, SPECTRA)
-def test_no_pairs_of_the_size_of_a_point_lose_less(first, second):
+def test_no_pairs_lose_less_at_their_size_than_the_corners_of_the_path(first, second):
     options = ladders(("l1", "l2"), (first, second))
     path = Path.of(options)
     assert path.at(0) == {}
@@ -56,25 +57,38 @@ def test_no_pairs_of_the_size_of_a_point_lose_less(first, second):
         (sum(o.cost for o in chosen), sum(o.loss for o in chosen))
         for chosen in itertools.product(*(ladder.options for ladder in options.values()))
     ]
-    for number in range(len(path.steps) + 1):
-        cost, loss = reached(options, path, number)
+    points = [reached(options, path, number) for number in range(len(path.steps) + 1)]
+    for number, (cost, loss) in enumerate(points):
         assert loss == pytest.approx(path.losses[number], abs=1e-12)
-        assert loss <= min(other for at_cost, other in every if at_cost <= cost) + 1e-12
+        assert cost == pytest.approx(path.costs[number] * points[0][0])
+        if number:
+            assert cost < points[number - 1][0] and loss >= points[number - 1][1]
+    corners = _hull([Option(cost, loss, None, 1) for cost, loss in reversed(points)])[::-1]
+    costs, losses = [o.cost for o in corners], [o.loss for o in corners]
+    for cost, loss in every:
+        assert loss >= np.interp(cost, costs, losses) - 1e-12
     # The last is the cheapest of all.
-    assert cost == min(at_cost for at_cost, _ in every)
+    assert costs[0] == min(at_cost for at_cost, _ in every)
 
 
 @given(SPECTRA, SPECTRA, st.floats(0, 1))
-def test_a_path_down_to_a_share_is_the_part_that_costs_no_less(first, second, share):
+def test_a_floor_ends_the_path_as_low_as_it_lets(first, second, floor):
     options = ladders(("l1", "l2"), (first, second))
-    dense = sum(ladder.options[-1].cost for ladder in options.values())
-    path = Path.of(options)
-    part = path.down_to(share)
+    path, part = Path.of(options), Path.of(options, floor)
     number = len(part.steps)
-    assert (part.steps, part.losses) == (path.steps[:number], path.losses[: number + 1])
-    assert reached(options, part, number)[0] >= share * dense - 1e-6
-    if number < len(path.steps):
-        assert reached(options, path, number + 1)[0] < share * dense + 1e-6
+    end = number if part.steps == path.steps[:number] else number - 1
+    assert (part.steps[:end], part.losses[: end + 1]) == (path.steps[:end], path.losses[: end + 1])
+    assert part.costs[-1] >= floor - 1e-9
+    cost, loss = reached(options, part, number)
+    assert loss == pytest.approx(part.losses[-1], abs=1e-12)
+    if end < len(path.steps):  # no pair of the layer that was stopped costs less and is let
+        name = path.steps[end][0]
+        dense = options[name].options[-1]
+        now = next((o for o in options[name].options if (o.layer.form, o.rank) == part.at(number).get(name)), dense)
+        others = cost - now.cost
+        lower = [o.cost for o in options[name].options if o.cost < now.cost]
+        total = sum(ladder.options[-1].cost for ladder in options.values())
+        assert all(others + one < floor * total + 1e-6 for one in lower)
 
 
 @given(SPECTRA, st.floats(0, 2))

@@ -117,7 +117,7 @@ def test_the_pairs_have_at_least_their_share_of_the_parameters():
         share = sum(d.pair_parameters or d.parameters for d in layers) / sum(d.parameters for d in layers)
         assert share >= floor and told(session) >= 0.9
         shares.append(share)
-    assert shares[0] <= shares[1] < 0.6 <= shares[2] < 0.65 and 0.8 <= shares[3] < 0.85
+    assert shares[0] <= shares[1] < 0.6 <= shares[2] < 0.68 and 0.8 <= shares[3] < 0.88
 
 
 def test_layers_behind_few_directions_get_few_ranks():
