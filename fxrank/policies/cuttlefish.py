@@ -88,7 +88,7 @@ class Cuttlefish(Policy):
     """
     objective: str = field(default="auto", metadata=LATER)
     """`"speed"`: before the switch the whole training step is timed with the pairs, on copies, and those that do not pay are given back;
-    `"size"`: it is timed and said. `"auto"` is `"size"` under a target, and else `"speed"`; under the papers' prefix rule it is not timed.
+    `"size"`: it is timed and said, and no layer is left dense for its time. `"auto"` is `"size"` under a target, and else `"speed"`; under the papers' prefix rule it is not timed.
     """
 
     def __post_init__(self) -> None:
@@ -215,7 +215,7 @@ class Cuttlefish(Policy):
 
     def eligible(self, scene: Scene) -> dict[str, str]:
         threshold = self.speedup_threshold
-        if threshold is None:
+        if threshold is None or self.objective == "size":
             return {}
         slow = {n: p.speedup for n, p in scene.profiles.items() if p.speedup <= threshold}
         if self.k_rule == "prefix":
@@ -287,7 +287,7 @@ class Cuttlefish(Policy):
             return replace(_unsaving(layer, rank), **known)
         layer, rank, spectrum = in_best_form(layer, rank, self.form, scene.model, spectrum)
         rank, speedup = self._round(layer, rank, scene)
-        if speedup is not None and speedup <= FULL_SPEED:
+        if speedup is not None and speedup <= FULL_SPEED and self.objective != "size":
             return replace(_too_slow(layer, rank, speedup), **known)
         scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
@@ -314,7 +314,7 @@ class Cuttlefish(Policy):
         if rank >= planned.break_even_rank:
             return replace(_unsaving(planned, rank), **known)
         rank, speedup = self._round(planned, rank, scene)
-        if speedup is not None and speedup <= FULL_SPEED:
+        if speedup is not None and speedup <= FULL_SPEED and self.objective != "size":
             return replace(_too_slow(planned, rank, speedup), **known)
         decision = take(planned, rank, f"rank {rank} of {planned.full_rank}: {scene.asked}", extra_bn=self.extra_bn)
         return replace(decision, speedup=None if speedup is None else round(speedup, 4), **known)

@@ -105,6 +105,7 @@ def text(speedup, threshold="1"):
         ({"speedup_threshold": 1.75, "k_rule": "prefix"}, {n: text(SPEEDUPS[n], "1.75") for n in ("l1", "l2", "l3")}),
         ({}, {}),
         ({"speedup_threshold": None}, {}),
+        ({"speedup_threshold": 9.0, "objective": "size"}, {}),
         ({"speedup_threshold": 9.0, "k_rule": "prefix"}, {n: text(s, "9") for n, s in SPEEDUPS.items()}),
     ],
 )
@@ -165,6 +166,13 @@ def test_a_pair_that_is_not_faster_is_not_made():
     assert decisions["l1"].reason == "at rank 4 a pair measured 1.00x as fast as the layer"
     assert decisions["l1"].speedup == 1.0
     assert decisions["l3"].rank == 8
+
+
+def test_where_size_counts_no_layer_is_kept_for_its_time():
+    policy = fxrank.Cuttlefish(rank_metric="ratio", ratio=0.25, round_to=1, objective="size")
+    decisions = decide(policy, profiler=FakeProfiler(lambda rank: 20.0), speedups=dict.fromkeys(SPEEDUPS, 0.5))
+    assert {n: d.rank for n, d in decisions.items() if d.factorized} == {"l1": 4, "l2": 4, "l3": 8, "l4": 8}
+    assert decisions["l1"].speedup == 0.5
 
 
 def test_break_even_and_its_reason():
