@@ -166,7 +166,11 @@ OPTIONS = {
     },
     "extra BatchNorm": {"model": "conv", "policy": fxrank.Pufferfish(E=4, K=0, ratio=0.25, extra_bn=True)},
     "within a target": {"policy": fxrank.Pufferfish(E=4, K=0, target_params=0.7)},
-    "stacks timed": {"policy": fxrank.Cuttlefish(window=2, epsilon=100.0, speedup_threshold=0.01, wait=False, xi=0.3)},
+    "stacks timed": {
+        "policy": fxrank.Cuttlefish(
+            rank_metric="scaled_stable_rank", window=2, epsilon=100.0, speedup_threshold=0.01, wait=False, xi=0.3
+        )
+    },
 }
 
 

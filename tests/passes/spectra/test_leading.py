@@ -140,7 +140,9 @@ def test_factorize_attach_and_switch_of_a_large_layer(modest):
     error = pair_error(model[2], small[2])
     assert error.relative <= (1 + 1e-5) * error.relative_bound + 1e-6
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    policy = fxrank.Cuttlefish(speedup_threshold=None, latest=0.0, wait=False, round_to=1, xi=1.0)
+    policy = fxrank.Cuttlefish(
+        rank_metric="scaled_stable_rank", speedup_threshold=None, latest=0.0, wait=False, round_to=1, xi=1.0
+    )
     weight = model[2].weight.detach().clone()
     session = fxrank.LowRankSession.attach(model, optimizer, example_inputs=x, total_steps=4, policy=policy)
     decision = session.plan.layer("2")

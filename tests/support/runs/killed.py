@@ -75,7 +75,8 @@ def train(folder, rank=0, size=1, ddp=None, factors="weight"):
     if size > 1:
         model = DistributedDataParallel(model, **(ddp or {}))
         torch.manual_seed(rank)
-    policy = dataclasses.replace(UNTIMED, lr_scale=0.5, rewarmup=0.1, factors=factors)
+    metric = "scaled_stable_rank" if factors == "weight" else "outputs"
+    policy = dataclasses.replace(UNTIMED, lr_scale=0.5, rewarmup=0.1, factors=factors, rank_metric=metric, keep=0.8)
     if size > 1:  # where ranks fall more slowly
         policy = dataclasses.replace(policy, rank_metric="ratio", ratio=0.25)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.4, momentum=0.9, weight_decay=4e-2)
