@@ -90,6 +90,7 @@ ROWS: dict[str, Row] = {
     "default": ours(),
     "twin": twin("default"),
     "no-floor": ours(floor=0.0),
+    "no-floor-twin": twin("no-floor"),
     "untimed": ours(speedup_threshold=None),
     "scaled": scaled(speedup_threshold=1.5),
     "paper": paper,
