@@ -39,6 +39,8 @@ class Fitting:
     evidence: Evidence
     extra_bn: bool = False
     factors: Factors = field(default_factory=dict)
+    search: bool = True
+    """Whether the best factors are looked for where that takes long (see `SpatialProjection`)."""
     _spectra: dict[tuple[str, str], Spectrum] = field(default_factory=dict)
 
     def plan_at(self, layers: Sequence[Layer], ranks: dict[str, tuple[int, str]], form: str) -> Plan:
@@ -157,7 +159,7 @@ class Fitting:
     def _with_data(self, decision: LayerDecision, layer: Layer, gains_bias: bool | None = None) -> LayerDecision:
         if not self.evidence.batches:
             return decision
-        fit = self.evidence.fit(*layer.key, decision.rank or 0, gains_bias)
+        fit = self.evidence.fit(*layer.key, decision.rank or 0, gains_bias, search=self.search)
         decision = replace(decision, reason=decision.reason.partition(ALONE)[0])  # of a plan that is repeated
         if fit is None:
             why = self.evidence.blind.get(layer.key, "calibration did not look at it")

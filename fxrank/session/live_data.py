@@ -9,7 +9,8 @@ A layer that has seen fewer vectors than one of them has numbers keeps the facto
 Measured on three layers 256 wide, relative errors of the outputs on images not seen, at ranks of a quarter and a tenth: 0.079 and 0.134
 with factors of the weights, 0.072 and 0.241 with those of 32 vectors, 0.057 and 0.118 of 128, 0.042 and 0.097 of 512.
 
-A pair gains no bias here, which no optimizer would know. A bias that there is takes what the mean of the outputs has lost, and its optimizer
+Factors that take a search, of kernels down and across and of weights of several uses, are those that it starts from: it takes as long as all else,
+and they are trained on. A pair gains no bias here, which no optimizer would know. A bias that there is takes what the mean of the outputs has lost, and its optimizer
 state goes on. The statistics of BatchNorms that are trained are measured again on the calls where there are at least `ENOUGH` of them, as many
 as an exponential average remembers: they lag behind in training, and would be those of other layers.
 """
@@ -81,6 +82,18 @@ class LastCalls:
     def watch(self, model: nn.Module) -> None:
         """From now on, until `stop`."""
         self._handle = model.register_forward_pre_hook(self, with_kwargs=True)
+
+    @contextmanager
+    def aside(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile nothing is watched."""
+        if self._handle is None:
+            yield
+            return
+        self._handle.remove()
+        try:
+            yield
+        finally:
+            self.watch(model)
 
     def stop(self) -> None:
         """Forget all calls, and see no more."""
@@ -203,9 +216,9 @@ def fitted_to(plan: Plan, calls: LastCalls, attached: Attachment, known: Evidenc
     else:
         seen = seen_by(layers, calls, attached)
     try:
-        with unobserved(attached):
+        with unobserved(calls, attached):
             for some, evidence in seen:
-                fitting = Fitting(team.model, evidence, factors=scene.factors)
+                fitting = Fitting(team.model, evidence, factors=scene.factors, search=False)  # they are trained on
                 plan = team.agree(partial(fitting.fitted, plan, some))
     except Exception as error:  # as in `look`
         scene.factors.clear()
@@ -225,10 +238,10 @@ def in_a_line(error: Exception) -> str:
 
 
 @contextmanager
-def unobserved(attached: Attachment) -> Iterator[None]:
-    """Meanwhile hooks of the user's that only look on see none of the calls that are made once more."""
+def unobserved(calls: LastCalls, attached: Attachment) -> Iterator[None]:
+    """Meanwhile hooks that only look on, the user's and that of `calls`, see none of the calls that are made once more."""
     model = attached.team.model
-    with observers_off(model, *call_arguments(model, attached.example)):
+    with calls.aside(model), observers_off(model, *call_arguments(model, attached.example)):
         yield
 
 
@@ -265,7 +278,7 @@ def measure_again(plan: Plan, calls: LastCalls, attached: Attachment) -> list[st
     with ExitStack() as around:
         try:
             made = partial(again, calls, attached, around)
-            with unobserved(attached):
+            with unobserved(calls, attached):
                 number = measure_batchnorms(team.model, made, team.of_all, trained=True)
         except Exception as error:  # as in `look`
             return [f"statistics of BatchNorms were not measured again: {in_a_line(error)}"]

@@ -58,7 +58,7 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
     scene.asked = f"the model keeps {keep:g} of its outputs"
     if not open_layers:
         return None, []
-    with unobserved(attached):
+    with unobserved(calls, attached):
         known, notes = look(list(by_key.values()), calls, attached)
         path = team.agree(lambda: _path(forms, attached))
         trial = _Trial(attached, calls, known, by_key)

@@ -57,19 +57,23 @@ class Evidence:
         has_one = layer.name in self.biased or layer.name in self.centred_later
         return known is not None and known.centred and not has_one
 
-    def fit(self, name: str, form: str, rank: int, gains_bias: bool | None = None) -> Fit | None:
-        """The best pair of a layer; None where only its weight is known. `gains_bias`: as a plan has it, else where it is needed."""
+    def fit(
+        self, name: str, form: str, rank: int, gains_bias: bool | None = None, *, search: bool = True
+    ) -> Fit | None:
+        """The best pair of a layer, or, without a `search`, that from which it is looked for; None where only its weight is known.
+        `gains_bias`: as a plan has it, else where it is needed.
+        """
         best = self.known.get((name, form))
         if best is None:
             return None
         if best.centred and name not in self.biased and not gains_bias:
             if name in self.centred_later:
-                return Fit(best.factors(rank)[:2], False, best.output_error(rank))
+                return Fit(best.factors(rank, search)[:2], False, best.output_error(rank, search))
             plain = replace(best, centred=False)
-            if gains_bias is False or plain.lost(rank) <= NEEDED * best.lost(rank):
-                return Fit(plain.factors(rank), False, plain.output_error(rank))
+            if gains_bias is False or plain.lost(rank, search) <= NEEDED * best.lost(rank, search):
+                return Fit(plain.factors(rank, search), False, plain.output_error(rank, search))
         gains = best.centred and name not in self.biased
-        return Fit(best.factors(rank), gains, best.output_error(rank))
+        return Fit(best.factors(rank, search), gains, best.output_error(rank, search))
 
     def draft(self, name: str, form: str, rank: int) -> tuple[Tensor, ...] | None:
         """Factors of a layer that take no search, for a try: `U`, `V`, and what its bias gains, if it has one; None where only its weight is
@@ -78,7 +82,7 @@ class Evidence:
         best = self.known.get((name, form))
         if best is None:
             return None
-        u, v, *gained = best.draft(rank)
+        u, v, *gained = best.factors(rank, search=False)
         return (u, v, *gained) if name in self.biased else (u, v)
 
 

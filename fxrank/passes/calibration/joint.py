@@ -82,7 +82,7 @@ class JointProjection:
     stack: Tensor
     uses: tuple[Use, ...]
     centred: bool = field(default=False, init=False)
-    _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, stack: Tensor, uses: Sequence[Use]) -> "JointProjection":
@@ -109,23 +109,18 @@ class JointProjection:
         """The sum of the squares of what the uses give, each kind in its own unit: how many kinds there are."""
         return self._squared(self._w)
 
-    def lost(self, rank: int) -> float:
+    def lost(self, rank: int, search: bool = True) -> float:
         """The sum of the squared errors of the outputs of `factors`, each kind relative to its outputs."""
-        u, v = self._fit(rank)
+        u, v = self._fit(rank, search)
         return self._squared(self._w - v @ u)
 
-    def output_error(self, rank: int) -> float:
+    def output_error(self, rank: int, search: bool = True) -> float:
         """The same, relative: the root of the share of `energy` that is lost."""
-        return (max(0.0, self.lost(rank)) / self.energy) ** 0.5 if self.energy > 0 else 0.0
+        return (max(0.0, self.lost(rank, search)) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
-    def factors(self, rank: int) -> tuple[Tensor, ...]:
-        """As `Projection.factors`."""
-        u, v = self._fit(rank)
-        return tuple(t.to(self.stack) for t in balanced(u[None], v[None]))
-
-    def draft(self, rank: int) -> tuple[Tensor, ...]:
-        """Those from which `factors` are looked for, which takes much longer."""
-        u, v = self._drafted(rank)
+    def factors(self, rank: int, search: bool = True) -> tuple[Tensor, ...]:
+        """As `SpatialProjection.factors`."""
+        u, v = self._fit(rank, search)
         return tuple(t.to(self.stack) for t in balanced(u[None], v[None]))
 
     @cached_property
@@ -181,22 +176,25 @@ class JointProjection:
     def _squared(self, x: Tensor) -> float:
         return sum(use.squared(x) for use in self.uses)
 
-    def _fit(self, rank: int) -> tuple[Tensor, Tensor]:
+    def _fit(self, rank: int, search: bool = True) -> tuple[Tensor, Tensor]:
         """From the start, or from the weight's own factors where those would be better than what comes of it: the problem has
         several minima.
         """
-        if rank not in self._found:
+        key = rank, search
+        if key not in self._found:
             own = self._truncated(self.stack, rank)
             best = own
-            if rank < min(self._w.shape):
-                best = self._improved(*self._drafted(rank))
+            if rank < min(self._w.shape) and not search:
+                best = min(own, self._start_of(rank), key=self._lost)
+            elif rank < min(self._w.shape):
+                best = self._improved(*self._start_of(rank))
                 if self._lost(best) > self._lost(own):
                     best = min(own, self._improved(*own), key=self._lost)
             self._found.clear()  # whoever asks for one rank asks for it again at once
-            self._found[rank] = best
-        return self._found[rank]
+            self._found[key] = best
+        return self._found[key]
 
-    def _drafted(self, rank: int) -> tuple[Tensor, Tensor]:
+    def _start_of(self, rank: int) -> tuple[Tensor, Tensor]:
         (_, left), (_, right) = self._roots
         u, v = self._truncated(self._start[None], rank)
         return u @ right, _times(left, v)

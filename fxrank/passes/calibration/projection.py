@@ -49,17 +49,17 @@ class Projection:
         """The mean squared norm of what the layer gives (about its mean, if `centred`)."""
         return float(self.sigma.square().sum())
 
-    def lost(self, rank: int) -> float:
+    def lost(self, rank: int, search: bool = True) -> float:
         """The least mean squared error of the output at this rank."""
         return float(self.sigma[:, rank:].square().sum())
 
-    def output_error(self, rank: int) -> float:
+    def output_error(self, rank: int, search: bool = True) -> float:
         """Of the best pair, relative: the root of the share of `energy` that is lost."""
         return (self.lost(rank) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
-    def factors(self, rank: int) -> tuple[Tensor, ...]:
+    def factors(self, rank: int, search: bool = True) -> tuple[Tensor, ...]:
         """`U` `(groups, rank, cols)` and `V` `(groups, rows, rank)` with `‖u_i‖ = ‖v_i‖`, and what the bias gains, `(groups, rows)`, if
-        `centred`; of the stack's dtype, on its device.
+        `centred`; of the stack's dtype, on its device. They take no `search`.
         """
         w, basis = self._w, self._decomposed[1][..., :rank]
         u, v = (basis.mT, w @ basis) if self.side == "lookups" else (basis.mT @ w, basis)
@@ -70,10 +70,6 @@ class Projection:
             lost = w @ mean - v @ (u @ mean) if self.side == "inputs" else mean - basis @ (basis.mT @ mean)
             return *found, lost[..., 0].to(like)
         return found
-
-    def draft(self, rank: int) -> tuple[Tensor, ...]:
-        """The same: they take no search."""
-        return self.factors(rank)
 
     @property
     def _w(self) -> Tensor:
@@ -103,7 +99,7 @@ class Projection:
 class ColumnProjection(Projection):
     """Of a weight that is multiplied from the left, `x W`. `stack` is `Wᵀ`, and so are its inputs; `factors` are those of `W`."""
 
-    def factors(self, rank: int) -> tuple[Tensor, ...]:
+    def factors(self, rank: int, search: bool = True) -> tuple[Tensor, ...]:
         """`U` and `V` of `W`, as of a `Projection`."""
         u, v = super().factors(rank)
         return v.mT, u.mT

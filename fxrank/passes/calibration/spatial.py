@@ -36,7 +36,7 @@ class SpatialProjection:
     moments: Moments
     width: int
     centred: bool
-    _found: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _found: dict[tuple[int, bool], tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def vectors(self) -> tuple[int, int]:
@@ -53,21 +53,17 @@ class SpatialProjection:
         """The mean squared norm of what the layer gives (about its mean, if `centred`)."""
         return self._squared(self._kernel)
 
-    def lost(self, rank: int) -> float:
+    def lost(self, rank: int, search: bool = True) -> float:
         """The mean squared error of the output of `factors`."""
-        return self._squared_error(*self._fit(rank))
+        return self._squared_error(*self._fit(rank, search))
 
-    def output_error(self, rank: int) -> float:
+    def output_error(self, rank: int, search: bool = True) -> float:
         """The same, relative: the root of the share of `energy` that is lost."""
-        return (self.lost(rank) / self.energy) ** 0.5 if self.energy > 0 else 0.0
+        return (self.lost(rank, search) / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
-    def factors(self, rank: int) -> tuple[Tensor, ...]:
-        """As `Projection.factors`."""
-        return self._with_bias(*self._fit(rank))
-
-    def draft(self, rank: int) -> tuple[Tensor, ...]:
-        """Those from which `factors` are looked for, which takes much longer."""
-        return self._with_bias(*(t.to(self._kernel) for t in self._start.factors(rank)[:2]))
+    def factors(self, rank: int, search: bool = True) -> tuple[Tensor, ...]:
+        """As `Projection.factors`. Without a `search`, which takes most of the time, they are those that it starts from."""
+        return self._with_bias(*self._fit(rank, search))
 
     def _with_bias(self, u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         found = tuple(t.to(self.stack) for t in balanced(u, v))
@@ -97,23 +93,24 @@ class SpatialProjection:
         flat = kernel.flatten(2)
         return float(((flat @ self._seen) * flat).sum())
 
-    def _fit(self, rank: int) -> tuple[Tensor, Tensor]:
+    def _fit(self, rank: int, search: bool = True) -> tuple[Tensor, Tensor]:
         """From the start, or from the weight's own factors where those would be better than what comes of it: the problem has
         several minima.
         """
-        if rank not in self._found:
-            best = self._improved_from(self._start.factors(rank)[:2], rank)
+        key = rank, search
+        if key not in self._found:
+            best = self._improved_from(self._start.factors(rank)[:2], rank, search)
             own = truncated_factors(self.stack, rank)
             if self._squared_error(*best) > self._squared_error(*(t.to(best[0]) for t in own)):
-                best = self._improved_from(own, rank)
+                best = self._improved_from(own, rank, search)
             self._found.clear()  # whoever asks for one rank asks for it again at once
-            self._found[rank] = best
-        return self._found[rank]
+            self._found[key] = best
+        return self._found[key]
 
-    def _improved_from(self, factors: tuple[Tensor, ...], rank: int) -> tuple[Tensor, Tensor]:
+    def _improved_from(self, factors: tuple[Tensor, ...], rank: int, search: bool) -> tuple[Tensor, Tensor]:
         u, v = (t.to(self._kernel) for t in factors)
         if rank < min(self.stack.shape[1:]):
-            for _ in range(ROUNDS):
+            for _ in range(ROUNDS if search else 0):
                 v = self._best_v(u)
                 u = self._best_u(u, v)
             v = self._best_v(u)
