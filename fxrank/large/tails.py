@@ -32,15 +32,15 @@ class Tails:
         assert found is not None
         return found
 
-    def lost(self, rank: int) -> float:
+    def lost(self, rank: int, search: bool = True) -> float:
         """As of `Projection`."""
         return float(self.sigma[:, rank:].square().sum())
 
-    def output_error(self, rank: int) -> float:
+    def output_error(self, rank: int, search: bool = True) -> float:
         """As of `Projection`."""
         energy = float(self.sigma.square().sum())
         return (self.lost(rank) / energy) ** 0.5 if energy > 0 else 0.0
 
-    def factors(self, rank: int) -> tuple[Tensor, ...]:
+    def factors(self, rank: int, search: bool = True) -> tuple[Tensor, ...]:
         """None: they are made anew when the ranks have been chosen."""
         return ()
