@@ -40,15 +40,15 @@ class Cuttlefish(Policy):
     """E, K and R by themselves (Wang et al., MLSys 2023).
 
     - E: switch when the stable rank of every eligible layer has settled. `epsilon` is in percent of the full rank
-      per 1/300 of the run; see `SlopeDetector`. With `wait`, settled ranks of which none is below break-even yet do
-      not count: a run that has hardly begun is flat as well. `latest` is the share of the run at which the switch is
+      per 1/300 of the run; see `SlopeDetector`. With `wait`, settled ranks of which none is below break-even yet (by outputs: below those of
+      random matrices) do not count: a run that has hardly begun is flat as well. `latest` is the share of the run at which the switch is
       made in any case, None for never.
     - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is more than
       `speedup_threshold` times as fast. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
     - R: `rank_metric` is a name in `fxrank.policies.ranks.RANK_RULES`, `share` its coverage (accumulative, energy), `ratio`
       for `"ratio"`. `"outputs"` is no rule for one layer: the ranks of all together are the smallest with which the model keeps the share
-      `keep` of its outputs on live data, by factors that know them (see `session.whole_outputs`).
+      `keep` of its outputs on live data, by factors that know them, but no smaller together than `floor` (see `session.whole_outputs`).
       `min_ratio` bounds the rank from below. `xi` is the scale of the stable rank: `"init"` measures
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
@@ -57,7 +57,8 @@ class Cuttlefish(Policy):
 
     - Under a target ranks are chosen for it, by the spectra: `rank_metric`, `share`, `ratio`, `min_ratio` and `round_to` decide nothing then.
 
-    Else always: a layer whose rank reaches break-even, or whose pair is not faster at the rank chosen, stays dense.
+    Else always: a layer whose rank reaches break-even, or whose pair is not faster at the rank chosen, unless size is the `objective`,
+    stays dense.
     """
 
     rank_metric: str = OF_OUTPUTS

@@ -90,7 +90,7 @@ class FixedPlan(Policy):
 
     @property
     def by_weights(self) -> Policy:
-        return replace(self, factors="weight")
+        return replace(self, factors="weight") if self.knows_data else self
 
     @property
     def known_plan(self) -> Plan:

@@ -98,7 +98,7 @@ def examine(
     if is_sharded(model) and policy.by_weights != policy:
         policy = policy.by_weights
         notes.append(
-            "the model is in shards, whose layers cannot be run by themselves: ranks and factors are of the weights alone"
+            "the model is in shards, whose layers cannot be run by themselves: what is decided at the switch knows the weights alone"
         )
     if policy.knows_data and is_sharded(model):
         raise TypeError(

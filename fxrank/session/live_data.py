@@ -261,7 +261,7 @@ def seen_by(
     """The layers, in rounds, with what is known of them by the calls."""
     team = attached.team
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
-    most = max((_enough(layer) for layer in attached.scene.layers if layer.reason is None), default=FEWEST)
+    most = max((_calls_for(layer) for layer in attached.scene.layers if layer.reason is None), default=FEWEST)
     of_each = min(1.0, DRAWN / max(1, sum(team.of_all(min(most, len(calls))))))
     with ExitStack() as around:
         made = partial(again, calls, attached, around, most)
@@ -285,6 +285,6 @@ def measure_again(plan: Plan, calls: LastCalls, attached: Attachment) -> list[st
     return [f"statistics of {number} BatchNorms were measured again with the pairs"] if number else []
 
 
-def _enough(layer: Layer) -> int:
+def _calls_for(layer: Layer) -> int:
     """Calls after which a layer has seen vectors enough, by its positions in the example."""
     return min(CALLS, max(FEWEST, math.ceil(VECTORS * max(layer.rows, layer.cols) / max(1, layer.positions))))

@@ -8,6 +8,7 @@ Where they cannot be compared, the layers' own losses may add up to what is left
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from fxrank.decisions import take
 from fxrank.fitting import variants
 from fxrank.passes.calibration.collect import evaluating
-from fxrank.passes.calibration.evidence import Evidence
+from fxrank.passes.calibration.evidence import Evidence, needed_bytes
 from fxrank.passes.calibration.processes import together
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.pairs.locate import dense_at
@@ -33,12 +34,20 @@ from fxrank.switch.apply_plan import Factors, apply_plan
 from fxrank.switch.zero_weights import why_dead
 from fxrank.torch_private import pytree
 
-CALLS, SHARE = 4, 400
-"""Of which outputs are compared, at most, and no more than one for so many steps of the training, but at least one."""
+TRIED, STEPS_EACH = 4, 400
+"""Calls of which outputs are compared, at most, and no more than one for so many steps of the training, but at least one."""
 KEPT_BYTES = 2**28
 """Of the dense model's outputs, and at least one call's."""
-MASKED = 1e3
-"""Numbers so many times as large as the median of their output stand for something that is masked, and are not compared."""
+LARGE, MASKED = 1e3, 100.0
+"""Numbers larger than the first, and so many times as large as is usual for those below it, stand for something that is masked, and are
+not compared.
+"""
+FORM_BYTES = 2**25
+"""Of moments, for another form of a layer than its own: patches of a kernel 3x3 with up to 227 channels. Time and memory for them grow with
+the third and the second power, and beyond that the pairs down and across would take longer than all else.
+"""
+SAMPLE = 2**16
+"""Numbers of an output that say what is usual there."""
 
 
 def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidence | None, list[str]]:
@@ -52,10 +61,9 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
         for layer in scene.layers
         if layer.reason is None and layer.name not in kept and why_dead(stack_of(layer, scene.model)) is None
     ]
-    forms = {layer.name: variants(layer, policy.form) for layer in open_layers}
+    forms = _open_forms(open_layers, attached)
     by_key = {layer.key: layer for of_layer in forms.values() for layer in of_layer}
     scene.chosen.clear()
-    scene.asked = f"the model keeps {keep:g} of its outputs"
     if not open_layers:
         return None, []
     with unobserved(calls, attached):
@@ -65,6 +73,9 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
         try:
             trial.see_dense()
             ways, lost = farthest(path, trial.lost, 1 - keep)
+            scene.asked = f"the model keeps {keep:g} of its outputs"
+            if policy.floor and ways and ways == path.at(len(path.steps)):
+                scene.asked = f"pairs have {policy.floor:g} of their layers' parameters at least"
             on = f"{trial.number} of its last calls" if len(calls) else "the example"
             note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {on}"
         except Exception as error:  # of a model that cannot be copied, or whose outputs cannot be compared
@@ -73,6 +84,16 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
             note = f"{scene.asked}, as the model could not be tried with its pairs: {in_a_line(error)}"
     scene.chosen.update({name: (by_key[name, form], rank) for name, (form, rank) in ways.items()})
     return known, [*notes, note]
+
+
+def _open_forms(layers: Sequence[Layer], attached: Attachment) -> dict[str, list[Layer]]:
+    """The layers, by name, and in other forms that they may take, if what is added up for them is no more than `FORM_BYTES`."""
+    forms = {layer.name: variants(layer, attached.policy.form) for layer in layers}
+    needed = needed_bytes(attached.team.model, [other for _, *others in forms.values() for other in others])
+    return {
+        name: [own, *(other for other in others if needed[other.key] <= FORM_BYTES)]
+        for name, (own, *others) in forms.items()
+    }
 
 
 def _path(forms: Mapping[str, Sequence[Layer]], attached: Attachment) -> Path:
@@ -120,14 +141,18 @@ class _Trial:
         attached, team = self._attached, self._attached.team
         layers = [self._layers[name, form] for name, (form, _) in ways.items()]
         plan = Plan("", tuple(take(a, ways[a.name][1], "", extra_bn=attached.policy.extra_bn) for a in layers))
-        known = [(layers, self._known)] if self._known else list(seen_by(layers, self._calls, attached))
+        factors: Factors = {}
         example = team.example(attached.example)
 
+        def fit(some: Sequence[Layer], evidence: Evidence) -> None:
+            fits = {a.name: evidence.fit(*a.key, ways[a.name][1], gains_bias=False, search=False) for a in some}
+            factors.update({name: found.factors for name, found in fits.items() if found is not None})
+
+        known = seen_by(layers, self._calls, attached) if self._known is None else [(layers, self._known)]
+        for some, evidence in known:  # one round's at a time
+            together(partial(fit, some, evidence), team.of_all)
+
         def copied() -> nn.Module:
-            factors: Factors = {}
-            for some, evidence in known:
-                drafts = {layer.name: evidence.draft(*layer.key, ways[layer.name][1]) for layer in some}
-                factors |= {name: draft for name, draft in drafts.items() if draft is not None}
             twin = uncompile_parts(apart(team.model))
             apply_plan(twin, plan, example=example, factors=factors)
             return twin
@@ -151,7 +176,7 @@ class _Trial:
         never: Sequence[nn.Module] = (),
     ) -> None:
         """Call the model that is made, which must call none of the layers in `never`."""
-        most = max(1, min(CALLS, self._attached.clock.total_steps // SHARE))
+        most = max(1, min(TRIED, self._attached.clock.total_steps // STEPS_EACH))
 
         def run() -> None:
             model, held = made(), 0
@@ -174,8 +199,10 @@ class _Output(NamedTuple):
 
     @classmethod
     def of(cls, values: Tensor) -> "_Output":
-        kept = values.isfinite()
-        kept &= values.abs() <= MASKED * values[kept].abs().median().nan_to_num().clamp(min=1e-30)
+        sizes = values.flatten()[:: -(-values.numel() // SAMPLE)].abs()
+        usual = sizes[(sizes > 0) & (sizes < LARGE)]
+        bound = max(LARGE, MASKED * float(usual.median())) if len(usual) else math.inf
+        kept = values.isfinite() & (values.abs() <= bound)
         return cls(values, None) if kept.all() else cls(values.where(kept, 0.0), kept)
 
     def moments(self) -> tuple[Tensor, Tensor, float]:
@@ -215,8 +242,10 @@ def _about_the_mean(moments: Sequence[tuple[Tensor, Tensor, float]]) -> float:
 
 def _numbers(outputs: object) -> list[Tensor]:
     """The floating-point tensors of a call's outputs, but for losses, of which so small a share may be much."""
-    found = [t.detach().float() for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
-    found = [t for t in found if t.numel() > 1]
+    tensors = [t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor) and t.is_floating_point()]
+    # Sums are made in double precision, which not every device has.
+    places = [t.device if t.device.type in ("cpu", "cuda") else torch.device("cpu") for t in tensors]
+    found = [t.detach().to(at).float() for t, at in zip(tensors, places, strict=True) if t.numel() > 1]
     if not found:
         raise ValueError(
             f"it must give floating-point tensors of more than one number; it gave {type(outputs).__name__}."

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -193,6 +194,26 @@ def test_a_run_that_was_broken_off_leaves_no_hooks_behind(tmp_path):
     plan = callback.plan
     trainer.train()  # the model is low-rank by now, and stays it
     assert callback.plan is plan is fxrank.plan_of(trainer.model)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_at_a_checkpoint_each_process_forgets_the_calls_before(tmp_path, first):
+    known = []
+
+    class Sees(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            known.append(len(callback.session._calls))
+            state.is_world_process_zero = first
+
+        def on_save(self, args, state, control, **_):
+            known.append(len(callback.session._calls))
+            state.is_world_process_zero = True
+
+    policy = replace(SOON, factors="data")
+    trainer, callback = trainer_of(tmp_path, policy=policy, save_strategy="steps", save_steps=3)
+    trainer.add_callback(Sees)
+    trainer.train()
+    assert known[:6] == [2, 2, 2, 0, 2, 2]
 
 
 def test_the_mix_in_and_the_last_checkpoint(tmp_path):

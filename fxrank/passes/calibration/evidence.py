@@ -50,6 +50,8 @@ class Evidence:
     batches: int = 0
     notes: dict[Key, str] = field(default_factory=dict)
     """What a reason says of layers that are known."""
+    _plain: dict[Key, Known] = field(default_factory=dict, init=False, repr=False)
+    """Of the known that need no bias: not about the mean. Kept, as each has a decomposition of its own."""
 
     def may_gain_bias(self, layer: Layer) -> bool:
         """Whether a pair of the layer may gain a bias that the layer has not."""
@@ -69,21 +71,11 @@ class Evidence:
         if best.centred and name not in self.biased and not gains_bias:
             if name in self.centred_later:
                 return Fit(best.factors(rank, search)[:2], False, best.output_error(rank, search))
-            plain = replace(best, centred=False)
+            plain = self._plain.setdefault((name, form), replace(best, centred=False))
             if gains_bias is False or plain.lost(rank, search) <= NEEDED * best.lost(rank, search):
                 return Fit(plain.factors(rank, search), False, plain.output_error(rank, search))
         gains = best.centred and name not in self.biased
         return Fit(best.factors(rank, search), gains, best.output_error(rank, search))
-
-    def draft(self, name: str, form: str, rank: int) -> tuple[Tensor, ...] | None:
-        """Factors of a layer that take no search, for a try: `U`, `V`, and what its bias gains, if it has one; None where only its weight is
-        known.
-        """
-        best = self.known.get((name, form))
-        if best is None:
-            return None
-        u, v, *gained = best.factors(rank, search=False)
-        return (u, v, *gained) if name in self.biased else (u, v)
 
 
 def gather(
@@ -137,6 +129,13 @@ def gather(
     blind |= {key: "no batch reached it" for key in watched if key not in moments_of}
     biased = {key[0] for key, w in watched.items() if all(getattr(m, "bias", None) is not None for m in w.layers)}
     return Evidence(known, blind, frozenset(biased), centred_later, batches, notes)
+
+
+def needed_bytes(model: nn.Module, layers: Sequence[Layer]) -> dict[Key, int]:
+    """What the moments of each layer take, in its form; 0 where it would be blind."""
+    owners = owners_in(model)
+    watches = {layer.key: _watch(model, owners, layer) for layer in layers}
+    return {key: watch.bytes if isinstance(watch, Watch) else 0 for key, watch in watches.items()}
 
 
 def in_rounds(model: nn.Module, layers: Sequence[Layer], at_most: int) -> Iterator[list[Layer]]:
