@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fxrank.passes.calibration.projection import UNSEEN, balanced, improved
-from fxrank.passes.spectra.exact import singular_values, truncated_factors
+from fxrank.passes.spectra.exact import Spectrum
 
 ROUNDS = 20
 """Of both factors in turn, at most."""
@@ -100,7 +100,7 @@ class JointProjection:
     @cached_property
     def sigma(self) -> Tensor:
         """Those of the start, `(1, min(rows, cols))`: what lower ranks lose, about."""
-        found = singular_values(self._start[None])
+        found = self._start.sigma
         scaled: Tensor = found * (self.energy / max(1e-300, float(found.square().sum()))) ** 0.5
         return scaled.cpu()
 
@@ -160,10 +160,14 @@ class JointProjection:
         return _root(self._marginals[0]), _root(self._marginals[1])
 
     @cached_property
-    def _start(self) -> Tensor:
-        """The matrix between the roots: its truncation is the least error where the uses are one `L` and one `R`."""
+    def _start(self) -> Spectrum:
+        """Of the matrix between the roots: its truncation is the least error where the uses are one `L` and one `R`."""
         (left, _), (right, _) = self._roots
-        return _times(left, self._w) @ right
+        return Spectrum((_times(left, self._w) @ right)[None])
+
+    @cached_property
+    def _own(self) -> Spectrum:
+        return Spectrum(self.stack)
 
     @cached_property
     def _target(self) -> Tensor:
@@ -182,7 +186,7 @@ class JointProjection:
         """
         key = rank, search
         if key not in self._found:
-            own = self._truncated(self.stack, rank)
+            own = self._truncated(self._own, rank)
             best = own
             if rank < min(self._w.shape) and not search:
                 best = min(own, self._start_of(rank), key=self._lost)
@@ -196,11 +200,11 @@ class JointProjection:
 
     def _start_of(self, rank: int) -> tuple[Tensor, Tensor]:
         (_, left), (_, right) = self._roots
-        u, v = self._truncated(self._start[None], rank)
+        u, v = self._truncated(self._start, rank)
         return u @ right, _times(left, v)
 
-    def _truncated(self, stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        u, v = truncated_factors(stack, rank)
+    def _truncated(self, spectrum: Spectrum, rank: int) -> tuple[Tensor, Tensor]:
+        u, v = spectrum.factors(rank)
         return u[0].to(self._w), v[0].to(self._w)
 
     def _lost(self, factors: tuple[Tensor, Tensor]) -> float:

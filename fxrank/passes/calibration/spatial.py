@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fxrank.passes.calibration.moments import Moments
 from fxrank.passes.calibration.projection import Projection, balanced, improved, with_unseen
-from fxrank.passes.spectra.exact import truncated_factors
+from fxrank.passes.spectra.exact import Spectrum
 
 ROUNDS = 2
 """Of both factors in turn. The second improves by a tenth of what the first does."""
@@ -89,6 +89,10 @@ class SpatialProjection:
         blocks = self.moments.of_parts(self.width)
         return Projection(self.stack, blocks, "inputs", self.centred)
 
+    @cached_property
+    def _own(self) -> Spectrum:
+        return Spectrum(self.stack)
+
     def _squared(self, kernel: Tensor) -> float:
         flat = kernel.flatten(2)
         return float(((flat @ self._seen) * flat).sum())
@@ -100,7 +104,7 @@ class SpatialProjection:
         key = rank, search
         if key not in self._found:
             best = self._improved_from(self._start.factors(rank)[:2], rank, search)
-            own = truncated_factors(self.stack, rank)
+            own = self._own.factors(rank)
             if self._squared_error(*best) > self._squared_error(*(t.to(best[0]) for t in own)):
                 best = self._improved_from(own, rank, search)
             self._found.clear()  # whoever asks for one rank asks for it again at once

@@ -152,9 +152,9 @@ def test_where_the_start_is_worse_and_nothing_improves_it_the_weights_own_factor
         found = JointProjection.of(
             w[None], [Use("inputs", *at, None, one, 9, 3) for at, one in zip(blocks, seen, strict=True)]
         )
-        own = found._truncated(w[None], 2)
+        own = found._truncated(found._own, 2)
         (_, left), (_, right) = found._roots
-        u, v = found._truncated(found._start[None], 2)
+        u, v = found._truncated(found._start, 2)
         worse += found._lost((u @ right, joint._times(left, v))) > found._lost(own)
         assert found.lost(2) <= found._lost(own)
     assert worse  # of some seed
