@@ -1,21 +1,25 @@
 """One-shot factorization's own questions: which forms a layer may take, what a rank would lose, and the decision with its factors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from fxrank.decisions import keep, take
+from fxrank.decisions import keep as keep_dense
+from fxrank.decisions import take
 from fxrank.passes.calibration.evidence import Evidence
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.pairs.registry import AUTO
 from fxrank.passes.spectra.exact import Spectrum
 from fxrank.plan import Budget, LayerDecision, Plan
-from fxrank.policies.budget import Option, norm_parameters, ranks_within, why_unspent
+from fxrank.policies.budget import Option, counted, ladders_of, norm_parameters, ranks_within, why_unspent
 from fxrank.policies.forms import spectrum_of
+from fxrank.policies.outputs import Outputs
+from fxrank.policies.path import Path, Way, farthest
 from fxrank.policies.times import Trials, ranks_within_time
 from fxrank.switch.apply_plan import Factors
 
+Agree = Callable[[Callable[[], Path]], Path]
 ALONE = "; factors of the weight alone: "
 """What comes in a reason before why they do not know the data."""
 
@@ -50,7 +54,7 @@ class Fitting:
         decisions = []
         for layer in layers:
             if layer.reason is not None:
-                decisions.append(keep(layer, layer.reason))
+                decisions.append(keep_dense(layer, layer.reason))
                 continue
             rank, reason = ranks[layer.name]
             choices = [(variant, _same_size(layer, rank, variant)) for variant in variants(layer, form)]
@@ -95,13 +99,46 @@ class Fitting:
             decisions = self._decisions(budget, layers, chosen)
         return self._plan(decisions, reached, note)
 
+    def plan_keeping(
+        self, keep: float, layers: Sequence[Layer], form: str, outputs: Outputs, agree: Agree | None = None
+    ) -> Plan:
+        """The plan of fewest parameters with which the model keeps this share of its outputs. All processes of several ask for it, and `agree`
+        gives them the first one's path. Raises `ValueError` where the outputs cannot be compared.
+        """
+        open_layers = [layer for layer in layers if layer.reason is None]
+        forms = {a.name: [(v, self._sigma(v)) for v in variants(a, form)] for a in open_layers}
+        in_form = {(v.name, v.form): v for of_layer in forms.values() for v, _ in of_layer}
+
+        def found() -> Path:
+            return Path.of(ladders_of(forms, counted("params", self._extra)))
+
+        path = found() if agree is None else agree(found)
+        draft = replace(self, factors={}, search=False)
+        why = f"the model keeps {keep:g} of its outputs"
+
+        def plan_of(fitting: Fitting, ways: Mapping[str, Way]) -> Plan:
+            decisions = []
+            for layer in layers:
+                if layer.name not in ways:
+                    decisions.append(keep_dense(layer, layer.reason or f"worth its parameters where {why}"))
+                    continue
+                its_form, rank = ways[layer.name]
+                variant = in_form[layer.name, its_form]
+                decisions.append(fitting._decided(variant, rank, f"rank {rank} of {variant.full_rank}: {why}"))
+            return fitting._plan(decisions)
+
+        outputs.see_dense()
+        ways, lost = farthest(path, lambda some: outputs.lost(plan_of(draft, some), draft.factors), 1 - keep)
+        note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {outputs.number} of the batches"
+        return replace(plan_of(self, ways), note=note)
+
     def _decisions(self, budget: Budget, layers: Sequence[Layer], chosen: Mapping[str, Option]) -> list[LayerDecision]:
         asked = f"under target_{budget.of}={budget.target:g}"
         decisions = []
         for layer in layers:
             option = chosen.get(layer.name)
             if layer.reason is not None or option is None or option.rank is None:
-                decisions.append(keep(layer, layer.reason or f"worth its cost {asked}"))
+                decisions.append(keep_dense(layer, layer.reason or f"worth its cost {asked}"))
             else:
                 reason = f"rank {option.rank} of {option.layer.full_rank} {asked}"
                 decisions.append(self._decided(option.layer, option.rank, reason))

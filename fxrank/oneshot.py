@@ -2,9 +2,10 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
 from fxrank.passes.errors import RankError
-from fxrank.passes.model.calls import Example
+from fxrank.passes.model.calls import Call, Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
@@ -31,6 +32,7 @@ from fxrank.passes.rewriting.install import pairs_in, put_back, uncompile_parts
 from fxrank.passes.tracing.trace import trace
 from fxrank.plan import LayerDecision, Plan
 from fxrank.policies.budget import asked_budget
+from fxrank.policies.outputs import Outputs, check_keep
 from fxrank.policies.ranks import ratio_rank
 from fxrank.policies.times import Trials
 from fxrank.switch.apply_plan import apply_plan
@@ -40,6 +42,8 @@ from fxrank.switch.zero_weights import why_dead, without_zero_weights
 from fxrank.training.batches import calls_of
 from fxrank.wrappers import outside_autocast
 
+TRIED = 16
+"""Calibration batches on which pairs are tried, where a share of the model's outputs is to be kept."""
 Rank = int | float | Mapping[str, int | float] | Plan
 RATIO = 0.25
 """The rank of every layer, as a share of its full rank, where nothing else is asked for."""
@@ -59,6 +63,7 @@ def factorize(
     target_macs: float | None = None,
     target_step_time: float | None = None,
     target_latency: float | None = None,
+    keep: float | None = None,
     calibration: Iterable[Any] | None = None,
     calibration_batches: int | None = None,
     recalibrate: bool = True,
@@ -74,13 +79,18 @@ def factorize(
     second factor that are the identity, so that its pairs are always smaller than their layers, though not faster; see `register_pair`.
     `"auto"` takes for each layer, of all forms that it may have, the one that loses least with no more parameters, or, under a target,
     at its cost; `"gauge"` only under `target_params`.
-    Without a rank it is a quarter of each layer's full rank, or what a target leaves.
+    Without a rank it is a quarter of each layer's full rank, or what a target leaves, or `keep`.
 
     `target_params` and `target_macs` are budgets instead of ranks: the share, in (0, 1], of all the model's parameters, or of the
     multiply-adds of its weight layers, that the copy may have. The ranks are then chosen so that the least is lost (see
     `policies.budget`), and layers that are worth their cost stay dense. `target_step_time` and `target_latency` are the share of the
     milliseconds of the model's forward and backward in training mode, or of its forward alone in evaluation mode, with these inputs on the
     device where they are: the layers are timed, and then whole copies (see `policies.times`). `plan_of(copy).budget` says what was reached.
+
+    `keep` is the share, in (0, 1), of what the model gives on the `calibration` that the copy must keep, of the mean square of its outputs
+    about their mean: the ranks are those of fewest parameters with which it does, found by trying them in copies on up to `TRIED` of the
+    batches (see `policies.path`). BatchNorms that `recalibrate` measures again take each batch's own statistics meanwhile. The plan's note says
+    what was kept.
 
     `calibration` is a loader, or a list of batches as a training loader yields them, of which `calibration_batches` are taken:
     the factors are then those whose outputs differ least on these data (see `passes.calibration.projection`), a pair may gain a
@@ -92,13 +102,19 @@ def factorize(
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`; where nothing is left because of what the layers do, the copy is dense, with
     a `NothingFactorizedWarning`. A weight of zeros stays dense, whoever names it in a plan: factors of
     zeros would never train. `BudgetError` for a target out of reach, `CalibrationError` for data that yield nothing, or activations
-    that are not finite, `ValueError` for a rank beside a target, or two targets.
+    that are not finite, `ValueError` for a rank beside a target, two targets, or a `keep` out of bounds, without data, or where the model's
+    outputs cannot be compared.
     """
     if form != AUTO:
         check_form(form)
-    budget = asked_budget(
-        rank, params=target_params, macs=target_macs, step_time=target_step_time, latency=target_latency
-    )
+    targets = {"params": target_params, "macs": target_macs, "step_time": target_step_time, "latency": target_latency}
+    budget = asked_budget(rank, keep, **targets)
+    if keep is not None:
+        check_keep(keep)
+        if calibration is None:
+            raise ValueError(
+                f"keep={keep} is a share of what the model gives on data; got no calibration=. Give a loader, or a list of batches."
+            )
     model = uncompiled(model)
     small = copied(model)
     calls = None if calibration is None else calls_of(small, calibration, calibration_batches)
@@ -141,6 +157,13 @@ def factorize(
     def decide() -> Plan:
         if isinstance(rank, Plan):
             return fitting.fitted(rank, layers)
+        if keep is not None:
+            assert calls is not None
+            some = partial(_some_of, calls)
+            settle = partial(measure_batchnorms, calls=some, of_all=of_all) if recalibrate else None
+            outputs = Outputs(small, partial(copied, small), some, of_all, example_inputs, settle=settle)
+            agree = None if team is None else team.agree
+            return fitting.plan_keeping(keep, layers, form, outputs, agree)
         if budget is None:
             return fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
         trials = None
@@ -151,7 +174,8 @@ def factorize(
     if team is None or team.size == 1:
         plan = decide()
     else:  # the first one's: a clock may tell each something else
-        plan = team.agree(decide)
+        decided = decide() if keep is not None else None  # that one takes all of them
+        plan = team.agree(lambda: decided or decide())
         fitting.factors.clear()
         plan = fitting.fitted(plan, _as_planned(layers, plan))
     if budget is None and not isinstance(rank, Plan):
@@ -162,6 +186,10 @@ def factorize(
     if calls is not None and recalibrate:
         measure_batchnorms(small, calls, of_all)
     return small
+
+
+def _some_of(calls: Callable[[], Iterable[Call]]) -> Generator[Call]:
+    yield from islice(calls(), TRIED)
 
 
 def whole_given_rank(name: str, full_rank: int, rank: object) -> int:

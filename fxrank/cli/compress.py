@@ -56,6 +56,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="share to keep of the milliseconds of the forward alone, measured",
     )
     parser.add_argument(
+        "--keep",
+        type=float,
+        default=None,
+        help="share to keep of what the model gives on the --data, as 0.98, with as few parameters as it takes",
+    )
+    parser.add_argument(
         "--rank",
         type=lambda text: int(text) if text.isdigit() else float(text),
         default=None,
@@ -108,6 +114,7 @@ def run(options: argparse.Namespace) -> None:
         target_macs=options.target_macs,
         target_step_time=options.target_step_time,
         target_latency=options.target_latency,
+        keep=options.keep,
         calibration=train,
         calibration_batches=None if train is None else options.calibration_batches,
     )
@@ -121,8 +128,9 @@ def run(options: argparse.Namespace) -> None:
     print(
         f"\n{after:,} of {before:,} parameters ({after / before:.3f}), {planned / max(1, dense):.3f} of the multiply-adds"
     )
-    if plan.budget is not None:
-        print("; ".join([f"budget: {plan.budget}", *([plan.note] if plan.note else [])]))
+    said = [] if plan.budget is None else [f"budget: {plan.budget}"]
+    if said or plan.note:
+        print("; ".join([*said, *([plan.note] if plan.note else [])]))
     if val is not None:
         print(f"dense: {accuracy(model, val, device)}\ncompressed: {accuracy(small, val, device)}")
     print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))

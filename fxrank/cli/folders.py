@@ -52,11 +52,11 @@ def trained(model: nn.Module, folder: Path) -> nn.Module:
 
 def compress_by_shards(options: argparse.Namespace, folder: Path) -> None:
     """One weight at a time, with data one block, and print what became of every layer."""
-    run = ("weights", "input", "target_step_time", "target_latency")
+    run = ("weights", "input", "target_step_time", "target_latency", "keep")
     given = [f"--{name.replace('_', '-')}" for name in run if getattr(options, name) is not None]
     if given:
         raise ValueError(
-            f"a model in several files is read a part at a time, from {INDEX} alone, and never timed; got {' and '.join(given)}. Leave them "
+            f"a model in several files is read a part at a time, from {INDEX} alone, and never timed or called as a whole; got {' and '.join(given)}. Leave them "
             "out, or, where the model fits into memory, use fxrank.factorize(model, batch, …)."
         )
     spec = f"hf:{folder}"

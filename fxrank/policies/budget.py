@@ -77,15 +77,16 @@ def norm_parameters(extra_bn: bool) -> Extra:
     return lambda layer, rank: 2 * layer.groups * rank if extra_bn and layer.takes_norm else 0
 
 
-def asked_budget(rank: object = None, **targets: float | None) -> Budget | None:
-    """What a user asks for in arguments `target_…`, of which one at most is not None, and none beside a rank. Raises `ValueError`, or
-    `TypeError` for what is no number.
+def asked_budget(rank: object = None, keep: float | None = None, **targets: float | None) -> Budget | None:
+    """What a user asks for in arguments `target_…`, of which one at most is not None, and none beside a rank or a share to `keep`. Raises
+    `ValueError`, or `TypeError` for what is no number.
     """
     asked = {of: target for of, target in targets.items() if target is not None}
-    if len(asked) > 1 or (asked and rank is not None):
-        given = [f"target_{of}={target}" for of, target in asked.items()] + ([] if rank is None else ["rank="])
+    given = [f"target_{of}={target}" for of, target in asked.items()]
+    given += ([] if keep is None else [f"keep={keep}"]) + ([] if rank is None else ["rank="])
+    if len(given) > 1:
         raise ValueError(
-            f"ranks are given, or chosen for one target; got {' and '.join(given)}. Leave all but one out."
+            f"ranks are given, or chosen for one target, or to keep a share; got {' and '.join(given)}. Leave all but one out."
         )
     for of, target in asked.items():
         if isinstance(target, bool) or not isinstance(target, Real):

@@ -12,6 +12,7 @@ from fxrank.plan import LayerDecision
 from fxrank.policies.base import LATER, Policy
 from fxrank.policies.forms import in_best_form, spectrum_of
 from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
+from fxrank.policies.outputs import check_keep
 from fxrank.policies.ranks import OF_OUTPUTS, Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
 from fxrank.switch.zero_weights import why_dead
@@ -103,8 +104,7 @@ class Cuttlefish(Policy):
             )
         if not 0 <= self.floor < 1:
             raise ValueError(f"floor is a share of the layers' parameters, in [0, 1); got {self.floor}.")
-        if not 0 < self.keep < 1:
-            raise ValueError(f"keep is the share of the model's outputs that is kept, in (0, 1); got {self.keep}.")
+        check_keep(self.keep)
         if self.k_rule not in ("stack", "prefix"):
             raise unknown_name("k_rule", self.k_rule, ("stack", "prefix"))
         if self.objective not in ("auto", "speed", "size"):

@@ -41,6 +41,14 @@ def test_a_trained_model_becomes_small_and_its_folder_loads(trained, tmp_path, c
             assert torch.equal(tensor, trained.state_dict()[name])
 
 
+def test_a_share_of_the_outputs_is_kept_and_told(trained, tmp_path, capsys):
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    command = ["compress", "digits", "--weights", str(tmp_path / "weights.pt"), "--keep", "0.9", "--data", "digits"]
+    assert main([*command, "--calibration-batches", "2", "--output", str(tmp_path / "small")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"the model kept (0\.9\d{3}|1\.0000) of its outputs in 2 of the batches", printed)
+
+
 def test_without_data_the_weights_alone_are_looked_at(tmp_path, capsys):
     out = str(tmp_path / "small")
     assert (
@@ -74,6 +82,7 @@ def test_a_target_of_time_is_measured_and_told(tmp_path, capsys, monkeypatch, of
         (["--target-latency", "0.5", "--target-macs", "0.1"], "got target_macs=0.1 and target_latency=0.5."),
         (["--target-params", "0.5", "--rank", "0.1"], "got target_params=0.5 and rank=."),
         (["--form", "best"], "form must be one of"),
+        (["--keep", "0.9"], "keep=0.9 is a share of what the model gives on data; got no calibration=."),
     ],
 )
 def test_what_is_wrong_gets_one_line(tmp_path, monkeypatch, capsys, arguments, text):

@@ -122,3 +122,18 @@ def test_all_processes_have_the_plan_of_the_first_ones_clock():
     assert plan == other and '"reached": 0.8' in plan
     for name, value in state.items():
         torch.testing.assert_close(torch.tensor(others[name]), torch.tensor(value), rtol=1e-9, atol=1e-9)
+
+
+def run_kept(rank, size):
+    torch.manual_seed(0)
+    model = Net().double().eval()
+    mine = batches()[rank::size]
+    small = fxrank.factorize(model, mine[0][0], include="*", keep=0.9, calibration=mine)
+    plan = fxrank.plan_of(small)
+    return plan.R, plan.note.partition(" in ")[0]
+
+
+def test_what_all_processes_give_is_kept():
+    one = run_kept(0, 1)
+    assert one[0]
+    assert team(run_kept, 2) == [one, one]

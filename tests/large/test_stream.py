@@ -242,9 +242,11 @@ def test_what_several_files_cannot_do_is_said(llama, tmp_path, capsys):
     command = ["compress", str(tmp_path / "big"), "--target-params", "0.8", "--output", str(tmp_path / "small")]
     assert main([*command, "--target-latency", "0.5", "--input", "1x4"]) == 2
     assert (
-        "is read a part at a time, from model.safetensors.index.json alone, and never timed; got --input and --target-latency. Leave"
+        "is read a part at a time, from model.safetensors.index.json alone, and never timed or called as a whole; got --input and --target-latency. Leave"
         in (capsys.readouterr().err)
     )
+    assert main([*command, "--keep", "0.9"]) == 2
+    assert "or called as a whole; got --keep. Leave" in capsys.readouterr().err
     assert main([*command, "--rank", "4"]) == 2
     assert "got target_params=0.8 and rank=." in capsys.readouterr().err
     assert not (tmp_path / "small").exists()

@@ -149,7 +149,7 @@ def test_one_rank_more_that_would_be_too_much_is_said():
         (
             {"target_params": 0.5, "target_macs": 0.5},
             ValueError,
-            "ranks are given, or chosen for one target; got target_params=0.5 and target_macs=0.5.",
+            "ranks are given, or chosen for one target, or to keep a share; got target_params=0.5 and target_macs=0.5.",
         ),
         ({"target_params": 0}, ValueError, "target_params is a share in (0, 1]; got 0.0. 0.5 halves them."),
         ({"target_macs": 1.5}, ValueError, "target_macs is a share in (0, 1]; got 1.5."),

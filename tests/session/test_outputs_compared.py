@@ -8,7 +8,8 @@ from live import attached
 from nets import train, vectors
 from outputs import KEEP, Narrow, Normed, to_the_switch, told
 
-from fxrank.session import live_data, whole_outputs
+from fxrank.policies import outputs
+from fxrank.session import live_data
 
 # -- where the model cannot be tried
 
@@ -67,7 +68,7 @@ def test_else_the_losses_of_the_layers_may_add_up_to_it(make, why):
 
 def test_a_copy_that_loses_nothing_at_all_is_not_believed(monkeypatch):
     """As that of one whose function reads the weights of the model that it was made of."""
-    monkeypatch.setattr(whole_outputs, "apply_plan", lambda *args, **options: [])
+    monkeypatch.setattr(outputs, "apply_plan", lambda *args, **options: [])
     notes = to_the_switch(Narrow()).notes
     assert any("ValueError: a copy of it computes without its own pairs." in note for note in notes)
 
@@ -178,7 +179,7 @@ def test_of_large_outputs_one_call_is_enough(monkeypatch):
     often = replace(KEEP, samples=1600)
     session = to_the_switch(Narrow(), often, total_steps=1600)
     assert any(f"in {session.plan.switch_step} of its last calls" in note for note in session.notes)
-    monkeypatch.setattr(whole_outputs, "KEPT_BYTES", 1)
+    monkeypatch.setattr(outputs, "KEPT_BYTES", 1)
     session = to_the_switch(Narrow(), often, total_steps=1600)
     assert any("in 1 of its last calls" in note for note in session.notes)
 
@@ -190,27 +191,27 @@ def test_losses_among_the_outputs_do_not_count_beside_others():
             return {"loss": out.square().mean(), "logits": out}
 
     with pytest.raises(ValueError, match="must give floating-point tensors of more than one number; it gave Tensor"):
-        whole_outputs._numbers(torch.tensor(2.0))  # of a loss so small a share may be much
-    found = whole_outputs._numbers(WithLoss()(vectors(40)[0]))
+        outputs._numbers(torch.tensor(2.0))  # of a loss so small a share may be much
+    found = outputs._numbers(WithLoss()(vectors(40)[0]))
     assert [t.shape for t in found] == [(40, 4)]
 
 
 @pytest.mark.parametrize("shape", [(7,), (7, 3), (5, 4, 3), (6, 3, 4, 4), (6, 3, 2, 4, 4)])
 def test_outputs_vary_about_the_mean_of_each_feature_over_all_calls(shape):
-    outputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3
+    given = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 3
     over = {1: 0, 2: 0, 3: (0, 1), 4: (0, 2, 3), 5: (0, 2, 3, 4)}[len(shape)]
-    expected = float((outputs - outputs.mean(over, keepdim=True)).square().sum())
-    for parts in ([outputs], outputs.split(1), outputs.split(2)):  # batches of one image too
-        moments = [whole_outputs._Output.of(part).moments() for part in parts]
-        assert whole_outputs._about_the_mean(moments) == pytest.approx(expected, rel=1e-5)
+    expected = float((given - given.mean(over, keepdim=True)).square().sum())
+    for parts in ([given], given.split(1), given.split(2)):  # batches of one image too
+        moments = [outputs._Output.of(part).moments() for part in parts]
+        assert outputs._about_the_mean(moments) == pytest.approx(expected, rel=1e-5)
 
 
 def test_outputs_that_never_vary_cannot_be_compared():
-    moments = [whole_outputs._Output.of(torch.full((4, 3), 2.0)).moments()]
+    moments = [outputs._Output.of(torch.full((4, 3), 2.0)).moments()]
     with pytest.raises(ValueError, match="the same whatever it is called with"):
-        whole_outputs._about_the_mean(moments)
-    (only,) = [whole_outputs._Output.of(torch.tensor([[3.0, 4.0]])).moments()]  # of one position the mean is not known
-    assert whole_outputs._about_the_mean([only]) == pytest.approx(25)
+        outputs._about_the_mean(moments)
+    (only,) = [outputs._Output.of(torch.tensor([[3.0, 4.0]])).moments()]  # of one position the mean is not known
+    assert outputs._about_the_mean([only]) == pytest.approx(25)
 
 
 @pytest.mark.parametrize("mask", [-torch.inf, torch.inf, torch.nan, -1e9, torch.finfo(torch.float32).min])
@@ -240,10 +241,10 @@ def test_what_is_masked_is_not_compared(mask):
 
 
 def test_what_is_not_a_number_any_more_is_lost_altogether():
-    wanted = whole_outputs._Output.of(torch.ones(3, 2))
+    wanted = outputs._Output.of(torch.ones(3, 2))
     assert wanted.off(torch.full((3, 2), torch.nan)) == torch.inf
     assert wanted.off(torch.full((3, 2), torch.inf)) == torch.inf
-    some = whole_outputs._Output.of(torch.tensor([[1.0, -torch.inf]]))
+    some = outputs._Output.of(torch.tensor([[1.0, -torch.inf]]))
     assert some.off(torch.tensor([[3.0, 7.0]])) == 4.0
 
 
@@ -259,12 +260,12 @@ def test_what_is_not_a_number_any_more_is_lost_altogether():
     ],
 )
 def test_large_numbers_are_left_out_only_beside_usual_ones(values, compared):
-    kept = whole_outputs._Output.of(values).kept
+    kept = outputs._Output.of(values).kept
     assert (1.0 if kept is None else float(kept.float().mean())) == pytest.approx(compared)
 
 
 def test_of_a_large_output_some_numbers_say_what_is_usual():
     values = torch.randn(2**19, generator=torch.Generator().manual_seed(0))
     values[5] = -1e9
-    kept = whole_outputs._Output.of(values).kept
+    kept = outputs._Output.of(values).kept
     assert not kept[5] and kept.sum() == len(values) - 1

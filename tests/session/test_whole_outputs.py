@@ -86,6 +86,12 @@ def test_other_forms_are_tried_where_that_takes_little(monkeypatch, most, forms)
     assert {layer.form for layer in tried} == forms
 
 
+def test_a_form_that_reads_its_layers_matrices_is_chosen_by_what_is_known_of_them():
+    session = to_the_switch(Narrow(), replace(KEEP, form="gauge"))
+    assert {session.plan.layer(name).form for name in session.plan.R} == {"gauge"}
+    assert told(session) >= KEEP.keep
+
+
 def test_layers_that_saw_too_little_are_judged_by_their_weight():
     session = to_the_switch(Narrow(), replace(KEEP, keep=0.01), 39, lambda step: vectors(20, step))
     decision = session.plan.layer("second")
