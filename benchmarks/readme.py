@@ -4,6 +4,7 @@ python -m benchmarks.readme
 """
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from tabulate import tabulate
@@ -178,6 +179,19 @@ def default_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
+def with_tables_line() -> str:
+    """The pretrained model with its table of words among the layers."""
+    path = max(RESULTS.glob("decisions_cpu*.jsonl"), key=lambda p: p.name[-12:])
+    cells, _ = Book(path, jobs.JOBS).of_job("minilm-sst2")
+    full, small = cells["full"][0], cells["0.7-tables"][0]
+    return (
+        "A pretrained model is mostly its table of words, which a pair makes smaller and not faster, so that the default leaves it. Asked for, by "
+        '`policy=Cuttlefish(target_params=0.7, factors="data"), include="*embedding*"`, MiniLM has '
+        f"{full['parameters'] / small['parameters']:.2f} times fewer parameters, tables counted, at {100 * small['scores']['accuracy']:.2f} % "
+        f"(full-rank {100 * full['scores']['accuracy']:.2f} %, one seed, 872 sentences)."
+    )
+
+
 RUNS = {
     "vit_cifar10": "ViT-tiny (6 blocks), CIFAR-10",
     "minilm_sst2": "MiniLM-L6, pretrained, SST-2",
@@ -252,28 +266,54 @@ def faults_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def oneshot_table() -> str:
-    """What is left of a trained network within a share of its parameters, by way."""
-    data = load("oneshot_resnet56")
-    c, (dense, *found) = data["configuration"], data["results"]
-    budgets = c["budgets"]
-    ways: dict[tuple[str, ...], dict[float, tuple[str, str]]] = {}
+def oneshot_table(model: str, kept: Callable[[dict[str, Any]], bool] = lambda row: True) -> str:
+    """What is left of a trained network within a share of its parameters, by way, of the rows that are `kept`."""
+    data = load(f"oneshot_{model}")
+    (_, *found), budgets = data["results"], sorted(data["configuration"]["budgets"], reverse=True)
+    timed = any("forward" in r for r in found)
+    ways: dict[tuple[str, ...], dict[float, list[str]]] = {}
     for r in found:
-        if "failed" not in r:
-            shown = " / ".join("-" if k not in r else f"{100 * r[k]:.1f}" for k in ("raw", "batchnorm", "healed"))
-            time = "{:.2f} ({:.2f}-{:.2f})".format(*r["forward"])
-            ways.setdefault((r["tool"], r["form"], r["factors"], r["ranks"]), {})[r["budget"]] = shown, time
-    rows = [[*way, *(cell for b in budgets for cell in by.get(b, ("-", "-")))] for way, by in ways.items()]
+        if "failed" not in r and kept(r):
+            shown = [" / ".join("-" if k not in r else f"{100 * r[k]:.1f}" for k in ("raw", "batchnorm", "healed"))]
+            shown += ["{:.2f} ({:.2f}-{:.2f})".format(*r["forward"])] if timed else []
+            ways.setdefault((r["tool"], r["form"], r["factors"], r["ranks"]), {})[r["budget"]] = shown
+    none = ["-"] * (1 + timed)
+    rows = [[*way, *(cell for b in budgets for cell in by.get(b, none))] for way, by in ways.items()]
     headers = ["tool", "form", "factors from", "ranks"]
-    headers += [column for b in budgets for column in (f"{b:g} of the parameters", "time")]
-    table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-    tested = f"{100 * dense['raw']:.1f} % of {c['test_subset']:,} test images before"
+    headers += [column for b in budgets for column in (f"{b:g} of the parameters", *(["time"] if timed else []))]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def oneshot_tables() -> str:
+    """All trained networks."""
+    data, vgg = load("oneshot_resnet56"), load("oneshot_vgg11_bn")
+    c, minilm = data["configuration"], load("oneshot_minilm_sst2")
+    tested = "{:.1f} % of {:,} test images before"
+    chosen = oneshot_table("vgg11_bn", lambda r: r["tool"] != "fxrank" or r["ranks"] == "chosen")
     return (
-        f"A trained ResNet-56 (CIFAR-10 as JPEG, {c['subset']:,} training images, {tested}), made smaller in one call, {c['calibration']} images for calibration: accuracy "
+        f"A trained ResNet-56 (CIFAR-10 as JPEG, {c['subset']:,} training images, {tested.format(100 * data['results'][0]['raw'], c['test_subset'])}), made smaller in one call, {c['calibration']} images for calibration: accuracy "
         f"without training / with BatchNorm measured again on 2,000 images / after {c['steps']} steps of 64 images, in percent, one seed; time of a forward call, of the dense "
         f"model's, on {data['environment']['torch_threads']} thread, median and quartiles of interleaved calls. Other tools through their own calls, the largest setting that fits. "
-        f"On a network as narrow as this pairs save memory and hardly time; pruning and Tucker decompositions save more of it:\n\n{table}"
+        f"On a network as narrow as this pairs save memory and hardly time; pruning and Tucker decompositions save more of it:\n\n{oneshot_table('resnet56')}\n\n"
+        f"The same for a VGG-11 with BatchNorm ({tested.format(100 * vgg['results'][0]['raw'], vgg['configuration']['test_subset'])}), not timed:\n\n{chosen}\n\n"
+        f"And a MiniLM-L6, fine-tuned on SST-2 ({100 * minilm['results'][0]['raw']:.1f} %), by share of all its parameters, without training / after {minilm['configuration']['steps']} steps. "
+        "Where its inner layers alone give way, with factors from the data, one ratio for all of them keeps more than ranks chosen by the layers' own losses: what a layer loses is not what the "
+        f'model loses. With the tables among them (`include="*"`) the chosen ranks keep most before training:\n\n{text_table(minilm)}'
     )
+
+
+def text_table(data: dict[str, Any]) -> str:
+    """Of a Transformer, a line a way and a column a budget."""
+    _, *found = data["results"]
+    budgets = sorted({r["budget"] for r in found}, reverse=True)
+    ways: dict[tuple[str, ...], dict[float, str]] = {}
+    for r in found:
+        if "raw" in r:
+            way = tuple(r[k] for k in ("layers", "form", "factors", "ranks"))
+            ways.setdefault(way, {})[r["budget"]] = f"{100 * r['raw']:.1f} / {100 * r['healed']:.1f}"
+    rows = [[*way, *(by.get(b, "-") for b in budgets)] for way, by in ways.items()]
+    headers = ["layers", "form", "factors from", "ranks", *(f"{b:g} of the parameters" for b in budgets)]
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
 def random_models_line() -> str:
@@ -292,7 +332,7 @@ def tables() -> str:
     return (
         "The default, `Cuttlefish()`, beside the full-rank model and a dense one that is narrower and has no more parameters, trained as long, on 2 CPU cores. Parameters are the "
         "share outside of embeddings, the step is that of the model that came out, of the dense one's. At 1.00 no pair was faster, and the model was left dense:\n\n"
-        f'{default_table()}\n\nBy the papers\' ranks (`rank_metric="scaled_stable_rank"`): {accuracy_table()}\n\n'
+        f'{default_table()}\n\n{with_tables_line()}\n\nBy the papers\' ranks (`rank_metric="scaled_stable_rank"`): {accuracy_table()}\n\n'
         f"Real jobs by policies after the papers, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
         "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
         f"between a model and its full-rank factorization, in evaluation, and in float64 in training mode too:\n\n{zoo_table()}\n\n"
@@ -300,7 +340,7 @@ def tables() -> str:
         f"{parallel_table()}\n\n"
         "`torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled "
         f"low-rank model against the eager one:\n\n{compiled_table()}\n\n"
-        f"{oneshot_table()}\n\n"
+        f"{oneshot_tables()}\n\n"
         f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}\n\n"
         f"{random_models_line()}\n\n"
         f"Faults, each tried on the real thing by a test that fails if anything is lost, or if a refusal changes anything or names no way out:\n\n{faults_table()}"

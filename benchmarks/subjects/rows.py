@@ -114,6 +114,7 @@ ROWS: dict[str, Row] = {
     "0.5-rewarm": ours(target_params=0.5, rewarmup=0.05),
     "0.5-lr": ours(target_params=0.5, lr_scale=0.5),
     "0.5-spatial": spatial(0.5),
+    "0.7-tables": tables(0.7, factors="data"),
     "0.5-tables": tables(0.5),
     "0.3-spatial": spatial(0.3),
     "0.3-tables": tables(0.3),
