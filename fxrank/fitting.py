@@ -20,6 +20,7 @@ from fxrank.policies.times import Trials, ranks_within_time
 from fxrank.switch.apply_plan import Factors
 
 Agree = Callable[[Callable[[], Path]], Path]
+"""What the first of several processes makes, in all of them."""
 ALONE = "; factors of the weight alone: "
 """What comes in a reason before why they do not know the data."""
 
@@ -102,8 +103,8 @@ class Fitting:
     def plan_keeping(
         self, keep: float, layers: Sequence[Layer], form: str, outputs: Outputs, agree: Agree | None = None
     ) -> Plan:
-        """The plan of fewest parameters with which the model keeps this share of its outputs. All processes of several ask for it, and `agree`
-        gives them the first one's path. Raises `ValueError` where the outputs cannot be compared.
+        """The plan of about the fewest parameters with which the model keeps this share of its outputs. All processes of several ask for it,
+        and `agree` gives them the first one's path. Raises `ValueError` where the outputs cannot be compared.
         """
         open_layers = [layer for layer in layers if layer.reason is None]
         forms = {a.name: [(v, self._sigma(v)) for v in variants(a, form)] for a in open_layers}
@@ -127,8 +128,14 @@ class Fitting:
                 decisions.append(fitting._decided(variant, rank, f"rank {rank} of {variant.full_rank}: {why}"))
             return fitting._plan(decisions)
 
-        outputs.see_dense()
-        ways, lost = farthest(path, lambda some: outputs.lost(plan_of(draft, some), draft.factors), 1 - keep)
+        try:
+            outputs.see_dense()
+            ways, lost = farthest(path, lambda some: outputs.lost(plan_of(draft, some), draft.factors), 1 - keep)
+        except ValueError as error:
+            raise ValueError(
+                f"keep={keep:g} compares a model's outputs with those of copies with pairs, which cannot be done here: {error} Give a rank, or a "
+                "target_…, instead."
+            ) from error
         note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {outputs.number} of the batches"
         return replace(plan_of(self, ways), note=note)
 

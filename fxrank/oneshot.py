@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -15,13 +15,13 @@ from fxrank.distributed.team import Team
 from fxrank.fitting import Fitting, variants
 from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather
-from fxrank.passes.calibration.processes import alone
+from fxrank.passes.calibration.processes import alone, together
 from fxrank.passes.discovery.copies import without_followed
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
-from fxrank.passes.errors import RankError
-from fxrank.passes.model.calls import Call, Example
+from fxrank.passes.errors import NothingFactorizedWarning, RankError
+from fxrank.passes.model.calls import Call, Example, own_call
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.held import change_held
 from fxrank.passes.model.names import own_name
@@ -39,11 +39,14 @@ from fxrank.switch.apply_plan import apply_plan
 from fxrank.switch.plan_of import forget_plan, has_plan
 from fxrank.switch.trial import misfits, with_reasons
 from fxrank.switch.zero_weights import why_dead, without_zero_weights
+from fxrank.torch_private import pytree
 from fxrank.training.batches import calls_of
 from fxrank.wrappers import outside_autocast
 
-TRIED = 16
-"""Calibration batches on which pairs are tried, where a share of the model's outputs is to be kept."""
+TRIED, TRIED_BYTES = 16, 2**28
+"""Calibration batches on which pairs are tried, where a share of the model's outputs is to be kept: so many, which are held meanwhile, and no
+more after so much.
+"""
 Rank = int | float | Mapping[str, int | float] | Plan
 RATIO = 0.25
 """The rank of every layer, as a share of its full rank, where nothing else is asked for."""
@@ -88,9 +91,9 @@ def factorize(
     device where they are: the layers are timed, and then whole copies (see `policies.times`). `plan_of(copy).budget` says what was reached.
 
     `keep` is the share, in (0, 1), of what the model gives on the `calibration` that the copy must keep, of the mean square of its outputs
-    about their mean: the ranks are those of fewest parameters with which it does, found by trying them in copies on up to `TRIED` of the
-    batches (see `policies.path`). BatchNorms that `recalibrate` measures again take each batch's own statistics meanwhile. The plan's note says
-    what was kept.
+    about their mean: the ranks are those of about the fewest parameters with which it does, found by trying some in copies on up to `TRIED`
+    of the batches (see `policies.path`). With `recalibrate` BatchNorms are measured again in these copies, and in the dense one that they are
+    compared with. The plan's note says what was kept.
 
     `calibration` is a loader, or a list of batches as a training loader yields them, of which `calibration_batches` are taken:
     the factors are then those whose outputs differ least on these data (see `passes.calibration.projection`), a pair may gain a
@@ -100,10 +103,10 @@ def factorize(
 
     Raises `RankError` for a rank of 0 or above full rank, `TypeError` for another type, `NothingToFactorizeError`,
     `TraceError`, `NonFiniteWeightError`, `PlanMismatchError`; where nothing is left because of what the layers do, the copy is dense, with
-    a `NothingFactorizedWarning`. A weight of zeros stays dense, whoever names it in a plan: factors of
+    a `NothingFactorizedWarning`, and so where no pairs that were tried `keep` enough. A weight of zeros stays dense, whoever names it in a plan: factors of
     zeros would never train. `BudgetError` for a target out of reach, `CalibrationError` for data that yield nothing, or activations
-    that are not finite, `ValueError` for a rank beside a target, two targets, or a `keep` out of bounds, without data, or where the model's
-    outputs cannot be compared.
+    that are not finite, `ValueError` for a rank beside a target, two targets, or a `keep` out of bounds, without data, or of a model
+    whose outputs cannot be compared.
     """
     if form != AUTO:
         check_form(form)
@@ -159,7 +162,12 @@ def factorize(
             return fitting.fitted(rank, layers)
         if keep is not None:
             assert calls is not None
-            some = partial(_some_of, calls)
+            tried: list[Call] = []  # the same each time: a loader that shuffles, or draws, has others in each pass
+            together(lambda: tried.extend(_some_of(calls)), of_all)
+
+            def some() -> Generator[Call]:
+                yield from map(own_call, tried)
+
             settle = partial(measure_batchnorms, calls=some, of_all=of_all) if recalibrate else None
             outputs = Outputs(small, partial(copied, small), some, of_all, example_inputs, settle=settle)
             agree = None if team is None else team.agree
@@ -180,6 +188,9 @@ def factorize(
         plan = fitting.fitted(plan, _as_planned(layers, plan))
     if budget is None and not isinstance(rank, Plan):
         _warn_above_break_even(layers, plan.layers)
+    if keep is not None and not plan.R and any(layer.reason is None for layer in layers):
+        text = f"nothing was factorized: no pairs that were tried keep {keep:g} of the model's outputs. Lower keep, or let form='auto' choose."
+        warnings.warn(text, NothingFactorizedWarning, stacklevel=3)
     plan = replace(plan, note="; ".join([*([plan.note] if plan.note else []), *notes]))
     if plan.R or not (pairs_in(small) and has_plan(small)):  # else the plan that made the pairs stands
         apply_plan(small, plan, example=example_inputs, factors=fitting.factors)
@@ -188,8 +199,14 @@ def factorize(
     return small
 
 
-def _some_of(calls: Callable[[], Iterable[Call]]) -> Generator[Call]:
-    yield from islice(calls(), TRIED)
+def _some_of(calls: Callable[[], Iterable[Call]]) -> Iterator[Call]:
+    """The first `TRIED`, as many of them as `TRIED_BYTES` hold."""
+    held = 0
+    for call in islice(calls(), TRIED):
+        yield call
+        held += sum(t.nbytes for t in pytree.tree_leaves(call) if isinstance(t, torch.Tensor))
+        if held > TRIED_BYTES:
+            return
 
 
 def whole_given_rank(name: str, full_rank: int, rank: object) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather, in_rounds
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import CalibrationError
-from fxrank.passes.model.calls import Call, call_arguments
+from fxrank.passes.model.calls import Call, call_arguments, own_call
 from fxrank.passes.tracing.proof import observers_off
 from fxrank.plan import Plan
 from fxrank.session.attach import Attachment
@@ -132,17 +132,12 @@ class LastCalls:
         for the next.
         """
         if not self._kept and self._compiled is not None:
-            yield _own(self._compiled)
+            yield own_call(self._compiled)
         for kept in list(self._kept)[-most:]:
             if kept.is_as_it_was():
                 around.enter_context(kept.autocast())
-                yield _own(kept.call)
+                yield own_call(kept.call)
                 around.close()
-
-
-def _own(call: Call) -> Call:
-    """With tensors of its own: some models write into what they are given."""
-    return cast(Call, pytree.tree_map_only(Tensor, torch.clone, call))
 
 
 class _Kept:
@@ -252,7 +247,7 @@ def again(calls: LastCalls, attached: Attachment, around: ExitStack, most: int =
         made = True
         yield call
     if not made:
-        yield _own(call_arguments(attached.team.model, attached.example))
+        yield own_call(call_arguments(attached.team.model, attached.example))
 
 
 def seen_by(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxrank.distributed.team import Team
-from fxrank.passes.model.calls import Call, call_arguments, describe
+from fxrank.passes.model.calls import Call, call_arguments, describe, own_call
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.profiling.timing import autocast
 from fxrank.torch_private import pytree
@@ -98,7 +98,7 @@ def calls_of(
     model: nn.Module, batches: Iterable[Any], limit: int | None = None, device: torch.device | None = None
 ) -> Callable[[], Iterator[Call]]:
     """The calls of the model that calibration batches make, in any form that a training loader yields, targets left out, on the
-    `device` (the model's); anew each time the result is called, `limit` of them at most.
+    `device` (the model's), with tensors of their own; anew each time the result is called, `limit` of them at most.
 
     Raises `TypeError` for what cannot be iterated again, or is a batch itself, and `ValueError` for a limit below 1.
     """
@@ -113,7 +113,7 @@ def calls_of(
 
     def calls() -> Iterator[Call]:
         for batch in islice(batches, limit):
-            yield call_arguments(model, to_device(model_inputs(model, batch), place))
+            yield own_call(call_arguments(model, to_device(model_inputs(model, batch), place)))
 
     return calls
 

@@ -8,6 +8,7 @@ from nets import mlp, vectors
 from outputs import Narrow, Normed
 
 import fxrank
+from fxrank import oneshot
 from fxrank.policies import outputs
 
 LOADER = [vectors(40, seed) for seed in range(4)]
@@ -35,12 +36,50 @@ def test_the_fewest_parameters_that_keep_the_share(form):
         (said,) = re.findall(r"the model kept (0\.\d+|1\.0000) of its outputs in 4 of the batches", plan.note)
         assert float(said) >= share
         assert plan.R and all(f"the model keeps {share:g} of its outputs" in plan.layer(n).reason for n in plan.R)
-    assert sorted(map(size, found)) == [*map(size, found)]
+    assert sorted(map(size, found)) == [*map(size, found)] and size(found[0]) < size(found[-1])
     assert size(found[-1]) < size(model)  # three directions are all that there is
 
 
+class Drawn:
+    """Other batches in each pass, as of a loader that shuffles, or changes what it yields at random."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter([vectors(40, 10 * self.passes + seed) for seed in range(4)])
+
+
+@pytest.mark.parametrize("recalibrate", [False, True])
+def test_a_loader_may_have_other_batches_in_each_pass(recalibrate):
+    model = Narrow().eval()
+    small = fxrank.factorize(model, X, keep=0.9, calibration=Drawn(), recalibrate=recalibrate)
+    assert fxrank.plan_of(small).R
+    assert kept(small, model) >= 0.88  # on vectors not seen
+
+
+def test_a_model_may_write_into_what_it_is_given():
+    class Writes(Narrow):
+        def forward(self, x):
+            return super().forward(x.mul_(0.5))
+
+    plan = fxrank.plan_of(fxrank.factorize(Narrow().eval(), X, keep=0.9, calibration=LOADER))
+    twice = [(2 * x, y) for x, y in LOADER]
+    written = fxrank.plan_of(fxrank.factorize(Writes().eval(), 2 * X, keep=0.9, calibration=twice))
+    assert written.R == plan.R and written.note == plan.note
+    assert all(torch.equal(given, 2 * x) for (given, _), (x, _) in zip(twice, LOADER, strict=True))
+
+
+@pytest.mark.parametrize(("most", "count"), [(1, 1), (X.nbytes, 2), (2**28, 4)])
+def test_no_more_batches_are_held_than_fit(monkeypatch, most, count):
+    monkeypatch.setattr(oneshot, "TRIED_BYTES", most)
+    plan = fxrank.plan_of(fxrank.factorize(Narrow().eval(), X, keep=0.9, calibration=LOADER))
+    assert f"in {count} of the batches" in plan.note
+
+
 def test_what_data_of_all_directions_need_stays_dense():
-    plan = fxrank.plan_of(fxrank.factorize(mlp().eval(), X, keep=0.999999, calibration=LOADER))
+    with pytest.warns(fxrank.NothingFactorizedWarning, match="no pairs that were tried keep 0.999999 of the model's"):
+        plan = fxrank.plan_of(fxrank.factorize(mlp().eval(), X, keep=0.999999, calibration=LOADER))
     assert not plan.R
     assert plan.layer("2").reason == "worth its parameters where the model keeps 0.999999 of its outputs"
 
@@ -87,7 +126,7 @@ def test_what_is_wrong_is_said(options, error, text):
 def test_outputs_that_never_vary_are_refused():
     model = Narrow().eval()
     torch.nn.init.zeros_(model.head.weight)
-    with pytest.raises(ValueError, match="the same whatever it is called with"):
+    with pytest.raises(ValueError, match=r"the same whatever it is called with\. Give a rank, or a target_…, instead"):
         fxrank.factorize(model, X, keep=0.9, calibration=LOADER)
 
 

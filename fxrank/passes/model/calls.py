@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,11 @@ may nest.
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call."""
+
+
+def own_call(call: Call) -> Call:
+    """With tensors of its own: some models write into what they are given."""
+    return cast(Call, pytree.tree_map_only(Tensor, torch.clone, call))
 
 
 def call_arguments(model: nn.Module, example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
