@@ -197,6 +197,7 @@ class Bench:
         start = time.process_time()
         try:
             small = way.make()
+            seconds = time.process_time() - start
             with torch.no_grad():
                 small.eval()(
                     batches(self.data.test_x, self.data.test_y, 8, 8, seed=0)[0][0]
@@ -205,7 +206,7 @@ class Bench:
             if way.about["tool"] == "fxrank":
                 raise
             return {"failed": f"{type(error).__name__}: {error}"[:200]}
-        row: dict[str, Any] = {"parameters": size(small), "cpu_seconds": time.process_time() - start}
+        row: dict[str, Any] = {"parameters": size(small), "cpu_seconds": seconds}
         if known.get("parameters") == row["parameters"]:  # else fxrank has another answer now
             row = known | row
         if o.timing:
