@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import fxrank
 from benchmarks import record
-from benchmarks.subjects.allocations import by_kl
+from benchmarks.subjects.allocations import by_kl, weighted
 from benchmarks.subjects.data import Cifar, DeviceLoader, cifar10
 from benchmarks.subjects.models import build
 from benchmarks.subjects.peers import PEERS, largest, size
@@ -127,9 +127,15 @@ def ours(dense: nn.Module, x: Tensor, calibration: Batches, budget: float, forms
                 yield Way(about | {"ranks": "one ratio"}, evenly, heals=False)
 
 
-def by_loss_of_the_model(dense: nn.Module, calibration: Batches, budget: float) -> Iterator[Way]:
-    """Ranks by what the outputs of the whole model lose."""
+def by_other_losses(dense: nn.Module, calibration: Batches, budget: float) -> Iterator[Way]:
+    """Ranks by what the layers lose by themselves, and by KL."""
     about = {"tool": "fxrank", "budget": budget, "form": "spatial", "factors": "data"}
+
+    def by_own() -> nn.Module:
+        options: dict[str, Any] = {"form": "spatial", "calibration": calibration, "recalibrate": False}
+        return weighted({}, dense, calibration[0][0][:2], target_params=budget, **options)
+
+    yield Way(about | {"ranks": "own losses"}, by_own, heals=False)
     for ranks, at in (("KL at a tenth of break-even", 0.1), ("KL at the chosen ranks", None)):
 
         def make(at: float | None = at) -> nn.Module:
@@ -294,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for budget in options.budgets:
         ways += ours(model, calibration[0][0][:2], calibration, budget, options.forms)
         if "spatial" in options.forms:
-            ways += by_loss_of_the_model(model, calibration, budget)
+            ways += by_other_losses(model, calibration, budget)
         ways += peers(model, calibration, budget, options.peers)
     left_out = ("source", "root", "results", "weights", "output")
     kept = {k: v for k, v in vars(options).items() if k not in left_out} | {

@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from tabulate import tabulate
@@ -35,6 +36,7 @@ from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.errors import BudgetError
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.tracing.trace import trace
+from fxrank.policies.outputs import Outputs
 from fxrank.policies.ranks import ratio_rank
 from fxrank.training.batches import run_batch, split_batch
 
@@ -141,6 +143,10 @@ def ways(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int) 
         given = known(factors)
         return fxrank.factorize(dense, example, form=form, target_params=budget, include=include, calibration=given)
 
+    def own(**name: Any) -> nn.Module:
+        with patch.object(Outputs, "weights", lambda self, alone: {}):
+            return chosen(**name)
+
     def known(factors: str) -> Any:
         return calibration if factors == "data" else None
 
@@ -157,6 +163,9 @@ def ways(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int) 
             for form in forms:
                 add(chosen, **about, form=form, ranks="chosen", layers="inner")
             add(chosen, **about, form=forms[-1], ranks="chosen", layers="all")
+            if factors == "data":
+                add(own, **about, form=forms[-1], ranks="own losses", layers="inner")
+                add(own, **about, form=forms[-1], ranks="own losses", layers="all")
         add(small, budget=budget, way="narrower")
     return made
 

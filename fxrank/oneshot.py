@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from fxrank.distributed.team import Team
-from fxrank.fitting import Fitting, variants
+from fxrank.fitting import Fitting, by_itself, variants
 from fxrank.passes.calibration.batchnorm import measure_batchnorms
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather
 from fxrank.passes.calibration.processes import alone, together
@@ -86,7 +86,8 @@ def factorize(
 
     `target_params` and `target_macs` are budgets instead of ranks: the share, in (0, 1], of all the model's parameters, or of the
     multiply-adds of its weight layers, that the copy may have. The ranks are then chosen so that the least is lost (see
-    `policies.budget`), and layers that are worth their cost stay dense. `target_step_time` and `target_latency` are the share of the
+    `policies.budget`), and layers that are worth their cost stay dense. With `calibration` what a layer loses is weighed by what the whole model
+    loses with its pair alone, on the first batches, in a copy for each (see `policies.outputs`); the note says where that cannot be compared. `target_step_time` and `target_latency` are the share of the
     milliseconds of the model's forward and backward in training mode, or of its forward alone in evaluation mode, with these inputs on the
     device where they are: the layers are timed, and then whole copies (see `policies.times`). `plan_of(copy).budget` says what was reached.
 
@@ -122,7 +123,7 @@ def factorize(
     small = copied(model)
     calls = None if calibration is None else calls_of(small, calibration, calibration_batches)
     team = None if calls is None else Team.of(small)
-    of_all = alone if team is None else team.of_all
+    of_all, agree = (alone, by_itself) if team is None else (team.of_all, team.agree)
     if isinstance(rank, Plan) and calls is None:
         apply_plan(small, without_zero_weights(small, rank), example=example_inputs)
         return small
@@ -157,27 +158,37 @@ def factorize(
         evidence = gather(small, open_forms, calls, absorbed, of_all)
     fitting = Fitting(small, evidence, extra_bn)
 
+    outputs, weights = None, None
+    if calls is not None and (budget is not None or keep is not None):
+        tried: list[Call] = []  # the same each time: a loader that shuffles, or draws, has others in each pass
+        with torch.random.fork_rng():  # a loader draws when it is asked
+            together(lambda: tried.extend(_some_of(calls)), of_all)
+
+        def some() -> Generator[Call]:
+            yield from map(own_call, tried)
+
+        settle = partial(measure_batchnorms, calls=some, of_all=of_all) if recalibrate else None
+        outputs = Outputs(small, partial(copied, small), some, of_all, example_inputs, settle=settle)
+    if outputs is not None and budget is not None:
+        try:
+            weights = fitting.weights(budget, layers, form, outputs, agree)
+        except ValueError as error:
+            notes.append(
+                f"ranks by what the layers themselves lose, as what the model loses cannot be measured: {error}"
+            )
+
     def decide() -> Plan:
         if isinstance(rank, Plan):
             return fitting.fitted(rank, layers)
         if keep is not None:
-            assert calls is not None
-            tried: list[Call] = []  # the same each time: a loader that shuffles, or draws, has others in each pass
-            together(lambda: tried.extend(_some_of(calls)), of_all)
-
-            def some() -> Generator[Call]:
-                yield from map(own_call, tried)
-
-            settle = partial(measure_batchnorms, calls=some, of_all=of_all) if recalibrate else None
-            outputs = Outputs(small, partial(copied, small), some, of_all, example_inputs, settle=settle)
-            agree = None if team is None else team.agree
+            assert outputs is not None
             return fitting.plan_keeping(keep, layers, form, outputs, agree)
         if budget is None:
             return fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
         trials = None
         if budget.is_time:
             trials = Trials(partial(copied, small), example_inputs, backward=budget.of == "step_time")
-        return fitting.plan_within(budget, layers, form, trials)
+        return fitting.plan_within(budget, layers, form, trials, weights)
 
     if team is None or team.size == 1:
         plan = decide()

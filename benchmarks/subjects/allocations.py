@@ -1,5 +1,5 @@
-"""Ranks chosen by what the whole model loses with one layer's pair in it, after LEMS (ICML 2026): `s(r) = KL(r₀) · tail(r) / tail(r₀)`,
-within the same integer program as fxrank's own choice, which takes `s(r) = tail(r)`, relative.
+"""Ranks within a budget by other losses than fxrank's own choice, in the same integer program: by what the layers lose, `s(r) = tail(r)`,
+relative, and after LEMS (ICML 2026) by `s(r) = KL(r₀) · tail(r) / tail(r₀)`, with the KL of the whole model's outputs and one layer's pair.
 """
 
 import copy
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxrank
-from fxrank.fitting import Fitting
+from fxrank.policies.outputs import Outputs
 
 
 def kl_weights(dense: nn.Module, small: nn.Module, x: Tensor) -> dict[str, float]:
@@ -34,23 +34,22 @@ def kl_weights(dense: nn.Module, small: nn.Module, x: Tensor) -> dict[str, float
 
 
 def weighted(weights: Mapping[str, float], model: nn.Module, example: Tensor, **options: Any) -> nn.Module:
-    """`fxrank.factorize(model, example, **options)` under a target, with these weights of the layers' losses."""
-    plain: Any = Fitting.plan_within
+    """`fxrank.factorize(model, example, **options)` under a target, with these weights of the layers' losses, 1 where there is none."""
 
-    def plan_within(self: Fitting, *given: Any) -> Any:
-        return plain(self, *given, weights=weights)
+    def given(self: Outputs, alone: object) -> Mapping[str, float]:
+        return weights
 
-    with patch.object(Fitting, "plan_within", plan_within):
+    with patch.object(Outputs, "weights", given):
         return fxrank.factorize(model, example, **options)
 
 
 def by_kl(
     model: nn.Module, calibration: list[tuple[Tensor, Tensor]], share: float, form: str, at: float | None
 ) -> nn.Module:
-    """Ranks by KL at a share `at` of each layer's break-even rank, or, if None, at the ranks that fxrank chooses by itself."""
+    """Ranks by KL at a share `at` of each layer's break-even rank, or, if None, at those that the layers' own losses choose."""
     x = calibration[0][0]
     options: dict[str, Any] = {"form": form, "calibration": calibration, "recalibrate": False}
-    small = fxrank.factorize(model, x[:2], target_params=share, **options)
+    small = weighted({}, model, x[:2], target_params=share, **options)
     if at is not None:
         ranks = {}
         for d in fxrank.plan_of(fxrank.factorize(model, x[:2], 1, form=form)).layers:

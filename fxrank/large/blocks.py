@@ -6,7 +6,7 @@ block is all that must be held to get from what it is given to what the next one
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -145,20 +145,22 @@ class _ReachedError(Exception):
 class Part(nn.Module):
     """One block, under the path that it has in its model."""
 
-    def __init__(self, path: str, block: nn.Module, run: Callable[[Batch], Tensor]) -> None:
+    def __init__(self, path: str, block: nn.Module, run: "partial[Tensor]") -> None:
         super().__init__()
+        self.path = path
         place: nn.Module = self
         *outer, last = path.split(".")
         for name in outer:
             place.add_module(name, child := nn.Module())
             place = child
         place.add_module(last, block)
-        self._run = run
+        self.run = run
 
     def forward(self, batch: Batch, **masks: Tensor) -> Tensor:
         """Run the block. The masks are those that the model is given, which say what is padding (see `passes.calibration.masks`)."""
-        batch.gives = self._run(batch)
-        return batch.gives
+        gives: Tensor = self.run(batch)
+        batch.gives = gives
+        return gives
 
 
 class Feed:
@@ -236,6 +238,22 @@ class Feed:
         block = self._weights.filled(self.model.get_submodule(path)).eval()
         return Part(path, block, partial(self._run, block, number))
 
+    def another(self, part: Part) -> Part:
+        """A copy of a `part`, to be changed."""
+        run = part.run
+        block = copy.deepcopy(run.args[0])
+        return Part(part.path, block, partial(self._run, block, *run.args[1:]))
+
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """What batches give meanwhile is forgotten."""
+        kept = [batch.gives for batch in self._batches]
+        try:
+            yield
+        finally:
+            for batch, gives in zip(self._batches, kept, strict=True):
+                batch.gives = gives
+
     def _run(self, block: nn.Module, number: int, batch: Batch) -> Tensor:
         device = self._weights.device
         assert batch.given is not None
@@ -246,7 +264,7 @@ class Feed:
         assert isinstance(found, Tensor)
         return found.cpu()
 
-    def of_part(self) -> Iterator[Call]:
+    def of_part(self) -> Generator[Call]:
         """The calls of a `part`."""
         for batch in self._batches:
             yield (batch,), dict(batch.masks)

@@ -4,18 +4,21 @@ They are gone through twice: for what ranks are chosen by, which is kept, and, w
 more held than one block with the moments of its layers, what the blocks are given (see `blocks`), and the file that is being filled.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 from torch import nn
 
-from fxrank.fitting import Fitting
-from fxrank.large.blocks import Feed
+from fxrank.fitting import Fitting, at_share
+from fxrank.large.blocks import Feed, Part
 from fxrank.large.tails import Tails
 from fxrank.passes.calibration.evidence import Evidence, Key, Known, gather
+from fxrank.passes.calibration.processes import alone
 from fxrank.passes.discovery.layer import Layer
 from fxrank.plan import LayerDecision, Plan
+from fxrank.policies.outputs import Outputs
 from fxrank.switch.apply_plan import Factors
 
 SHARED = "its weight is shared by several blocks, or by one and what is outside of them"
@@ -24,12 +27,15 @@ OUTSIDE = ""
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A part of a model: its `path`, `OUTSIDE` for all that is in no block, its `layers` and what is known of them; `part` holds their numbers."""
+    """A part of a model: its `path`, `OUTSIDE` for all that is in no block, its `layers` and what is known of them; `part` holds their numbers. Of
+    a block that is weighed, `weights` (see `policies.outputs`) by what it gives.
+    """
 
     path: str
     part: nn.Module
     layers: Sequence[Layer]
     evidence: Evidence
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def decided(self, plan: Plan) -> tuple[list[LayerDecision], Factors]:
         """The plan's decisions about these layers, with what the data say of them, and the factors. What is known is let go."""
@@ -44,9 +50,12 @@ class Calibrated:
         return decisions, factors
 
 
-def for_each_part(feed: Feed, layers: Sequence[Layer], act: Callable[[Calibrated], None]) -> None:
+def for_each_part(
+    feed: Feed, layers: Sequence[Layer], act: Callable[[Calibrated], None], weighed: float | None = None
+) -> None:
     """Act on each block in turn, with those of the `layers` that are in it and nowhere else, and then on all else. Errors as of `Feed.begin` and
-    `gather`. (No iterator: who loops over one holds a part until the next has come.)
+    `gather`. Where they are `weighed`, it is with pairs of this share of a layer's parameters. (No iterator: who loops over one holds a part until
+    the next has come.)
 
     The blocks are fed by the dense ones before them, as `factorize` has it. Fed by the compressed ones, so that later ones may make up for errors
     (SVD-LLM, 2403.07378), they were no better: on a small Llama, trained on characters, losses at 0.8 to 0.4 of the parameters were the same to
@@ -57,10 +66,11 @@ def for_each_part(feed: Feed, layers: Sequence[Layer], act: Callable[[Calibrated
     for layer in layers:
         homes.setdefault(_home(feed, layer), []).append(layer)
 
-    def of_block(path: str, part: nn.Module, mine: list[Layer]) -> int:
+    def of_block(path: str, part: Part, mine: list[Layer]) -> int:
         evidence = gather(part, mine, feed.of_part, frozenset())
+        weights = {} if weighed is None else _weights(feed, part, mine, evidence, weighed)
         feed.advance()
-        act(Calibrated(path, part, mine, evidence))
+        act(Calibrated(path, part, mine, evidence, weights))
         return evidence.batches
 
     batches = 0
@@ -76,12 +86,18 @@ def for_each_part(feed: Feed, layers: Sequence[Layer], act: Callable[[Calibrated
     act(Calibrated(OUTSIDE, outside, mine, replace(evidence, blind=evidence.blind | blind)))
 
 
-def tails(feed: Feed, layers: Sequence[Layer]) -> Evidence:
-    """What ranks are chosen by. Layers may come in several forms."""
-    found = Evidence()
+def tails(feed: Feed, layers: Sequence[Layer], weighed: float | None = None) -> tuple[Evidence, dict[str, float]]:
+    """What ranks are chosen by: what layers lose, which may come in several forms, and, `weighed` as of `for_each_part`, what their losses are to
+    be multiplied with, if their blocks are to lose little of what they give.
+
+    On MiniLM (SST-2, 82.9 %) with 0.8 and 0.6 of all parameters accuracy is 81.2 and 73.9 % so, 75.5 and 64.8 without, and 83.1 and 77.8 with what
+    the whole model gives, as `factorize` has it, for which each pair would have to be carried through all blocks after its own.
+    """
+    found, weights = Evidence(), dict[str, float]()
 
     def keep(part: Calibrated) -> None:
         nonlocal found
+        weights.update(part.weights)
         known, biased = part.evidence.known, part.evidence.biased
         few = {key: Tails.of(known.pop(key), biased=key[0] in biased) for key in list(known)}
         found = replace(
@@ -92,8 +108,19 @@ def tails(feed: Feed, layers: Sequence[Layer]) -> Evidence:
             notes=found.notes | part.evidence.notes,
         )
 
-    for_each_part(feed, layers, keep)
-    return found
+    for_each_part(feed, layers, keep, weighed)
+    middle = sorted(weights.values())[len(weights) // 2] if weights else 1.0
+    return found, {layer.name: weights.get(layer.name, middle) for layer in layers}
+
+
+def _weights(feed: Feed, part: Part, layers: Sequence[Layer], evidence: Evidence, share: float) -> dict[str, float]:
+    outputs = Outputs(part, partial(feed.another, part), feed.of_part, alone, None)
+    own = {layer.name: layer for layer in reversed(layers)}  # in its own form, which comes first
+    with feed.trying():
+        try:
+            return outputs.weights(Fitting(part, evidence).alone(at_share(own.values(), share)))
+        except ValueError:  # a block that gives the same whatever it is given
+            return {}
 
 
 def _home(feed: Feed, layer: Layer) -> str | None:

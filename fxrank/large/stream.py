@@ -71,8 +71,8 @@ def compress_shards(
 
     `calibration` needs a model of blocks that are called one after another (see `blocks.find_blocks`), each of which must fit into memory in
     float32, with the moments of its layers and with what the blocks are given: for each batch twice the hidden states, masks and positions. Layers
-    in no block are read when they are used, one at a time, but for the weights among them that become pairs. Ranks and factors are those of
-    `factorize`; the data are gone through twice, for the ranks and for the factors, and a loader is asked for them each time.
+    in no block are read when they are used, one at a time, but for the weights among them that become pairs. Factors are those of
+    `factorize`, and so are ranks, but that under a budget they are chosen by what each block loses of what it gives, not the model; the data are gone through twice, for the ranks and for the factors, and a loader is asked for them each time.
 
     Raises, with nothing written, `CheckpointError` for files that are damaged or not this model's, or an output folder that holds weights,
     `NonFiniteWeightError`, `BudgetError`, `RankError` and `NothingToFactorizeError` as `factorize` does; `CalibrationError` for a model without
@@ -89,7 +89,7 @@ def compress_shards(
     gm.let_go()
     layers = candidates(found, dense, include=include, exclude=exclude)
     require_some(layers)
-    feed = None
+    feed, weighed = None, dict[str, float]()
     if calibration is not None:
         runs = without_numbers(model, to_run=True).eval()
         calls = calls_of(runs, calibration, calibration_batches, place)
@@ -103,12 +103,13 @@ def compress_shards(
     require_some(layers)
     if feed is not None:
         forms = {layer.name: variants(layer, form, budget) for layer in layers if layer.reason is None}
-        fitting.evidence = tails(feed, [variant for of_layer in forms.values() for variant in of_layer])
+        every = [variant for of_layer in forms.values() for variant in of_layer]
+        fitting.evidence, weighed = tails(feed, every, None if budget is None else budget.target)
         for layer in layers:
             blind = [v for v in forms.get(layer.name, ()) if v.key not in fitting.evidence.known]
             _looked_at(layer, weights, fitting, blind, keep=chooses)
     if budget is not None:
-        plan = fitting.plan_within(budget, layers, form)
+        plan = fitting.plan_within(budget, layers, form, weights=weighed)
     else:
         plan = fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
     with ShardWriter(output, shards.largest if limit is None else limit) as writer:
@@ -209,8 +210,8 @@ class _Streamed(Fitting):
         known = layer.key in self.evidence.known
         return super()._loss(layer, rank) if known else truncation_error(self.sigmas[layer.key], rank)
 
-    def _decided(self, layer: Layer, rank: int, reason: str) -> LayerDecision:
-        decision = super()._decided(layer, rank, reason)
+    def _decided(self, layer: Layer, rank: int, reason: str, *, gains_bias: bool | None = None) -> LayerDecision:
+        decision = super()._decided(layer, rank, reason, gains_bias=gains_bias)
         if layer.key in self.sigmas:
             decision = replace(decision, truncation_error=round(self._loss(layer, rank), 6))
         return decision

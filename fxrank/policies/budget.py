@@ -223,11 +223,12 @@ def _solved(
     options = [(number, option) for number, of_layer in enumerate(choices.values()) for option in of_layer]
     owners = [number for number, _ in options]
     scale = max(abs(budget), 1.0)
+    worst = max(option.loss for _, option in options) or 1.0  # the solver also stops at what is small in itself
     one_each = sparse.csr_array((np.ones(len(options)), (owners, range(len(options)))))
     cost = sparse.csr_array(np.array([[option.cost / scale for _, option in options]]))
     for room in (1.0, 1 - 1e-5):  # the solver takes a little more for as much
         found = milp(
-            np.array([option.loss for _, option in options]),
+            np.array([option.loss / worst for _, option in options]),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(cost, at_least / scale, room * budget / scale),

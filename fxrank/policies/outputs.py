@@ -1,9 +1,14 @@
-"""How far a model with pairs is from the dense one, in what both give on the same calls: what R for a share of the outputs is measured by."""
+"""How far a model with pairs is from the dense one, in what both give on the same calls: what R for a share of the outputs is measured by.
+
+And what the losses of single layers are weighed by, under a budget too: a layer may lose much of its own outputs that the model does without,
+behind a residual or a softmax say, and little that it needs. LEMS (ICML 2026) measures this by KL; here it is the mean square, which is there for
+every model.
+"""
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import NamedTuple
 
@@ -27,6 +32,21 @@ not compared.
 """
 SAMPLE = 2**16
 """Numbers of an output that say what is usual there."""
+WEIGHED, NUMBERS = 4, 1000
+"""Calls on which each layer's pair is tried by itself: as many as give so many numbers, and no more than these."""
+NOTHING = 1e-9
+"""A layer that loses less tells nothing of what the model loses with it but how it rounds."""
+WIDEST = 1e4
+"""No layer's weight is so many times, or so small a part of, the median of all."""
+
+
+class Alone(NamedTuple):
+    """A layer, a plan of its pair and no other, with the factors, and the share of its own energy that this pair leaves out."""
+
+    name: str
+    plan: Plan
+    factors: Factors
+    lost: float
 
 
 @dataclass
@@ -45,6 +65,8 @@ class Outputs:
     example: Example
     by_batch: bool = False
     settle: Callable[[nn.Module], object] | None = None
+    few: bool = False
+    """Whether the first calls do (see `WEIGHED`)."""
     _wanted: list[list["_Output"]] = field(default_factory=list, init=False)
     _energies: list[float] = field(default_factory=list, init=False)
     """Of each place among the outputs, over all calls and processes: the sum of squares about the mean."""
@@ -79,6 +101,22 @@ class Outputs:
             raise ValueError("a copy of it computes without its own pairs.")
         return float(max(off / energy for off, energy in zip(totals, self._energies, strict=True)))
 
+    def weights(self, alone: Iterable["Alone"]) -> dict[str, float]:
+        """How much of the outputs is lost for what a layer itself loses, by name: multiplied with it, the losses of layers add up to about
+        the model's, as long as that is small. Those whose pair loses nothing get the median. Asked on the first calls (see `WEIGHED`), of
+        copies that are not settled. Raises `ValueError` as `see_dense` and `lost`.
+        """
+        few = replace(self, few=True, settle=None)
+        few.see_dense()
+        found = {one.name: few.lost(one.plan, one.factors) / one.lost if one.lost > NOTHING else None for one in alone}
+        known = sorted(w for w in found.values() if w is not None and 0 < w < math.inf)
+        if not known:
+            return {}
+        middle = known[len(known) // 2]
+        return {
+            name: middle if w is None else min(max(w, middle / WIDEST), WIDEST * middle) for name, w in found.items()
+        }
+
     def _settled(self, change: Callable[[nn.Module], object]) -> nn.Module:
         """A copy that is changed."""
         twins: list[nn.Module] = []
@@ -96,7 +134,7 @@ class Outputs:
         """Call a model, which must call none of the layers in `never`."""
 
         def run() -> None:
-            held = 0
+            held = numbers = 0
             with (
                 evaluating(model, by_batch=self.by_batch),
                 torch.no_grad(),
@@ -107,7 +145,8 @@ class Outputs:
                     outputs = _numbers(model(*args, **kwargs))
                     take_in(number, outputs)
                     held += sum(t.nbytes for t in outputs)
-                    if held > KEPT_BYTES:
+                    numbers += sum(t.numel() for t in outputs)
+                    if held > KEPT_BYTES or (self.few and (number + 1 == WEIGHED or numbers >= NUMBERS)):
                         break
 
         together(run, self.of_all)

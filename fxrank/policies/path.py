@@ -22,7 +22,7 @@ NEAR = 0.85
 POWERS = 0.25, 4.0
 """Within which a model's loss is thought to follow those of its layers."""
 FIRST = 5.0
-"""The sum of the layers' losses over the model's, before anything is measured: 5 to 20 on the networks of `benchmarks.decisions`."""
+"""The sum of the layers' own losses over the model's, where they have no weights: 5 to 20 on the networks of `benchmarks.decisions`."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,17 @@ def _hull(options: Sequence[Option]) -> list[Option]:
     return hull
 
 
-def farthest(path: Path, lost: Callable[[Mapping[str, Way]], float], most: float) -> tuple[dict[str, Way], float]:
+def farthest(
+    path: Path, lost: Callable[[Mapping[str, Way]], float], most: float, first: float = FIRST
+) -> tuple[dict[str, Way], float]:
     """The pairs farthest along the path with which no more than `most` is lost, of those that `lost` was asked for, and what that is.
 
     What the model loses is taken for a power of the sum of its layers' losses, through the two points nearest to `most`; the first power
-    where only one is known.
+    where only one is known, and a part of it, one over `first`, where none is.
     """
     low, at_low, high = 0, 0.0, len(path.steps) + 1
     aim = math.sqrt(NEAR) * most
-    number = path.until(FIRST * aim)
+    number = path.until(first * aim)
     known: list[tuple[float, float]] = []
     for _ in range(TRIES):
         if high - low <= 1:

@@ -5,22 +5,23 @@ path of `policies.path` is followed as far as the outputs of the copy keep the s
 Where they cannot be compared, the layers' own losses may add up to what is left of that share, which is far less.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 
 from fxrank.decisions import take
-from fxrank.fitting import variants
+from fxrank.fitting import HALF, at_share, variants
 from fxrank.passes.calibration.evidence import Evidence, needed_bytes
 from fxrank.passes.calibration.processes import together
 from fxrank.passes.discovery.layer import Layer, stack_of
 from fxrank.passes.model.calls import Call
 from fxrank.passes.rewriting.install import uncompile_parts
+from fxrank.passes.spectra.exact import truncation_error
 from fxrank.plan import Plan
-from fxrank.policies.budget import counted, ladders_of, norm_parameters
+from fxrank.policies.budget import Forms, counted, ladders_of, norm_parameters
 from fxrank.policies.forms import spectrum_of
-from fxrank.policies.outputs import Outputs
-from fxrank.policies.path import Path, Way, farthest
+from fxrank.policies.outputs import Alone, Outputs
+from fxrank.policies.path import FIRST, Path, Way, farthest
 from fxrank.session.attach import Attachment
 from fxrank.session.live_data import LastCalls, again, in_a_line, look, seen_by, unobserved
 from fxrank.session.worth import apart
@@ -53,8 +54,14 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
         return None, []
     with unobserved(calls, attached):
         known, notes = look(list(in_form.values()), calls, attached)
-        path = team.agree(lambda: _path(forms, attached))
+        found = _known_forms(forms, attached)
         outputs = _outputs(calls, attached)
+
+        def alone() -> Iterator[Alone]:
+            for (layer, sigma), *_ in found.values():
+                ranks = at_share([layer], HALF)
+                left_out = truncation_error(sigma, ranks[layer]) ** 2
+                yield Alone(layer.name, *_tried(ranks, calls, attached, known), left_out)
 
         def lost_with(ways: Mapping[str, Way]) -> float:
             layers = {in_form[name, form]: rank for name, (form, rank) in ways.items()}
@@ -62,13 +69,16 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
 
         try:
             outputs.see_dense()
-            ways, lost = farthest(path, lost_with, 1 - keep)
+            weights = outputs.weights(alone()) if known is not None else {}  # else the calls would be made for each
+            path = team.agree(lambda: _path(found, weights, attached))
+            ways, lost = farthest(path, lost_with, 1 - keep, 1.0 if weights else FIRST)
             scene.asked = f"the model keeps {keep:g} of its outputs"
             if policy.floor and ways and ways == path.at(len(path.steps)):
                 scene.asked = f"pairs have {policy.floor:g} of their layers' parameters at least"
             on = f"{outputs.number} of its last calls" if len(calls) else "the example"
             note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {on}"
         except Exception as error:  # of a model that cannot be copied, or whose outputs cannot be compared
+            path = team.agree(lambda: _path(found, {}, attached))
             ways = path.at(path.until(1 - keep))
             scene.asked = f"the losses of all layers add up to {1 - keep:.4g} at most"
             note = f"{scene.asked}, as the model could not be tried with its pairs: {in_a_line(error)}"
@@ -86,14 +96,20 @@ def _open_forms(layers: Sequence[Layer], attached: Attachment) -> dict[str, list
     }
 
 
-def _path(forms: Mapping[str, Sequence[Layer]], attached: Attachment) -> Path:
-    """By what is known of the outputs of layers, in the forms of which it is, or else by their weights."""
-    scene, found = attached.scene, {}
+def _known_forms(forms: Mapping[str, Sequence[Layer]], attached: Attachment) -> dict[str, Forms]:
+    """Layers by what is known of their outputs, in the forms of which it is, or else by their weights."""
+    scene = attached.scene
+    found: dict[str, Forms] = {}
     for name, of_layer in forms.items():
         seen = [(layer, scene.outputs[layer.key]) for layer in of_layer if layer.key in scene.outputs]
         found[name] = seen or [(of_layer[0], spectrum_of(of_layer[0], scene.model).sigma)]
-    ladders = ladders_of(found, counted("params", norm_parameters(attached.policy.extra_bn)))
-    return Path.of(ladders, attached.policy.floor)
+    return found
+
+
+def _path(found: Mapping[str, Forms], weights: Mapping[str, float], attached: Attachment) -> Path:
+    policy = attached.policy
+    ladders = ladders_of(found, counted("params", norm_parameters(policy.extra_bn)), weights)
+    return Path.of(ladders, policy.floor)
 
 
 def _outputs(calls: LastCalls, attached: Attachment) -> Outputs:

@@ -263,7 +263,7 @@ def test_the_one_shot_benchmark_has_a_row_for_each_way(tmp_path, monkeypatch, ca
     dense, *rows, peer = json.loads(path.read_text())["results"]
     assert dense["tool"] == "dense"
     ways = [(r["form"], r["factors"], r["ranks"]) for r in rows]
-    assert len(set(ways)) == len(ways) == 8
+    assert len(set(ways)) == len(ways) == 9
     assert all(abs(r["parameters"] / dense["parameters"] - 0.5) < 0.02 for r in rows)
     assert peer["failed"].startswith("ModuleNotFoundError: No module named 'not_there'")
     assert not any("forward" in r for r in rows)

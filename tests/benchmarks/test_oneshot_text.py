@@ -34,7 +34,7 @@ def test_there_is_a_row_for_each_way_and_none_is_made_twice(command, tasks, monk
     assert rows[0]["way"] == "dense"
     at = {budget: [r for r in rows if r["budget"] == budget] for budget in (0.8, 0.01)}
     pairs = [(r["factors"], r["form"], r["ranks"], r["layers"]) for r in at[0.8] if r["way"] == "pairs"]
-    assert len(set(pairs)) == len(pairs) == 8
+    assert len(set(pairs)) == len(pairs) == 10
     assert all(0.5 < r["parameters"] <= 0.83 for r in at[0.8])  # so small a model has biases and tables in the main
     assert {r["way"] for r in at[0.8]} == {"pairs", "narrower"}
     assert all({"raw", "healed", "forward", "seconds"} <= r.keys() for r in at[0.8])

@@ -19,6 +19,7 @@ from fxrank.large.stream import compress_shards
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.rewriting.install import pairs_in
+from fxrank.policies.outputs import Outputs
 from fxrank.saving.shards import INDEX, Shards
 from fxrank.saving.unfilled import unfilled
 
@@ -150,7 +151,9 @@ def check_alike(plan, wanted):
     ids=str,
 )
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_the_files_hold_what_factorize_makes_of_the_whole_model(name, asked, tmp_path):
+def test_the_files_hold_what_factorize_makes_of_the_whole_model(name, asked, tmp_path, monkeypatch):
+    """But for how ranks are weighed: here by what a block gives, there by what the model gives."""
+    monkeypatch.setattr(Outputs, "weights", lambda self, alone: {})
     model, build = of_transformers(name)
     model.save_pretrained(tmp_path / "big", max_shard_size="30KB")
     batches = padded(3)
@@ -167,6 +170,32 @@ def test_the_files_hold_what_factorize_makes_of_the_whole_model(name, asked, tmp
     with torch.no_grad():
         # The same operations in the same order; only where the memory lies may differ, and with it how torch sums.
         torch.testing.assert_close(small(**batches[1]).logits, expected(**batches[1]).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_go_where_their_block_hears_them(tmp_path, monkeypatch):
+    model, build = of_transformers("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight *= 1e-3  # of what the mlp does nearly nothing comes out
+    model.save_pretrained(tmp_path / "big", max_shard_size="30KB")
+    found = {}
+    for ranks in ("weighed", "own losses"):
+        if ranks == "own losses":
+            monkeypatch.setattr(Outputs, "weights", lambda self, alone: {})
+        plan = compress_shards(
+            build(),
+            padded(1)[0],
+            tmp_path / "big",
+            tmp_path / ranks,
+            calibration=padded(3),
+            budget=fxrank.Budget("params", 0.7, 0.0),
+        )
+        small = fxrank.load(type(model)(model.config), tmp_path / ranks).eval()
+        with torch.no_grad():
+            off = small(**padded(3)[2]).logits - model(**padded(3)[2]).logits
+        found[ranks] = {name for name in plan.R if "o_proj" in name}, float(off.square().sum())
+    assert not found["weighed"][0] and found["own losses"][0]
+    assert found["weighed"][1] < 0.5 * found["own losses"][1]
 
 
 @pytest.mark.parametrize("rounds", ["one round", "several rounds"])

@@ -101,9 +101,10 @@ def test_a_bias_is_gained_where_the_mean_would_be_lost_and_no_batchnorm_takes_it
     assert not torch.equal(small.norm.running_mean, model.norm.running_mean)
 
 
-def test_the_original_is_untouched_and_nothing_is_drawn(model, loader):
+@pytest.mark.parametrize("asked", [{"target_params": 0.5}, {"keep": 0.5}, {"rank": 0.5}], ids=str)
+def test_the_original_is_untouched_and_nothing_is_drawn(model, loader, asked):
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    fxrank.factorize(model, images(2), target_params=0.5, calibration=loader, form="auto")
+    fxrank.factorize(model, images(2), **asked, calibration=loader, form="auto")
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
 

@@ -1,0 +1,133 @@
+"""Ranks under a target, by what the whole model loses with each layer's pair."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from nets import vectors
+from outputs import Narrow
+from torch import nn
+
+import fxrank
+from fxrank.policies.outputs import NUMBERS, WEIGHED, Outputs
+
+LOADER = [vectors(200, seed) for seed in range(3)]
+X = LOADER[0][0]
+
+
+class Muted(nn.Module):
+    """Two equal branches, of which one is hardly heard."""
+
+    def __init__(self, loud=1.0, muted=0.01):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.loud, self.muted = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.last = nn.Linear(32, 4)
+        self.scales = loud, muted
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.scales[0] * self.loud(x) + self.scales[1] * self.muted(x))
+
+
+def own_losses(self, alone):
+    return {}
+
+
+def ranks(model, loader=LOADER, **options):
+    options = {"target_params": 0.6} | options
+    small = fxrank.factorize(model.eval(), X, calibration=loader, recalibrate=False, **options)
+    return fxrank.plan_of(small), small
+
+
+def lost(small, model):
+    with torch.no_grad():
+        return float(sum((small(x) - model(x)).square().sum() for x, _ in LOADER))
+
+
+@pytest.mark.parametrize("target", ["target_params", "target_macs"])
+def test_ranks_go_where_the_model_hears_them(target):
+    model = Muted()
+    asked = {"target_params": None} | {target: 0.6}
+    plan, small = ranks(model, **asked)
+    with patch.object(Outputs, "weights", own_losses):
+        alike, other = ranks(model, **asked)
+    assert abs(alike.R["loud"] - alike.R["muted"]) <= 2
+    assert plan.R["loud"] == 12 and plan.R["muted"] <= 4  # behind twelve inputs no more are needed
+    assert lost(small, model) < 0.2 * lost(other, model)
+
+
+def test_the_unit_of_the_outputs_does_not_matter():
+    assert ranks(Muted(1e-4, 1e-6))[0].R == ranks(Muted())[0].R
+
+
+def test_a_weight_is_what_the_model_loses_for_what_the_layer_loses():
+    """Of a layer whose outputs are the model's: one."""
+    found = {}
+    real = Outputs.weights
+
+    def weights(self, alone):
+        found.update(real(self, alone))
+        return found
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 32), nn.Linear(32, 32)).eval()
+    with patch.object(Outputs, "weights", weights):
+        ranks(model, loader=LOADER[:1], include="1")
+    assert found["1"] == pytest.approx(1.0, rel=0.01)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(NUMBERS // 4, 1), (NUMBERS // 4 - 1, 2), (10, WEIGHED)])
+def test_few_calls_do(rows, calls):
+    counts = []
+    real = Outputs.lost
+
+    def counting(self, plan, factors):
+        counts.append(self.number)
+        return real(self, plan, factors)
+
+    with patch.object(Outputs, "lost", counting):
+        ranks(Muted(), loader=[vectors(rows, seed) for seed in range(WEIGHED + 3)])
+    assert (
+        set(counts[:-2]) == {calls} and counts[-2:] == [WEIGHED + 3] * 2
+    )  # of both ways the better is looked for on all
+
+
+def test_a_layer_that_loses_nothing_takes_no_part():
+    """Behind three directions a pair of eight loses nothing, and there is nothing to weigh."""
+    plan, _ = ranks(Narrow(), target_params=0.9)
+    assert plan.budget.reached <= 0.9
+
+
+class Silent(Muted):
+    """What a model gives that cannot be compared: one number."""
+
+    def forward(self, x):
+        return super().forward(x).square().mean()
+
+
+def test_where_outputs_cannot_be_compared_the_layers_own_losses_choose():
+    plan, _ = ranks(Silent())
+    assert (
+        "ranks by what the layers themselves lose, as what the model loses cannot be measured: it must give"
+        in plan.note
+    )
+    with patch.object(Outputs, "weights", own_losses):
+        alike, _ = ranks(Silent())
+    assert plan.R == alike.R
+
+
+def test_without_data_nothing_is_called():
+    class Counted(Muted):
+        calls = 0
+
+        def forward(self, x):
+            Counted.calls += 1
+            return super().forward(x)
+
+    def never(self, alone):
+        raise AssertionError
+
+    with patch.object(Outputs, "weights", never):
+        small = fxrank.factorize(Counted(), X, target_params=0.6)
+    assert fxrank.plan_of(small).R
