@@ -19,7 +19,6 @@ from dataclasses import replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from tabulate import tabulate
@@ -29,6 +28,7 @@ import fxrank
 from benchmarks import record
 from benchmarks.oneshot import relative_time
 from benchmarks.real_runs import evaluate
+from benchmarks.subjects.allocations import unweighed
 from benchmarks.subjects.tasks import METRICS, TASKS, Task
 from benchmarks.subjects.text_models import CharTransformer
 from fxrank.passes.discovery.discover import discover
@@ -36,7 +36,6 @@ from fxrank.passes.discovery.selection import candidates
 from fxrank.passes.errors import BudgetError
 from fxrank.passes.model.calls import call_arguments
 from fxrank.passes.tracing.trace import trace
-from fxrank.policies.outputs import Outputs
 from fxrank.policies.ranks import ratio_rank
 from fxrank.training.batches import run_batch, split_batch
 
@@ -144,7 +143,7 @@ def ways(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int) 
         return fxrank.factorize(dense, example, form=form, target_params=budget, include=include, calibration=given)
 
     def own(**name: Any) -> nn.Module:
-        with patch.object(Outputs, "weights", lambda self, alone: {}):
+        with unweighed():
             return chosen(**name)
 
     def known(factors: str) -> Any:

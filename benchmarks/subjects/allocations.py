@@ -4,6 +4,7 @@ relative, and after LEMS (ICML 2026) by `s(r) = KL(r₀) · tail(r) / tail(r₀)
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
@@ -33,13 +34,18 @@ def kl_weights(dense: nn.Module, small: nn.Module, x: Tensor) -> dict[str, float
     return {name: value / middle for name, value in found.items()}
 
 
-def weighted(weights: Mapping[str, float], model: nn.Module, example: Tensor, **options: Any) -> nn.Module:
-    """`fxrank.factorize(model, example, **options)` under a target, with these weights of the layers' losses, 1 where there is none."""
+def unweighed(weights: Mapping[str, float] | None = None) -> AbstractContextManager[object]:
+    """Meanwhile what layers lose counts as it is, or times these weights, 1 where there is none."""
 
     def given(self: Outputs, alone: object) -> Mapping[str, float]:
-        return weights
+        return weights or {}
 
-    with patch.object(Outputs, "weights", given):
+    return patch.object(Outputs, "weights", given)
+
+
+def weighted(weights: Mapping[str, float], model: nn.Module, example: Tensor, **options: Any) -> nn.Module:
+    """`fxrank.factorize(model, example, **options)` under a target, with these weights of the layers' losses."""
+    with unweighed(weights):
         return fxrank.factorize(model, example, **options)
 
 

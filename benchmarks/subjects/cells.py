@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from benchmarks.real_runs import measured, trained
+from benchmarks.subjects.allocations import unweighed
 from benchmarks.subjects.jobs import Job, fixed, narrower, size, target
 from benchmarks.subjects.rows import Setup
 from benchmarks.subjects.tasks import Task
@@ -35,7 +37,8 @@ def train(job: Job, setup: Setup, seed: int, data: Path, cache: Path | None) -> 
     if model is None:
         return about | {"refused": f"no size of the model has {setup.narrow:g} of the parameters"}
     try:
-        run = trained(task, model, job.epochs, seed, CPU, **_arguments(job, setup, dense))
+        with unweighed() if setup.unweighed else nullcontext():
+            run = trained(task, model, job.epochs, seed, CPU, **_arguments(job, setup, dense))
     except BudgetError as error:
         return about | {"refused": str(error)}
     found = measured(task, run, task.loaders(seed), CPU)

@@ -14,7 +14,7 @@ TABLES = "*embedding*"
 class Setup:
     """How a job is trained: by a policy, with further arguments of `auto_lowrank`; `narrow` is the share of parameters of a narrower
     dense model instead of the job's own, which has those of the row that it is `like`, if that is given; `tables` takes the embeddings into a target. A `target_params` is a share of the parameters
-    outside of embeddings, unless `tables`.
+    outside of embeddings, unless `tables`. `unweighed`: what layers lose counts as it is.
     """
 
     policy: Policy
@@ -22,6 +22,7 @@ class Setup:
     narrow: float | None = None
     tables: bool = False
     like: str | None = field(default=None, repr=False)
+    unweighed: bool = field(default=False, repr=False)
 
 
 Row = Callable[[Job], Setup | str]
@@ -89,6 +90,8 @@ ROWS: dict[str, Row] = {
     "full": full,
     "default": ours(),
     "twin": twin("default"),
+    "own-losses": lambda job: Setup(Cuttlefish(), unweighed=True),
+    "own-losses-twin": twin("own-losses"),
     "no-floor": ours(floor=0.0),
     "no-floor-twin": twin("no-floor"),
     "untimed": ours(speedup_threshold=None),
