@@ -88,8 +88,8 @@ def farthest(
 ) -> tuple[dict[str, Way], float]:
     """The pairs farthest along the path with which no more than `most` is lost, of those that `lost` was asked for, and what that is.
 
-    What the model loses is taken for a power of the sum of its layers' losses, through the two points nearest to `most`; the first power
-    where only one is known, and a part of it, one over `first`, where none is.
+    What the model loses is taken for a power of the sum of its layers' losses, through the points next to `most` on both sides, or, while there
+    are none on one of them, the two nearest; the first power where only one is known, and a part of it, one over `first`, where none is.
     """
     low, at_low, high = 0, 0.0, len(path.steps) + 1
     aim = math.sqrt(NEAR) * most
@@ -98,7 +98,8 @@ def farthest(
     for _ in range(TRIES):
         if high - low <= 1:
             break
-        number = min(max(number, low + 1), high - 1)
+        room = (high - low) // 8 if 0 < low and high <= len(path.steps) else 1  # not step by step towards one end
+        number = min(max(number, low + max(1, room)), high - max(1, room))
         found = lost(path.at(number))
         if found <= most:  # NaN is not
             low, at_low = number, found
@@ -115,6 +116,7 @@ def farthest(
 def _where(known: Sequence[tuple[float, float]], aim: float) -> float:
     """The sum of the layers' losses at which the model should lose so much, by some sums and what it lost there."""
     (near, at_near), *others = sorted(known, key=lambda one: abs(math.log(one[1] / aim)))
+    others.sort(key=lambda one: (one[1] > aim) == (at_near > aim))
     power = 1.0
     if others and others[0][1] != at_near and others[0][0] != near:
         power = math.log(near / others[0][0]) / math.log(at_near / others[0][1])

@@ -128,6 +128,19 @@ def test_a_loss_that_does_not_follow_the_layers_ends_the_search_in_time():
     assert found == 0.0 and ways["a"][1] <= 3
 
 
+def test_the_search_does_not_go_step_by_step_where_the_power_changes():
+    """As of MiniLM: flat at first, where the search begins, and steep below."""
+    count = 1500
+    path = made([("a", ("channel", count - i)) for i in range(count)], [(i / count) ** 3 for i in range(count + 1)])
+
+    def lost(ways):
+        number = count - ways["a"][1] + 1
+        return 0.023 * (path.losses[number] / path.losses[1100]) ** (1.2 if number < 1100 else 0.2)
+
+    ways, found = farthest(path, lost, 0.02, 1.0)
+    assert NEAR * 0.02 <= found <= 0.02
+
+
 def test_a_model_without_layers_is_at_its_end():
     path = Path.of({})
     assert farthest(path, lambda ways: pytest.fail("nothing to try"), 0.1) == ({}, 0.0)
