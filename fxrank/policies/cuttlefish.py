@@ -11,7 +11,7 @@ from fxrank.passes.errors import unknown_name
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import LATER, Policy
 from fxrank.policies.forms import in_best_form, spectrum_of
-from fxrank.policies.monitor import Detector, ReferenceDetector, SlopeDetector
+from fxrank.policies.monitor import Detector, RankMonitor, ReferenceDetector, SlopeDetector
 from fxrank.policies.outputs import check_keep
 from fxrank.policies.ranks import OF_OUTPUTS, Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
@@ -25,6 +25,8 @@ FLOOR = 0.3
 """Of the parameters of the layers that are factorized."""
 MOVED = 0.9
 """A stable rank below this share of a random matrix's says that a layer has learned something."""
+STILL = 0.01
+"""Ranks of which most have moved by no more than this share are those that a pretrained model came with."""
 _PAPER: dict[str, Any] = {
     "rank_metric": "scaled_stable_rank",
     "speedup_threshold": PAPER_SPEEDUP,
@@ -42,7 +44,8 @@ class Cuttlefish(Policy):
 
     - E: switch when the stable rank of every eligible layer has settled. `epsilon` is in percent of the full rank
       per 1/300 of the run; see `SlopeDetector`. With `wait`, settled ranks of which none is below break-even yet (by outputs: below those of
-      random matrices) do not count: a run that has hardly begun is flat as well. `latest` is the share of the run at which the switch is
+      random matrices) do not count: a run that has hardly begun is flat as well. Nor do, where ranks are chosen by outputs, those of which most are
+      as they were at the start: fine-tuning moves what a pretrained model gives, and hardly its spectra. `latest` is the share of the run at which the switch is
       made in any case, None for never.
     - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is more than
       `speedup_threshold` times as fast. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
@@ -240,6 +243,8 @@ class Cuttlefish(Policy):
         if watched and watched <= scene.monitor.settled and (not self.wait or self._saves(watched, scene)):
             return f"the ranks of all {len(watched)} eligible layers have settled"
         if self.latest is not None and clock.step >= self.latest * clock.total_steps:
+            if self.keeps is not None and _as_they_came(watched, scene.monitor):
+                return f"deadline at {self.latest:g} of the run; most of {len(watched)} ranks are as they were at the start"
             unsettled = sorted(watched - scene.monitor.settled)
             return f"deadline at {self.latest:g} of the run; {len(unsettled)} of {len(watched)} layers had not settled"
         return None
@@ -248,6 +253,8 @@ class Cuttlefish(Policy):
         """Whether a layer's rank is below break-even by now, as far as its stable rank tells."""
         assert scene.monitor is not None
         stable_ranks = scene.monitor.latest()
+        if self.keeps is not None and _as_they_came(watched, scene.monitor):
+            return False
         if self.rank_metric == OF_OUTPUTS:
             layers = [a for a in scene.layers if a.name in watched]
             return any(random_matrix_xi(a.rows, a.cols) * stable_ranks[a.name] < MOVED * a.full_rank for a in layers)
@@ -349,6 +356,12 @@ class Cuttlefish(Policy):
         assert scene.monitor is not None
         first = scene.monitor.curves[layer.name][0]
         return layer.full_rank / first if first > 0 else 1.0
+
+
+def _as_they_came(watched: frozenset[str], monitor: RankMonitor) -> bool:
+    curves = [monitor.curves[name] for name in watched]
+    still = sum(abs(curve[-1] - curve[0]) <= STILL * curve[0] for curve in curves)
+    return 2 * still > len(curves)
 
 
 def _unsaving(layer: Layer, rank: int) -> LayerDecision:

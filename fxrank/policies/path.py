@@ -98,7 +98,7 @@ def farthest(
     for _ in range(TRIES):
         if high - low <= 1:
             break
-        room = (high - low) // 8 if 0 < low and high <= len(path.steps) else 1  # not step by step towards one end
+        room = (high - low) // 8 if low > 0 and high <= len(path.steps) else 1  # not step by step towards one end
         number = min(max(number, low + max(1, room)), high - max(1, room))
         found = lost(path.at(number))
         if found <= most:  # NaN is not

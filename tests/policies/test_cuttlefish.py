@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from nets import UNTIMED, SixLayers, vectors
 from torch import nn
 
@@ -259,12 +260,12 @@ def test_a_number_to_round_to_is_obeyed_with_timing_too():
 # -- E
 
 
-def ready(policy, settled, step=0, fallen=0.2):
-    scene = scene_of(SixLayers(), X)
+def ready(policy, settled, step=0, fallen=0.2, model=None, moved=6):
+    scene = scene_of(model or SixLayers(), X)
     scene.monitor = RankMonitor(scene.layers, scene.model, SlopeDetector(), 1)
     scene.monitor.observe(0, exact=True)
-    for curve in scene.monitor.curves.values():
-        curve.append(fallen * curve[0])
+    for number, curve in enumerate(scene.monitor.curves.values()):
+        curve.append(fallen * curve[0] if number < moved else curve[0])
     scene.monitor.settled = frozenset(settled)
     return policy.ready(Clock(step, 100, 10), scene)
 
@@ -287,6 +288,29 @@ def test_ranks_that_have_settled_where_they_save_nothing_do_not_count(metric):
     assert ready(dataclasses.replace(policy, rank_metric="energy"), settled, 49, fallen=0.99) is not None
     assert not fxrank.Cuttlefish.paper().wait
     assert not fxrank.Cuttlefish.reference().wait
+
+
+def pretrained():
+    model = SixLayers()
+    with torch.no_grad():
+        for layer in model.children():
+            u, s, v = torch.linalg.svd(layer.weight, full_matrices=False)
+            layer.weight.copy_(u * s.sort(descending=True).values ** 2 @ v)
+    return model
+
+
+def test_spectra_that_are_as_they_were_at_the_start_say_nothing_of_when():
+    policy = fxrank.Cuttlefish(speedup_threshold=None)
+    settled = ["l1", "l2", "l3", "l4"]
+    for fallen in (0.995, 1.0, 1.005):
+        assert ready(policy, settled, 49, fallen, pretrained()) is None
+        at_last = ready(policy, settled, 50, fallen, pretrained())
+        assert at_last == "deadline at 0.5 of the run; most of 4 ranks are as they were at the start"
+    moved = "the ranks of all 4 eligible layers have settled"
+    assert ready(policy, settled, 49, 0.8, pretrained()) == moved
+    assert ready(policy, settled, 49, 0.8, pretrained(), moved=3) == moved  # l0, l1 and l2: two of four
+    assert ready(policy, settled, 49, 0.8, pretrained(), moved=2) is None
+    assert ready(dataclasses.replace(policy, wait=False), settled, 49, 1.0, pretrained()) == moved
 
 
 def test_deadline():

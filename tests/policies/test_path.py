@@ -137,7 +137,7 @@ def test_the_search_does_not_go_step_by_step_where_the_power_changes():
         number = count - ways["a"][1] + 1
         return 0.023 * (path.losses[number] / path.losses[1100]) ** (1.2 if number < 1100 else 0.2)
 
-    ways, found = farthest(path, lost, 0.02, 1.0)
+    _, found = farthest(path, lost, 0.02, 1.0)
     assert NEAR * 0.02 <= found <= 0.02
 
 
