@@ -275,7 +275,8 @@ def oneshot_table(model: str, kept: Callable[[dict[str, Any]], bool] = lambda ro
     for r in found:
         if "failed" not in r and kept(r):
             shown = [" / ".join("-" if k not in r else f"{100 * r[k]:.1f}" for k in ("raw", "batchnorm", "healed"))]
-            shown += ["{:.2f} ({:.2f}-{:.2f})".format(*r["forward"])] if timed else []
+            if timed:
+                shown.append("{:.2f} ({:.2f}-{:.2f})".format(*r["forward"]) if "forward" in r else "-")
             ways.setdefault((r["tool"], r["form"], r["factors"], r["ranks"]), {})[r["budget"]] = shown
     none = ["-"] * (1 + timed)
     rows = [[*way, *(cell for b in budgets for cell in by.get(b, none))] for way, by in ways.items()]

@@ -88,8 +88,9 @@ def farthest(
 ) -> tuple[dict[str, Way], float]:
     """The pairs farthest along the path with which no more than `most` is lost, of those that `lost` was asked for, and what that is.
 
-    What the model loses is taken for a power of the sum of its layers' losses, through the points next to `most` on both sides, or, while there
-    are none on one of them, the two nearest; the first power where only one is known, and a part of it, one over `first`, where none is.
+    What the model loses is taken for a power of the sum of its layers' losses, through the points next to the one that is looked for on both
+    sides, or, while there are none on one of them, the two nearest; the first power where only one is known, or they contradict it, and a part
+    of it, one over `first`, where none is.
     """
     low, at_low, high = 0, 0.0, len(path.steps) + 1
     aim = math.sqrt(NEAR) * most
@@ -98,8 +99,8 @@ def farthest(
     for _ in range(TRIES):
         if high - low <= 1:
             break
-        room = (high - low) // 8 if low > 0 and high <= len(path.steps) else 1  # not step by step towards one end
-        number = min(max(number, low + max(1, room)), high - max(1, room))
+        room = max(1, (high - low) // 8)  # not step by step towards a point that is known
+        number = min(max(number, low + (room if low else 1)), high - (room if high <= len(path.steps) else 1))
         found = lost(path.at(number))
         if found <= most:  # NaN is not
             low, at_low = number, found
@@ -115,9 +116,10 @@ def farthest(
 
 def _where(known: Sequence[tuple[float, float]], aim: float) -> float:
     """The sum of the layers' losses at which the model should lose so much, by some sums and what it lost there."""
-    (near, at_near), *others = sorted(known, key=lambda one: abs(math.log(one[1] / aim)))
-    others.sort(key=lambda one: (one[1] > aim) == (at_near > aim))
+    below = sorted(one for one in known if one[1] <= aim)[::-1]
+    above = sorted(one for one in known if one[1] > aim)
+    (near, at_near), *others = [*below[:1], *above[:1]] if below and above else below or above
     power = 1.0
-    if others and others[0][1] != at_near and others[0][0] != near:
+    if others and (near - others[0][0]) * (at_near - others[0][1]) > 0:
         power = math.log(near / others[0][0]) / math.log(at_near / others[0][1])
     return float(near * (aim / at_near) ** min(max(power, POWERS[0]), POWERS[1]))

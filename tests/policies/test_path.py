@@ -141,6 +141,19 @@ def test_the_search_does_not_go_step_by_step_where_the_power_changes():
     assert NEAR * 0.02 <= found <= 0.02
 
 
+def test_the_search_gets_past_what_loses_more_with_less():
+    """As of MiniLM, where of two points the one with more parameters lost more."""
+    count = 1500
+    path = made([("a", ("channel", count - i)) for i in range(count)], [(i / count) ** 3 for i in range(count + 1)])
+
+    def lost(ways):
+        number = count - ways["a"][1] + 1
+        return 0.03 - 5e-6 * (number - 900) if number > 900 else 0.03 * (number / 900) ** 3
+
+    _, found = farthest(path, lost, 0.02, 1.0)
+    assert 0.5 * 0.02 <= found <= 0.02
+
+
 def test_a_model_without_layers_is_at_its_end():
     path = Path.of({})
     assert farthest(path, lambda ways: pytest.fail("nothing to try"), 0.1) == ({}, 0.0)
