@@ -290,16 +290,16 @@ def oneshot_tables() -> str:
     data, vgg = load("oneshot_resnet56"), load("oneshot_vgg11_bn")
     c, minilm = data["configuration"], load("oneshot_minilm_sst2")
     tested = "{:.1f} % of {:,} test images before"
-    chosen = oneshot_table("vgg11_bn", lambda r: r["tool"] != "fxrank" or r["ranks"] == "chosen")
+    chosen = oneshot_table("vgg11_bn", lambda r: r["tool"] != "fxrank" or r["ranks"] in ("chosen", "own losses"))
     return (
         f"A trained ResNet-56 (CIFAR-10 as JPEG, {c['subset']:,} training images, {tested.format(100 * data['results'][0]['raw'], c['test_subset'])}), made smaller in one call, {c['calibration']} images for calibration: accuracy "
         f"without training / with BatchNorm measured again on 2,000 images / after {c['steps']} steps of 64 images, in percent, one seed; time of a forward call, of the dense "
         f"model's, on {data['environment']['torch_threads']} thread, median and quartiles of interleaved calls. Other tools through their own calls, the largest setting that fits. "
         f"On a network as narrow as this pairs save memory and hardly time; pruning and Tucker decompositions save more of it:\n\n{oneshot_table('resnet56')}\n\n"
-        f"The same for a VGG-11 with BatchNorm ({tested.format(100 * vgg['results'][0]['raw'], vgg['configuration']['test_subset'])}), not timed:\n\n{chosen}\n\n"
+        f"The same for a VGG-11 with BatchNorm ({tested.format(100 * vgg['results'][0]['raw'], vgg['configuration']['test_subset'])}), not timed; with factors from data by the layers' own losses only:\n\n{chosen}\n\n"
         f"And a MiniLM-L6, fine-tuned on SST-2 ({100 * minilm['results'][0]['raw']:.1f} %), by share of all its parameters, without training / after {minilm['configuration']['steps']} steps. "
-        "Where its inner layers alone give way, with factors from the data, one ratio for all of them keeps more than ranks chosen by the layers' own losses: what a layer loses is not what the "
-        f'model loses. With the tables among them (`include="*"`) the chosen ranks keep most before training:\n\n{text_table(minilm)}'
+        "Ranks that are chosen by what the whole model loses keep most; by what the layers lose themselves inner layers keep less than with one ratio for all. "
+        f'"all" has the tables among the layers (`include="*"`):\n\n{text_table(minilm)}'
     )
 
 
@@ -332,7 +332,7 @@ def tables() -> str:
     """All of them, as they stand in the README."""
     return (
         "The default, `Cuttlefish()`, beside the full-rank model and a dense one that is narrower and has no more parameters, trained as long, on 2 CPU cores. Parameters are the "
-        "share outside of embeddings, the step is that of the model that came out, of the dense one's. At 1.00 no pair was faster, and the model was left dense:\n\n"
+        "share outside of embeddings, the step is that of the model that came out, of the dense one's. Where no pair is faster a model is left dense:\n\n"
         f'{default_table()}\n\n{with_tables_line()}\n\nBy the papers\' ranks (`rank_metric="scaled_stable_rank"`): {accuracy_table()}\n\n'
         f"Real jobs by policies after the papers, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
         "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
