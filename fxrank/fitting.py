@@ -137,7 +137,7 @@ class Fitting:
             return {in_form[d.name, d.form]: d.rank for d in plan.layers if d.rank is not None}
 
         ranks = [agree(chosen)]
-        known.append(known[0] | outputs.weights(self.alone(ranks[0])))
+        known.append(known[0] | outputs.weights(self.alone(ranks[0]), known[0]))
         ranks.append(agree(chosen))
         outputs.see_dense()
         lost = [outputs.lost(*self._pairs(some)) for some in ranks]
@@ -166,8 +166,7 @@ class Fitting:
     ) -> Plan:
         """The plan of about the fewest parameters with which the model keeps this share of its outputs, along two paths: with layers' losses
         weighed, which is better where a model is to lose little, and as they are. (ResNet-56: 0.48 of all parameters for 0.51 at keep=0.99, and
-        0.25 for 0.23 at 0.95.) All processes of several ask for it,
-        and `agree` gives them the first one's path. Raises `ValueError` where the outputs cannot be compared.
+        0.25 for 0.23 at 0.95.) All processes of several ask for it, and `agree` gives them the first one's paths. Raises `ValueError` where the outputs cannot be compared.
         """
         open_layers = [layer for layer in layers if layer.reason is None]
         forms = {a.name: [(v, self._sigma(v)) for v in variants(a, form)] for a in open_layers}

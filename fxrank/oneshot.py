@@ -172,10 +172,9 @@ def factorize(
     if outputs is not None and budget is not None:
         try:
             weights = fitting.weights(budget, layers, form, outputs, agree)
-        except ValueError as error:
-            notes.append(
-                f"ranks by what the layers themselves lose, as what the model loses cannot be measured: {error}"
-            )
+        except Exception as error:  # of outputs that cannot be compared, or for want of memory
+            why = str(error).partition("\n")[0]
+            notes.append(f"ranks by what the layers themselves lose, as what the model loses cannot be measured: {why}")
 
     def decide() -> Plan:
         if isinstance(rank, Plan):

@@ -37,7 +37,7 @@ def kl_weights(dense: nn.Module, small: nn.Module, x: Tensor) -> dict[str, float
 def unweighed(weights: Mapping[str, float] | None = None) -> AbstractContextManager[object]:
     """Meanwhile what layers lose counts as it is, or times these weights, 1 where there is none."""
 
-    def given(self: Outputs, alone: object) -> Mapping[str, float]:
+    def given(self: Outputs, alone: object, before: object = None) -> Mapping[str, float]:
         return weights or {}
 
     return patch.object(Outputs, "weights", given)

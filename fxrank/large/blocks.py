@@ -145,22 +145,28 @@ class _ReachedError(Exception):
 class Part(nn.Module):
     """One block, under the path that it has in its model."""
 
-    def __init__(self, path: str, block: nn.Module, run: "partial[Tensor]") -> None:
+    def __init__(
+        self, path: str, number: int, block: nn.Module, run: Callable[[nn.Module, int, Batch], Tensor]
+    ) -> None:
         super().__init__()
-        self.path = path
+        self.path, self.number = path, number
         place: nn.Module = self
         *outer, last = path.split(".")
         for name in outer:
             place.add_module(name, child := nn.Module())
             place = child
         place.add_module(last, block)
-        self.run = run
+        self._run = run
 
     def forward(self, batch: Batch, **masks: Tensor) -> Tensor:
         """Run the block. The masks are those that the model is given, which say what is padding (see `passes.calibration.masks`)."""
-        gives: Tensor = self.run(batch)
-        batch.gives = gives
-        return gives
+        batch.gives = self._run(self.block, self.number, batch)
+        return batch.gives
+
+    @property
+    def block(self) -> nn.Module:
+        """The block itself."""
+        return self.get_submodule(self.path)
 
 
 class Feed:
@@ -236,13 +242,11 @@ class Feed:
         """One block with its numbers; calling it with a batch says what the batch `gives`."""
         path = self.blocks.path_of(number)
         block = self._weights.filled(self.model.get_submodule(path)).eval()
-        return Part(path, block, partial(self._run, block, number))
+        return Part(path, number, block, self._run)
 
     def another(self, part: Part) -> Part:
         """A copy of a `part`, to be changed."""
-        run = part.run
-        block = copy.deepcopy(run.args[0])
-        return Part(part.path, block, partial(self._run, block, *run.args[1:]))
+        return Part(part.path, part.number, copy.deepcopy(part.block), self._run)
 
     @contextmanager
     def trying(self) -> Iterator[None]:

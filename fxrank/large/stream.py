@@ -89,7 +89,7 @@ def compress_shards(
     gm.let_go()
     layers = candidates(found, dense, include=include, exclude=exclude)
     require_some(layers)
-    feed, weighed = None, dict[str, float]()
+    feed, weighed, notes = None, dict[str, float](), list[str]()
     if calibration is not None:
         runs = without_numbers(model, to_run=True).eval()
         calls = calls_of(runs, calibration, calibration_batches, place)
@@ -104,7 +104,7 @@ def compress_shards(
     if feed is not None:
         forms = {layer.name: variants(layer, form, budget) for layer in layers if layer.reason is None}
         every = [variant for of_layer in forms.values() for variant in of_layer]
-        fitting.evidence, weighed = tails(feed, every, None if budget is None else budget.target)
+        fitting.evidence, weighed, notes = tails(feed, every, None if budget is None else budget.target)
         for layer in layers:
             blind = [v for v in forms.get(layer.name, ()) if v.key not in fitting.evidence.known]
             _looked_at(layer, weights, fitting, blind, keep=chooses)
@@ -112,6 +112,7 @@ def compress_shards(
         plan = fitting.plan_within(budget, layers, form, weights=weighed)
     else:
         plan = fitting.plan_at(layers, given_ranks(layers, RATIO if rank is None else rank), form)
+    plan = replace(plan, note="; ".join([*([plan.note] if plan.note else []), *notes]))
     with ShardWriter(output, shards.largest if limit is None else limit) as writer:
         writing = _Writing(dense, plan, weights, writer)
         if feed is None:

@@ -6,7 +6,7 @@ every model.
 """
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
@@ -101,21 +101,25 @@ class Outputs:
             raise ValueError("a copy of it computes without its own pairs.")
         return float(max(off / energy for off, energy in zip(totals, self._energies, strict=True)))
 
-    def weights(self, alone: Iterable["Alone"]) -> dict[str, float]:
+    def weights(self, alone: Iterable["Alone"], before: Mapping[str, float] | None = None) -> dict[str, float]:
         """How much of the outputs is lost for what a layer itself loses, by name: multiplied with it, the losses of layers add up to about
-        the model's, as long as that is small. Those whose pair loses nothing get the median. Asked on the first calls (see `WEIGHED`), of
+        the model's, as long as that is small. Those whose pair loses nothing keep what they had `before`,
+        or get the median. Asked on the first calls (see `WEIGHED`), of
         copies that are not settled. Raises `ValueError` as `see_dense` and `lost`.
         """
         few = replace(self, few=True, settle=None)
         few.see_dense()
-        found = {one.name: few.lost(one.plan, one.factors) / one.lost if one.lost > NOTHING else None for one in alone}
-        known = sorted(w for w in found.values() if w is not None and 0 < w < math.inf)
-        if not known:
+        names, known = [], dict(before or {})
+        for one in alone:
+            names.append(one.name)
+            own = self.of_all(one.lost)[0]  # which may differ in its last digits, and all have to ask for the same
+            if own > NOTHING:
+                known[one.name] = few.lost(one.plan, one.factors) / own
+        usable = sorted(weight for weight in known.values() if 0 < weight < math.inf)
+        if not usable:
             return {}
-        middle = known[len(known) // 2]
-        return {
-            name: middle if w is None else min(max(w, middle / WIDEST), WIDEST * middle) for name, w in found.items()
-        }
+        middle = usable[len(usable) // 2]
+        return {name: min(max(known.get(name, middle), middle / WIDEST), WIDEST * middle) for name in names}
 
     def _settled(self, change: Callable[[nn.Module], object]) -> nn.Module:
         """A copy that is changed."""

@@ -1,6 +1,5 @@
 """Models in several files, calibrated one block at a time."""
 
-import copy
 import json
 import re
 import weakref
@@ -10,6 +9,7 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from language_models import empty, of_transformers, padded, tokens
 from torch import nn
 
 import fxrank
@@ -21,7 +21,6 @@ from fxrank.passes.pairs.locate import dense_at
 from fxrank.passes.rewriting.install import pairs_in
 from fxrank.policies.outputs import Outputs
 from fxrank.saving.shards import INDEX, Shards
-from fxrank.saving.unfilled import unfilled
 
 
 class Block(nn.Module):
@@ -66,10 +65,6 @@ class Net(nn.Module):
         )
 
 
-def tokens(seed, rows=4, length=7, words=40):
-    return torch.randint(0, words, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 def in_files(model, folder, files=3):
     folder.mkdir()
     state = {}
@@ -88,36 +83,6 @@ def in_files(model, folder, files=3):
 def net():
     torch.manual_seed(0)
     return Net().eval()
-
-
-def empty(cls=Net, *given):
-    with unfilled():
-        return cls(*given)
-
-
-def of_transformers(name):
-    """A tiny language model, and how it is built anew."""
-    transformers = pytest.importorskip("transformers")
-    if name == "llama":
-        sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
-        config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-        build = transformers.LlamaForCausalLM
-    else:
-        special = {"bos_token_id": 1, "eos_token_id": 2}
-        config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=3, n_head=4, n_positions=64, **special)
-        build = transformers.GPT2LMHeadModel
-    torch.manual_seed(0)
-    return build(config).eval(), lambda: empty(build, copy.deepcopy(config))
-
-
-def padded(batches):
-    """Batches of token ids, the ends of some sequences padding."""
-    found = []
-    for seed in range(batches):
-        mask = torch.ones(4, 9, dtype=torch.long)
-        mask[seed % 4, 9 - seed - 2 :] = 0
-        found.append({"input_ids": tokens(seed, length=9, words=64), "attention_mask": mask})
-    return found
 
 
 def options_of(asked):
@@ -172,32 +137,6 @@ def test_the_files_hold_what_factorize_makes_of_the_whole_model(name, asked, tmp
         torch.testing.assert_close(small(**batches[1]).logits, expected(**batches[1]).logits, rtol=1e-5, atol=1e-6)
 
 
-def test_ranks_go_where_their_block_hears_them(tmp_path, monkeypatch):
-    model, build = of_transformers("llama")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight *= 1e-3  # of what the mlp does nearly nothing comes out
-    model.save_pretrained(tmp_path / "big", max_shard_size="30KB")
-    found = {}
-    for ranks in ("weighed", "own losses"):
-        if ranks == "own losses":
-            monkeypatch.setattr(Outputs, "weights", lambda self, alone: {})
-        plan = compress_shards(
-            build(),
-            padded(1)[0],
-            tmp_path / "big",
-            tmp_path / ranks,
-            calibration=padded(3),
-            budget=fxrank.Budget("params", 0.7, 0.0),
-        )
-        small = fxrank.load(type(model)(model.config), tmp_path / ranks).eval()
-        with torch.no_grad():
-            off = small(**padded(3)[2]).logits - model(**padded(3)[2]).logits
-        found[ranks] = {name for name in plan.R if "o_proj" in name}, float(off.square().sum())
-    assert not found["weighed"][0] and found["own losses"][0]
-    assert found["weighed"][1] < 0.5 * found["own losses"][1]
-
-
 @pytest.mark.parametrize("rounds", ["one round", "several rounds"])
 @pytest.mark.parametrize("include", [(), "*"], ids=["inner", "all"])
 def test_what_a_model_does_outside_of_its_blocks_is_its_own_business(net, tmp_path, monkeypatch, include, rounds):
@@ -205,7 +144,7 @@ def test_what_a_model_does_outside_of_its_blocks_is_its_own_business(net, tmp_pa
         monkeypatch.setattr("fxrank.passes.calibration.collect.ROUND_BYTES", 2000)
     batches = [tokens(seed) for seed in range(3)]
     plan = compress_shards(
-        empty(),
+        empty(Net),
         batches[0],
         in_files(net, tmp_path / "big"),
         tmp_path / "small",
@@ -233,15 +172,15 @@ def test_what_a_model_does_outside_of_its_blocks_is_its_own_business(net, tmp_pa
 def test_batches_are_counted_and_a_loader_is_enough(net, tmp_path):
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens(0, 20), tokens(1, 20)), batch_size=4)
     given = {"rank": 3, "calibration": loader, "calibration_batches": 2}
-    plan = compress_shards(empty(), tokens(0), in_files(net, tmp_path / "big"), tmp_path / "small", **given)
+    plan = compress_shards(empty(Net), tokens(0), in_files(net, tmp_path / "big"), tmp_path / "small", **given)
     assert plan.calibration_batches == 2
 
 
 def test_autocast_changes_nothing(net, tmp_path):
     source, given = in_files(net, tmp_path / "big"), {"rank": 3, "calibration": [tokens(0)]}
-    expected = compress_shards(empty(), tokens(0), source, tmp_path / "small", **given)
+    expected = compress_shards(empty(Net), tokens(0), source, tmp_path / "small", **given)
     with torch.autocast("cpu", torch.bfloat16):
-        assert compress_shards(empty(), tokens(0), source, tmp_path / "same", **given) == expected
+        assert compress_shards(empty(Net), tokens(0), source, tmp_path / "same", **given) == expected
 
 
 @settings(max_examples=10, deadline=None)
@@ -255,7 +194,7 @@ def test_no_layer_loses_more_on_the_data_than_the_weights_factors_do(tmp_path_fa
     seen = inputs_of(net, batches)
     for calibration in (batches, None):
         output = folder / ("weights" if calibration is None else "data")
-        plan = compress_shards(empty(), batches[0], source, output, rank=rank, calibration=calibration)
+        plan = compress_shards(empty(Net), batches[0], source, output, rank=rank, calibration=calibration)
         small = fxrank.load(Net(), output).eval()
         pairs = {name: small.get_submodule(name) for name in plan.R if name in seen}
         lost.append({n: (pair(seen[n]) - net.get_submodule(n)(seen[n])).square().sum() for n, pair in pairs.items()})
@@ -295,7 +234,7 @@ def test_no_block_is_there_while_the_next_one_is(net, tmp_path, monkeypatch):
 
     monkeypatch.setattr(blocks.Feed, "part", part)
     compress_shards(
-        empty(), tokens(0), in_files(net, tmp_path / "big"), tmp_path / "small", rank=3, calibration=[tokens(1)]
+        empty(Net), tokens(0), in_files(net, tmp_path / "big"), tmp_path / "small", rank=3, calibration=[tokens(1)]
     )
     assert len(parts) == 6  # every block twice
 
@@ -311,7 +250,7 @@ def test_nothing_is_left_of_a_run_that_fails_in_the_middle(net, tmp_path, monkey
         return gather(*given)
 
     monkeypatch.setattr(calibrated, "gather", full)
-    source, model = in_files(net, tmp_path / "big"), empty()
+    source, model = in_files(net, tmp_path / "big"), empty(Net)
     with pytest.raises(OSError, match="no space left"):
         compress_shards(model, tokens(0), source, tmp_path / "small", rank=3, calibration=[tokens(1)])
     assert not (tmp_path / "small").exists()
@@ -391,7 +330,7 @@ def test_activations_that_are_not_finite_are_named(net, tmp_path):
     )
     with pytest.raises(CalibrationError, match=text):
         compress_shards(
-            empty(), batches[0], in_files(net, tmp_path / "big"), tmp_path / "small", rank=2, calibration=batches
+            empty(Net), batches[0], in_files(net, tmp_path / "big"), tmp_path / "small", rank=2, calibration=batches
         )
     assert not (tmp_path / "small").exists()
 
