@@ -113,6 +113,19 @@ def test_losses_may_be_weighed():
     )
 
 
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
+def test_only_the_proportions_of_weights_matter(scale):
+    """The solver has bounds of its own for what is nothing."""
+    model, layers = layers_of([48, 64, 40, 56, 32])
+    forms = {a.name: [(a, spectrum(a, d))] for a, d in zip(layers, (0.99, 0.9, 0.97, 0.8), strict=True)}
+    weights = {a.name: w for a, w in zip(layers, (1.0, 30.0, 0.3, 2.0), strict=True)}
+    budget = Budget("params", 0.5, 0.0)
+    wanted, _ = ranks_within(budget, layers, model, forms, weights=weights)
+    scaled, _ = ranks_within(budget, layers, model, forms, weights={n: scale * w for n, w in weights.items()})
+    lost, least = (sum(o.loss for o in found.values()) for found in (scaled, wanted))
+    assert lost == pytest.approx(scale * least, rel=2e-3)  # the solver's gap
+
+
 def test_a_flat_spectrum_gets_more_ranks_than_a_steep_one():
     _, layers = layers_of([32, 32, 32])
     ladders = {
