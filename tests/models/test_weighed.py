@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from nets import vectors
-from outputs import Narrow
+from outputs import Muted, Narrow
 from torch import nn
 
 import fxrank
@@ -13,21 +13,6 @@ from fxrank.policies.outputs import NUMBERS, WEIGHED, Outputs
 
 LOADER = [vectors(200, seed) for seed in range(3)]
 X = LOADER[0][0]
-
-
-class Muted(nn.Module):
-    """Two equal branches, of which one is hardly heard."""
-
-    def __init__(self, loud=1.0, muted=0.01):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.loud, self.muted = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32)
-        self.last = nn.Linear(32, 4)
-        self.scales = loud, muted
-
-    def forward(self, x):
-        x = self.first(x)
-        return self.last(self.scales[0] * self.loud(x) + self.scales[1] * self.muted(x))
 
 
 def own_losses(self, alone):

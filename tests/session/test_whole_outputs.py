@@ -7,11 +7,12 @@ import pytest
 import torch
 from live import attached
 from nets import ConvNet, images, mlp, train, vectors
-from outputs import KEEP, Narrow, Normed, to_the_switch, told
+from outputs import KEEP, Muted, Narrow, Normed, to_the_switch, told
 from teams import team
 from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
+from fxrank.policies import outputs
 from fxrank.policies.fixed import as_policy
 from fxrank.session import attach as attaching
 from fxrank.session import live_data, whole_outputs
@@ -68,6 +69,18 @@ def test_layers_behind_few_directions_get_few_ranks():
         assert d.reason == f"rank {d.rank} of 32: the model keeps 0.9 of its outputs"
         assert d.stable_rank > 3  # of the weight, which is far from what its data need
     assert any("know what these saw" in note for note in session.notes)
+
+
+def test_ranks_go_where_the_model_hears_them(monkeypatch):
+    def ranks():
+        plan = to_the_switch(Muted(), replace(KEEP, keep=0.99)).plan
+        return [layer.rank or layer.full_rank for layer in (plan.layer("loud"), plan.layer("muted"))]
+
+    loud, muted = ranks()
+    assert loud > 2 * muted
+    monkeypatch.setattr(outputs.Outputs, "weights", lambda self, alone: {})
+    loud, muted = ranks()
+    assert loud <= 2 * muted
 
 
 def test_where_the_floor_decides_the_reason_says_so():

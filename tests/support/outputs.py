@@ -36,6 +36,21 @@ class Narrow(nn.Module):
         return self.head(torch.tanh(self.third(0.1 * self.second(self.first(x)))))
 
 
+class Muted(nn.Module):
+    """Two equal branches, of which one is hardly heard."""
+
+    def __init__(self, loud=1.0, muted=0.01):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.loud, self.muted = nn.Linear(12, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.last = nn.Linear(32, 4)
+        self.scales = loud, muted
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.scales[0] * self.loud(x) + self.scales[1] * self.muted(x))
+
+
 class Normed(Narrow):
     """With BatchNorms, the first of which does not train."""
 
