@@ -332,7 +332,7 @@ def tables() -> str:
     """All of them, as they stand in the README."""
     return (
         "The default, `Cuttlefish()`, beside the full-rank model and a dense one that is narrower and has no more parameters, trained as long, on 2 CPU cores. Parameters are the "
-        "share outside of embeddings, the step is that of the model that came out, of the dense one's. Where no pair is faster a model is left dense:\n\n"
+        "share outside of embeddings, the step is that of the model that came out, of the dense one's. A model of which no pair is faster is left dense, as the LSTM is:\n\n"
         f'{default_table()}\n\n{with_tables_line()}\n\nBy the papers\' ranks (`rank_metric="scaled_stable_rank"`): {accuracy_table()}\n\n'
         f"Real jobs by policies after the papers, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
         "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
