@@ -36,9 +36,11 @@ def train(job: Job, setup: Setup, seed: int, data: Path, cache: Path | None) -> 
     about = {"data": task.data, "dense_parameters": size(dense), "dense_fixed": fixed(job, dense)}
     if model is None:
         return about | {"refused": f"no size of the model has {setup.narrow:g} of the parameters"}
+    steps = job.epochs * len(task.loaders(seed)[0])  # type: ignore[arg-type]
+    idea = nullcontext({}) if setup.idea is None else setup.idea(model, steps)
     try:
-        with unweighed() if setup.unweighed else nullcontext():
-            run = trained(task, model, job.epochs, seed, CPU, **_arguments(job, setup, dense))
+        with unweighed() if setup.unweighed else nullcontext(), idea as options:
+            run = trained(task, model, job.epochs, seed, CPU, **_arguments(job, setup, dense), **options)
     except BudgetError as error:
         return about | {"refused": str(error)}
     found = measured(task, run, task.loaders(seed), CPU)

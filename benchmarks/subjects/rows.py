@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.subjects.ideas import Idea, scaled_gradients, soft_switch, spectral_decay
 from benchmarks.subjects.jobs import Job
 from fxrank import Cuttlefish, FullRank, Policy, SpectralInit
 
@@ -14,7 +15,7 @@ TABLES = "*embedding*"
 class Setup:
     """How a job is trained: by a policy, with further arguments of `auto_lowrank`; `narrow` is the share of parameters of a narrower
     dense model instead of the job's own, which has those of the row that it is `like`, if that is given; `tables` takes the embeddings into a target. A `target_params` is a share of the parameters
-    outside of embeddings, unless `tables`. `unweighed`: what layers lose counts as it is.
+    outside of embeddings, unless `tables`. `unweighed`: what layers lose counts as it is. `idea`: what else is at work meanwhile.
     """
 
     policy: Policy
@@ -23,6 +24,7 @@ class Setup:
     tables: bool = False
     like: str | None = field(default=None, repr=False)
     unweighed: bool = field(default=False, repr=False)
+    idea: Idea | None = field(default=None, repr=False)
 
 
 Row = Callable[[Job], Setup | str]
@@ -81,6 +83,11 @@ def scaled(**options: Any) -> Row:
     return ours(rank_metric="scaled_stable_rank", **options)
 
 
+def with_idea(idea: Idea) -> Row:
+    """The default with an idea from elsewhere."""
+    return lambda job: Setup(Cuttlefish(), idea=idea)
+
+
 def start(share: float, **options: Any) -> Row:
     """A budget at E = 0, whatever the ranks do."""
     return lambda job: Setup(SpectralInit(K=0, target_params=share, **options))
@@ -104,6 +111,9 @@ ROWS: dict[str, Row] = {
     "rewarm": ours(rewarmup=0.05),
     "lr-0.5": ours(lr_scale=0.5),
     "no-decay": ours(frobenius_decay=None),
+    "soft": with_idea(soft_switch(0.1)),
+    "scaled-gradients": with_idea(scaled_gradients),
+    "spectral-decay": with_idea(spectral_decay(1e-3)),
     "0.5": ours(target_params=0.5),
     "0.5-data": ours(target_params=0.5, factors="data"),
     "narrow-0.5": narrow(0.5),
