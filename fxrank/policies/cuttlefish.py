@@ -7,6 +7,7 @@ from typing import Any
 
 from fxrank.decisions import keep, take
 from fxrank.passes.discovery.layer import Layer, stack_of
+from fxrank.passes.discovery.stacks import stacks
 from fxrank.passes.errors import unknown_name
 from fxrank.plan import LayerDecision
 from fxrank.policies.base import LATER, Policy
@@ -15,6 +16,7 @@ from fxrank.policies.monitor import Detector, RankMonitor, ReferenceDetector, Sl
 from fxrank.policies.outputs import check_keep
 from fxrank.policies.ranks import OF_OUTPUTS, Evidence, Xi, random_matrix_xi, rank_rule, whole_rank
 from fxrank.policies.scene import Clock, Scene
+from fxrank.policies.times import Rounding
 from fxrank.switch.zero_weights import why_dead
 
 PAPER_SPEEDUP = 1.5
@@ -57,7 +59,7 @@ class Cuttlefish(Policy):
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
       rounded up to a multiple of it; `"auto"` measures the rank and the next multiples of 8 and 16 and takes the
-      fastest.
+      fastest. On a CPU ranks chosen by outputs stay as they are, and are timed at the next multiple of 16 (see `times.Rounding`).
 
     - Under a target ranks are chosen for it, by the spectra: `rank_metric`, `share`, `ratio`, `min_ratio` and `round_to` decide nothing then.
 
@@ -269,6 +271,8 @@ class Cuttlefish(Policy):
 
     def decide(self, scene: Scene) -> list[LayerDecision]:
         slow = self.eligible(scene)
+        if self.keeps is not None:
+            self._time_chosen(scene)
         decisions = []
         for layer in scene.layers:
             reason = layer.reason or slow.get(layer.name)
@@ -294,9 +298,9 @@ class Cuttlefish(Policy):
         if rank >= layer.break_even_rank:
             return replace(_unsaving(layer, rank), **known)
         layer, rank, spectrum = in_best_form(layer, rank, self.form, scene.model, spectrum)
-        rank, speedup = self._round(layer, rank, scene)
+        rank, timed, speedup = self._rounding.rounded(layer, rank, scene.profiler)
         if speedup is not None and speedup <= FULL_SPEED and self.objective != "size":
-            return replace(_too_slow(layer, rank, speedup), **known)
+            return replace(_too_slow(layer, timed, speedup), **known)
         scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
         why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}"
@@ -317,30 +321,32 @@ class Cuttlefish(Policy):
         if layer.name not in scene.chosen:
             reason = why_dead(stack_of(layer, scene.model)) or f"worth its parameters where {scene.asked}"
             return replace(keep(layer, reason), **known)
-        planned, rank = scene.chosen[layer.name]
-        rank = max(rank, whole_rank(self.min_ratio * planned.full_rank, planned.full_rank))
+        planned, rank = self._planned(layer.name, scene)
         if rank >= planned.break_even_rank:
             return replace(_unsaving(planned, rank), **known)
-        rank, speedup = self._round(planned, rank, scene)
+        rank, timed, speedup = self._rounding.rounded(planned, rank, scene.profiler)
         if speedup is not None and speedup <= FULL_SPEED and self.objective != "size":
-            return replace(_too_slow(planned, rank, speedup), **known)
+            return replace(_too_slow(planned, timed, speedup), **known)
         decision = take(planned, rank, f"rank {rank} of {planned.full_rank}: {scene.asked}", extra_bn=self.extra_bn)
         return replace(decision, speedup=None if speedup is None else round(speedup, 4), **known)
 
-    def _round(self, layer: Layer, rank: int, scene: Scene) -> tuple[int, float | None]:
-        """The rank after hardware rounding, below break-even, and its measured speed-up (None without timing)."""
-        multiples = (8, 16) if isinstance(self.round_to, str) else (self.round_to,)
-        rounded = {-(-rank // m) * m for m in multiples}
-        limit = min(layer.full_rank, layer.break_even_rank)
-        allowed = sorted(r for r in rounded if r < limit)
+    def _planned(self, name: str, scene: Scene) -> tuple[Layer, int]:
+        """A layer in its form and its rank, of those that were chosen."""
+        planned, rank = scene.chosen[name]
+        return planned, max(rank, whole_rank(self.min_ratio * planned.full_rank, planned.full_rank))
+
+    def _time_chosen(self, scene: Scene) -> None:
+        """All ranks of a stack beside each other, with the dense layer once."""
         if scene.profiler is None:
-            return (allowed[0] if allowed and not isinstance(self.round_to, str) else rank), None
-        choices = sorted({rank, *allowed}) if isinstance(self.round_to, str) else (allowed[:1] or [rank])
-        dense, *pairs = scene.profiler.times_ms(layer, choices)
-        # A tie goes to the larger rank, which costs no time and keeps more; to the smaller one where as much is kept as is asked for.
-        tied = [i for i, t in enumerate(pairs) if t <= 1.02 * min(pairs)]
-        best = max(tied) if self.keeps is None else min(tied)
-        return choices[best], dense / pairs[best]
+            return
+        planned = {name: self._planned(name, scene) for name in scene.chosen}
+        for stack in stacks([layer for layer, rank in planned.values() if rank < layer.break_even_rank]):
+            ranks = [self._rounding.timed(a, planned[a.name][1], scene.profiler) for a in stack.layers]
+            scene.profiler.times_ms(stack.sample, sorted(set().union(*ranks)))
+
+    @property
+    def _rounding(self) -> Rounding:
+        return Rounding(self.round_to, as_chosen=self.keeps is not None)
 
     def _xi_of(self, layer: Layer, scene: Scene) -> float:
         if isinstance(self.xi, Mapping):

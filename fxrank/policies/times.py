@@ -6,7 +6,7 @@ model takes, less what its layers save.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +30,10 @@ TIMED = 6
 """So many ranks of a layer in a form are timed; between them lie straight lines."""
 MISSED = 0.05
 """A target that is missed by more than this share of it is tried for once more."""
+WIDTH = 16
+"""Numbers that a CPU multiplies at once."""
+TIE = 1.02
+"""Pairs that take no more than so many times the fastest one's time are as fast."""
 LEAST_OPEN = 4
 """Ranks are multiples of 16, or of the next lower power of two that leaves so many."""
 
@@ -41,10 +45,53 @@ def open_ranks(layer: Layer, on_cuda: bool) -> range:
     long (measured with AVX-512, linear and convolution).
     """
     most = min(layer.full_rank, int(np.ceil(layer.break_even_rank)) - 1)
-    multiple = 8 if on_cuda and layer.dtype.itemsize > 2 else 16
+    multiple = 8 if on_cuda and layer.dtype.itemsize > 2 else WIDTH
     while multiple > 1 and most // multiple < LEAST_OPEN:
         multiple //= 2
     return range(multiple, most + 1, multiple)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Which rank a pair gets for the sake of the device: rounded up to a multiple of `to`, below break-even, or, if that is `"auto"`, the fastest
+    of it and the next multiples of 8 and 16. Ranks `as_chosen` keep as much as is asked for: the smallest of those that take as long.
+
+    A CPU takes as long for the next multiple of 16, so that no other is faster there. (AVX-512, one thread, of the dense layer's time: a
+    convolution of 96 channels at rank 17, 24, 25 and 32: 0.47, 0.48, 0.49, 0.50, at 33: 0.65; a linear layer of 384: 0.34, 0.35, 0.36, 0.35,
+    and 0.40.) So the rank as chosen is timed at that one, which layers of a stack share.
+    """
+
+    to: int | str
+    as_chosen: bool
+
+    def timed(self, layer: Layer, rank: int, profiler: Profiler) -> list[int]:
+        """The ranks to time, ascending."""
+        if self._stays(profiler):
+            return self._multiples(layer, rank, (WIDTH,)) or [rank]
+        if isinstance(self.to, str):
+            return sorted({rank, *self._multiples(layer, rank, (8, 16))})
+        return self._multiples(layer, rank, (self.to,)) or [rank]
+
+    def rounded(self, layer: Layer, rank: int, profiler: Profiler | None) -> tuple[int, int, float | None]:
+        """The rank, the one that was timed for it, and how many times as fast as the layer a pair of that is; without a profiler it is None, and
+        only a number is rounded to.
+        """
+        if profiler is None:
+            multiples = [] if isinstance(self.to, str) else self._multiples(layer, rank, (self.to,))
+            rank = (multiples or [rank])[0]
+            return rank, rank, None
+        choices = self.timed(layer, rank, profiler)
+        dense, *pairs = profiler.times_ms(layer, choices)
+        tied = [i for i, t in enumerate(pairs) if t <= TIE * min(pairs)]
+        best = min(tied) if self.as_chosen else max(tied)  # a larger rank costs no time and keeps more
+        return rank if self._stays(profiler) else choices[best], choices[best], dense / pairs[best]
+
+    def _stays(self, profiler: Profiler) -> bool:
+        return self.as_chosen and isinstance(self.to, str) and not profiler.on_cuda
+
+    def _multiples(self, layer: Layer, rank: int, of: Sequence[int]) -> list[int]:
+        limit = min(layer.full_rank, layer.break_even_rank)
+        return sorted({r for r in (-(-rank // m) * m for m in of) if r < limit})
 
 
 def timed_ranks(ranks: Sequence[int]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -122,8 +123,8 @@ class FakeProfiler:
 
     seconds = 0.0
 
-    def __init__(self, ms, dense=10.0):
-        self.ms, self.dense, self.asked = ms, dense, []
+    def __init__(self, ms, dense=10.0, on_cuda=False):
+        self.ms, self.dense, self.on_cuda, self.asked = ms, dense, on_cuda, []
 
     def times_ms(self, layer, ranks):
         self.asked.append((layer.name, list(ranks)))
@@ -321,3 +322,46 @@ def test_deadline():
         ready(dataclasses.replace(UNTIMED, latest=0.2), [], 20)
         == "deadline at 0.2 of the run; 4 of 4 layers had not settled"
     )
+
+
+# -- R, of layers that were chosen together
+
+
+def as_chosen(ranks, profiler, **options):
+    """The decisions on four layers 64 wide, between a first and a last one, of which these ranks were chosen."""
+    model = nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise([8, 64, 64, 64, 64, 64, 4])])
+    scene = scene_of(model, torch.randn(2, 8), profiler=profiler)
+    scene.monitor = RankMonitor(scene.layers, model, SlopeDetector(), 1)
+    scene.monitor.observe(0, exact=True)
+    scene.chosen = {layer.name: (layer, ranks[layer.name]) for layer in scene.layers if layer.name in ranks}
+    return {d.name: d for d in fxrank.Cuttlefish(**options).decide(scene)}
+
+
+def test_on_a_cpu_chosen_ranks_stay_and_are_timed_at_the_multiple_of_16_that_takes_as_long_all_of_a_stack_together():
+    profiler = FakeProfiler(lambda rank: rank / 4)
+    found = as_chosen({"1": 3, "2": 16, "3": 17, "4": 31}, profiler)
+    assert {name: found[name].rank for name in "1234"} == {"1": 3, "2": 16, "3": 17, "4": 31}
+    assert {name: found[name].speedup for name in "1234"} == {"1": 2.5, "2": 2.5, "3": 2.3529, "4": 1.2903}
+    # 32 is break-even, which no pair may have
+    assert profiler.asked[0] == ("1", [16, 17, 31])
+
+
+def test_a_chosen_pair_that_is_not_faster_says_at_which_rank_it_was_timed():
+    found = as_chosen({"1": 3, "2": 18}, FakeProfiler(lambda rank: 10.0 if rank == 16 else 5.0))
+    assert found["1"].reason == "at rank 16 a pair measured 1.00x as fast as the layer"
+    assert found["2"].rank == 18
+
+
+def test_on_a_gpu_a_chosen_rank_is_rounded_up_where_that_is_faster():
+    slow = FakeProfiler(lambda rank: 4.0 if rank % 8 == 0 else 6.0, on_cuda=True)
+    found = as_chosen({"1": 3, "2": 16}, slow)
+    assert slow.asked[0] == ("1", [3, 8, 16])
+    assert {name: found[name].rank for name in "12"} == {"1": 8, "2": 16}
+    tied = FakeProfiler(lambda rank: 4.0, on_cuda=True)
+    assert as_chosen({"1": 3}, tied)["1"].rank == 3
+
+
+def test_a_number_to_round_to_is_obeyed_with_chosen_ranks_too():
+    profiler = FakeProfiler(lambda rank: 4.0)
+    assert as_chosen({"1": 3, "2": 9}, profiler, round_to=4)["2"].rank == 12
+    assert profiler.asked[0] == ("1", [4, 12])

@@ -117,6 +117,11 @@ class Profiler:
         self.seconds = 0.0
         """Wall-clock time spent measuring so far."""
 
+    @property
+    def on_cuda(self) -> bool:
+        """Whether it is a GPU that is timed."""
+        return self._device.type == "cuda"
+
     def stacks(self, found: Sequence[Stack], probe_ratio: float, threshold: float, steps: int) -> list[StackProfile]:
         """Each as by `stack`, in a training of so many steps: few rounds at first, and more for those whose speed-up is not clearly above
         or below the `threshold`, while `SHARE` of what the steps take at least, the time in these layers, is not spent.

@@ -5,7 +5,6 @@ The models are copies that nothing else uses: their modes, gradients and statist
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,15 +59,18 @@ def _step(model: nn.Module, example: Example, backward: bool, amp: torch.dtype |
             outputs = model(*args, **kwargs)
         return [x for x in pytree.tree_leaves(outputs) if isinstance(x, Tensor) and x.requires_grad]
 
-    gradients: list[Any] = [torch.randn_like(out) for out in trained()]
-    if not gradients:
-        raise ValueError(
-            f"a training step needs outputs with gradients to be timed; those of {type(model).__name__} have none. Unfreeze what is trained, or "
-            "give target_latency."
-        )
+    gradients: list[Tensor] = []
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        torch.autograd.backward(trained(), gradients)
+        outputs = trained()
+        if not gradients:  # in the first round, which is not counted
+            gradients.extend(torch.randn_like(out) for out in outputs)
+        if not outputs:
+            raise ValueError(
+                f"a training step needs outputs with gradients to be timed; those of {type(model).__name__} have none. Unfreeze what is trained, or "
+                "give target_latency."
+            )
+        torch.autograd.backward(outputs, gradients)
 
     return step
