@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fxrank.fitting import Fitting
 from fxrank.passes.calibration.batchnorm import measure_batchnorms
+from fxrank.passes.calibration.collect import Drawn
 from fxrank.passes.calibration.evidence import Evidence, before_batchnorm, gather, in_rounds
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.errors import CalibrationError
@@ -48,8 +49,8 @@ ENOUGH = 10
 """Calls, over all processes."""
 FEWEST, VECTORS = 4, 2
 """Calls that factors are made of, if there are so many, and all where a layer would see fewer vectors than so many for each of its numbers."""
-DRAWN = 2.0
-"""Of all calls together as many positions are drawn at most as of so many calls: eight for each number of a vector."""
+DRAWN = 2048, 8.0
+"""Vectors that are drawn of all calls together at most, or so many for each number of a vector, if these are more."""
 KEPT_BYTES = 2**26
 """Of arguments, and at least the last step's."""
 ROUND_BYTES = 2**28
@@ -257,11 +258,12 @@ def seen_by(
     team = attached.team
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
     most = max((_calls_for(layer) for layer in attached.scene.layers if layer.reason is None), default=FEWEST)
-    of_each = min(1.0, DRAWN / max(1, sum(team.of_all(min(most, len(calls))))))
+    number = max(1, sum(team.of_all(min(most, len(calls)))))
+    drawn = Drawn(*(of_all / number for of_all in DRAWN))
     with ExitStack() as around:
         made = partial(again, calls, attached, around, most)
         for some in in_rounds(team.model, layers, ROUND_BYTES):
-            found = gather(team.model, some, made, absorbed, team.of_all, by_batch=True, of_each=of_each)
+            found = gather(team.model, some, made, absorbed, team.of_all, by_batch=True, drawn=drawn)
             yield some, _where_enough(found)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,24 @@ from fxrank.passes.pairs.base import FactorPair
 from fxrank.torch_private.modules import BatchNorm, own_parameters
 
 K = TypeVar("K")
+
+
+class Drawn(NamedTuple):
+    """How many vectors one call of a layer adds at most: `vectors`, or `of_each` for each number of a vector, if these are more. They are drawn
+    evenly from all of its positions, and the draws of several calls add up.
+    """
+
+    vectors: float = 4096
+    of_each: float = 4.0
+
+    def at_most(self, size: int) -> int:
+        """Of vectors of so many numbers."""
+        return math.ceil(max(self.vectors, self.of_each * size))
+
+
+DRAWN = Drawn()
 LARGEST_BYTES = 2**33
 """Memory for the moments of one product, at most: what a table is multiplied with from the left has as many numbers as it has rows."""
-POSITIONS = 4096
-"""Vectors that one call of a layer adds at most, or four for each number of a vector, if these are more: drawn evenly from all of its
-positions. The draws of several batches add up.
-"""
 ROUND_BYTES = 2**30
 """Memory for the moments of the layers that are watched in one round over the batches; more layers take more rounds."""
 
@@ -64,12 +76,12 @@ def collect(
     of_all: OfAll = alone,
     *,
     by_batch: bool = False,
-    of_each: float = 1.0,
+    drawn: Drawn = DRAWN,
 ) -> tuple[dict[K, Moments | Parts], int]:
     """The moments of each watched weight over all calls of the model in evaluation mode, and how many calls these were; one that no call
     reached is not there, and of one that was multiplied with outside of its layers it is the `Parts`. Padding is left out where the
     model is told of it (see `masks`). Nothing of the model is changed. `by_batch`: each BatchNorm that is in training mode normalizes by
-    the batch, as its statistics lag behind then. `of_each`: no more than this share of `POSITIONS` is taken of each call.
+    the batch, as its statistics lag behind then. `drawn`: how many vectors are taken of each call.
 
     `calls` is asked anew in each round. What several processes see is added up. Raises `CalibrationError` for numbers that are not finite, naming the layer, and where there
     is no call.
@@ -81,7 +93,7 @@ def collect(
     for keys in list(rounds(watched, ROUND_BYTES)) or [[]]:  # with nothing to watch too, the batches must be good ones
         moments = {key: Moments(*watched[key].shape, device=exact) for key in keys}
         with ExitStack() as hooks:
-            batch = _Batch(exact, of_each)
+            batch = _Batch(exact, drawn)
             for key in keys:
                 for layer in watched[key].layers:
                     hooks.callback(layer.register_forward_pre_hook(batch.enter).remove)
@@ -115,9 +127,9 @@ def collect(
 class _Batch:
     """The batch that is on its way through the model."""
 
-    def __init__(self, device: torch.device | str = "cpu", of_each: float = 1.0) -> None:
-        """Moments of weights that are read are added up on this `device`. `of_each` as of `collect`."""
-        self._of_each = of_each
+    def __init__(self, device: torch.device | str = "cpu", drawn: Drawn = DRAWN) -> None:
+        """Moments of weights that are read are added up on this `device`. `drawn` as of `collect`."""
+        self._drawn = drawn
         self.number = 0
         self.masks: list[Tensor] = []
         self.parts: dict[int, Parts] = {}
@@ -193,13 +205,12 @@ class _Batch:
             kept = ~mask.cpu().reshape(*mask.shape, *trailing).expand(leading).flatten()
             drawn = drawn[kept[drawn]]
         groups, size = moments.shape
-        at_most = math.ceil(self._of_each * max(POSITIONS, 4 * size))
-        places = torch.unravel_index(drawn[:at_most].to(vectors.device), leading)
+        places = torch.unravel_index(drawn[: self._drawn.at_most(size)].to(vectors.device), leading)
         vectors = vectors[places] if leading else vectors[None]
         size = size if through is None else len(through)
         vectors = vectors.reshape(-1, groups, size).to(device=moments.device, dtype=torch.float64)
-        if not torch.isfinite(vectors).all():
-            bad = int((~torch.isfinite(vectors)).sum())
+        # A sum tells in a fraction of the time; one that overflows is looked at more closely.
+        if not torch.isfinite(vectors.sum()) and (bad := int((~torch.isfinite(vectors)).sum())):
             raise CalibrationError(
                 f"activations must be finite to calibrate on; the {side} of {name!r} hold {bad} NaN or infinite values of {vectors.numel()} in "
                 f"batch {self.number}. Check the inputs of that batch, or calibrate in a wider dtype."

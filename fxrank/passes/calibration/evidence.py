@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, fx, nn
 
-from fxrank.passes.calibration.collect import Watch, collect, rounds
+from fxrank.passes.calibration.collect import DRAWN, Drawn, Watch, collect, rounds
 from fxrank.passes.calibration.joint import JointProjection
 from fxrank.passes.calibration.parts import Parts, of_parts
 from fxrank.passes.calibration.processes import OfAll, alone
@@ -86,9 +86,9 @@ def gather(
     of_all: OfAll = alone,
     *,
     by_batch: bool = False,
-    of_each: float = 1.0,
+    drawn: Drawn = DRAWN,
 ) -> Evidence:
-    """Run the model over the calls, in evaluation mode (`by_batch` and `of_each` as of `collect`), for the layers without a `reason`, which
+    """Run the model over the calls, in evaluation mode (`by_batch` and `drawn` as of `collect`), for the layers without a `reason`, which
     may come in several forms. Errors as of `collect`, and `NonFiniteWeightError`.
     """
     watched: dict[Key, Watch] = {}
@@ -103,11 +103,11 @@ def gather(
             blind[key] = watch
     known: dict[Key, Known] = {}
     notes: dict[Key, str] = {}
-    moments_of, batches = collect(model, watched, calls, of_all, by_batch=by_batch, of_each=of_each)
+    moments_of, batches = collect(model, watched, calls, of_all, by_batch=by_batch, drawn=drawn)
     mixed = [key for key, moments in moments_of.items() if isinstance(moments, Parts) and moments.is_mixed]
     if mixed:  # once more, all products with them in one way
         again = {key: replace(watched[key], layers=(), narrow=False) for key in mixed}
-        moments_of |= collect(model, again, calls, of_all, by_batch=by_batch, of_each=of_each)[0]
+        moments_of |= collect(model, again, calls, of_all, by_batch=by_batch, drawn=drawn)[0]
     for key, moments in moments_of.items():
         layer, watch = by_key[key], watched[key]
         stack = matrices_of(layer, model)

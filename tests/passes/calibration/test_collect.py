@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fxrank.passes.calibration import collect as collecting
-from fxrank.passes.calibration.collect import Watch, collect
+from fxrank.passes.calibration.collect import Drawn, Watch, collect
 from fxrank.passes.errors import CalibrationError
 from fxrank.passes.pairs.convolution import LowRankConv1d, LowRankConv2d
 from fxrank.passes.pairs.embedding import LowRankEmbedding
@@ -121,10 +121,10 @@ def test_positions_are_sampled_to_a_bound_and_layers_go_in_rounds(monkeypatch):
     assert (len(asked), number) == (2, 1)
     for name in whole:
         torch.testing.assert_close(rounds[name].mean, whole[name].mean)
-    monkeypatch.setattr(collecting, "POSITIONS", 40)
-    some, _ = collect(model, watched, calls_of(x, x))
-    again, _ = collect(model, watched, calls_of(x, x))
+    some, _ = collect(model, watched, calls_of(x, x), drawn=Drawn(40, 4.0))
+    again, _ = collect(model, watched, calls_of(x, x), drawn=Drawn(40, 4.0))
     assert some["0"].count == 80
+    assert collect(model, watched, calls_of(x, x), drawn=Drawn(1.5, 4.0))[0]["0"].count == 24
     assert torch.equal(some["0"].mean, again["0"].mean)
 
 
