@@ -165,7 +165,8 @@ def ways(task: Task, dense: nn.Module, options: argparse.Namespace, steps: int) 
             if factors == "data":
                 add(own, **about, form=forms[-1], ranks="own losses", layers="inner")
                 add(own, **about, form=forms[-1], ranks="own losses", layers="all")
-        add(small, budget=budget, way="narrower")
+        if options.narrower:
+            add(small, budget=budget, way="narrower")
     return made
 
 
@@ -229,6 +230,12 @@ def main(arguments: Sequence[str] | None = None, tasks: dict[str, Callable[..., 
     p.add_argument("--epochs", type=int, default=None, help="of the training before (default: the task's)")
     p.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     p.add_argument("--calibration", type=int, default=16, help="batches (default %(default)s)")
+    p.add_argument(
+        "--no-narrower",
+        dest="narrower",
+        action="store_false",
+        help="leave out the narrower models, whose training takes as long as the dense one's",
+    )
     p.add_argument("--steps", type=int, default=100, help="of training for a column; 0 leaves it out")
     p.add_argument("--healing-rate", type=float, default=0.5, help="of the task's learning rate (default %(default)s)")
     p.add_argument("--no-timing", action="store_true", help="leave out the columns of time")
@@ -247,7 +254,7 @@ def main(arguments: Sequence[str] | None = None, tasks: dict[str, Callable[..., 
         train(task, dense, steps, seed=0)
         weights.parent.mkdir(parents=True, exist_ok=True)
         torch.save(dense.state_dict(), weights)
-    places = ("source", "weights", "results", "ledger", "budgets")
+    places = ("source", "weights", "results", "ledger", "budgets", "narrower")
     configuration = {k: v for k, v in vars(options).items() if k not in places} | {
         "data": task.data,
         "metric": task.metric,
