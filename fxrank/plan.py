@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -218,24 +218,28 @@ class Plan:
             ) from error
 
     def __str__(self) -> str:
-        known = any(layer.output_error is not None for layer in self.layers)
-        rows = [
-            (
-                layer.name,
-                layer.kind,
-                "x".join(map(str, layer.weight_shape)),
-                layer.full_rank,
-                "-" if layer.rank is None else layer.rank,
-                "-" if layer.ratio is None else f"{layer.ratio:.2f}",
-                "-" if layer.truncation_error is None else f"{layer.truncation_error:.3f}",
-                *(["-" if layer.output_error is None else f"{layer.output_error:.3f}"] if known else []),
-                "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
-                layer.reason,
-            )
-            for layer in self.layers
-        ]
-        columns = ("layer", "kind", "weight", "full", "rank", "ratio", "error", "output error", "speed-up", "reason")
-        return tabulate(rows, headers=[c for c in columns if known or c != "output error"], disable_numparse=True)
+        by_weight = any(layer.truncation_error is not None for layer in self.layers)
+        by_output = any(layer.output_error is not None for layer in self.layers)
+        shown: dict[str, Callable[[LayerDecision], object]] = {
+            "layer": lambda layer: layer.name,
+            "kind": lambda layer: layer.kind,
+            "weight": lambda layer: "x".join(map(str, layer.weight_shape)),
+            "full": lambda layer: layer.full_rank,
+            "rank": lambda layer: "-" if layer.rank is None else layer.rank,
+            "ratio": lambda layer: "-" if layer.ratio is None else f"{layer.ratio:.2f}",
+            "error": lambda layer: _error(layer.truncation_error),
+            "output error": lambda layer: _error(layer.output_error),
+            "speed-up": lambda layer: "-" if layer.speedup is None else f"{layer.speedup:.2f}x",
+            "reason": lambda layer: layer.reason,
+        }
+        left_out = {"error": by_output and not by_weight, "output error": not by_output}
+        columns = {name: cell for name, cell in shown.items() if not left_out.get(name)}
+        rows = [[cell(layer) for cell in columns.values()] for layer in self.layers]
+        return tabulate(rows, headers=list(columns), disable_numparse=True)
+
+
+def _error(relative: float | None) -> str:
+    return "-" if relative is None else f"{relative:.3f}"
 
 
 _TYPES: dict[str, tuple[type, bool]] = {
