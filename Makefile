@@ -25,6 +25,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The pages of docs/ as a site, in run/site.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -37,4 +41,4 @@ lint: .venv/installed
 	.venv-oldest/bin/python -m pip install --quiet --editable . 'torch==2.8.*' hypothesis pytest pytest-xdist
 	touch $@
 
-.PHONY: demo test test-all test-oldest lint
+.PHONY: demo test test-all test-oldest lint docs

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -186,8 +187,8 @@ class Campaign:
         command += ["--small"] if self.options.small else []
         command += [] if (share := self.book.share(cell)) is None else ["--share", str(share)]
         one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        print(f"{time.strftime('%H:%M:%S')} begins: {' '.join(map(str, cell))}", flush=True)
         process = subprocess.Popen(command, env=os.environ | one_thread)
+        print(f"{time.strftime('%H:%M:%S')} begins: {' '.join(map(str, cell))}", flush=True)
         return Running(cell, process, output, time.monotonic())
 
     def _end(self, one: Running) -> None:
@@ -316,4 +317,5 @@ def main(arguments: Sequence[str] | None = None) -> Book | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # terminated as interrupted: no cell goes on alone
     main()

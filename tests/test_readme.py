@@ -1,4 +1,4 @@
-"""The README's example runs, and its numbers are those in benchmarks/results."""
+"""The README's example runs, its numbers and those of the docs are those in benchmarks/results, and it is read in one sitting."""
 
 import functools
 import re
@@ -12,8 +12,10 @@ from nets import HALFWAY, Net, clusters
 from places import ROOT
 
 import fxrank
+from benchmarks.decision_tables import wins_table
 from benchmarks.example import code
-from benchmarks.readme import load, tables
+from benchmarks.pages import pages
+from benchmarks.tables import load
 from fxrank.plan import LayerDecision, Plan, Training
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,19 +66,33 @@ def test_a_loop_of_ones_own_then_saved_loaded_merged_and_repeated(tmp_path, monk
     Net().load_state_dict(names["dense"].state_dict())
 
 
-def test_the_tables_and_the_examples_output_are_the_results():
-    assert tables() in README
-    found = load("example")
-    assert f"```text\n{found['results']['output']}\n```" in README
-    assert found["configuration"]["code"] == code()
+def test_measured_parts_are_the_results():
+    for path, text in pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python -m benchmarks.pages`"
+    assert load("example")["configuration"]["code"] == code()
+    assert wins_table() in README and f"```text\n{load('example')['results']['output']}\n```" in README
+
+
+def test_the_readme_is_read_in_one_sitting():
+    lines = README.splitlines()
+    assert len(lines) <= 150
+    assert [line for line in lines if len(line) > 160] == []
 
 
 def test_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_sites_contents():
+    contents = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r": ([\w-]+\.md)$", contents, re.MULTILINE))
+    assert named == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_every_field_of_a_plan_is_described():
+    described = (ROOT / "docs/saving.md").read_text(encoding="utf-8")
     for cls in (Plan, Training, LayerDecision):
         for field in fields(cls):
-            assert f"`{field.name}`" in README, field.name
+            assert f"`{field.name}`" in described, field.name

@@ -117,6 +117,34 @@ def _divided(gradient: Tensor, gram: Tensor) -> Tensor:
     return divided
 
 
+@contextmanager
+def decay_as_dense(model: nn.Module, steps: int) -> Iterator[dict[str, Any]]:
+    """Weight decay of the factors at half its strength: each of a product's two then brings half of what the weight had. To be used where the
+    optimizer decays the factors by itself, without Frobenius decay, with which a singular value σ falls by `2 λ σ²` where it fell by `λ σ`.
+    """
+
+    def each(optimizer: Optimizer) -> Iterator[tuple[nn.Parameter, float, float]]:
+        weights = {id(w) for pair in pairs_of(model).values() for w in (pair.u.weight, pair.v.weight)}
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                if id(weight) in weights and weight.grad is not None:
+                    yield weight, float(group["lr"]), float(group["weight_decay"])
+
+    def before(optimizer: Optimizer, *_: object) -> None:
+        for weight, _rate, decay in () if isinstance(optimizer, torch.optim.AdamW) else each(optimizer):
+            assert weight.grad is not None
+            weight.grad.sub_(weight.detach(), alpha=decay / 2)
+
+    def after(optimizer: Optimizer, *_: object) -> None:
+        for weight, rate, decay in each(optimizer) if isinstance(optimizer, torch.optim.AdamW) else ():
+            weight.data.mul_((1 - rate * decay / 2) / (1 - rate * decay))
+
+    with ExitStack() as around:
+        around.callback(register_optimizer_step_pre_hook(before).remove)
+        around.callback(register_optimizer_step_post_hook(after).remove)
+        yield {}
+
+
 def spectral_decay(strength: float, every: int = 10) -> Idea:
     """Before the switch all singular values of the layers' weights fall by `strength` a step at the highest learning rate, in proportion at others,
     by Newton-Schulz iterations every few steps (spectral weight decay, 2026).

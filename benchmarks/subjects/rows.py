@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.subjects.ideas import Idea, scaled_gradients, soft_switch, spectral_decay
+from benchmarks.subjects.ideas import Idea, decay_as_dense, scaled_gradients, soft_switch, spectral_decay
 from benchmarks.subjects.jobs import Job
 from fxrank import Cuttlefish, FullRank, Policy, SpectralInit
 
@@ -83,9 +83,9 @@ def scaled(**options: Any) -> Row:
     return ours(rank_metric="scaled_stable_rank", **options)
 
 
-def with_idea(idea: Idea) -> Row:
-    """The default with an idea from elsewhere."""
-    return lambda job: Setup(Cuttlefish(), idea=idea)
+def with_idea(idea: Idea, **options: Any) -> Row:
+    """The default, with these options, and an idea from elsewhere."""
+    return lambda job: Setup(Cuttlefish(**options), idea=idea)
 
 
 def start(share: float, **options: Any) -> Row:
@@ -100,6 +100,7 @@ ROWS: dict[str, Row] = {
     "own-losses": lambda job: Setup(Cuttlefish(), unweighed=True),
     "own-losses-twin": twin("own-losses"),
     "no-floor": ours(floor=0.0),
+    "floor-0.4": ours(floor=0.4),
     "no-floor-twin": twin("no-floor"),
     "untimed": ours(speedup_threshold=None),
     "scaled": scaled(speedup_threshold=1.5),
@@ -111,6 +112,7 @@ ROWS: dict[str, Row] = {
     "rewarm": ours(rewarmup=0.05),
     "lr-0.5": ours(lr_scale=0.5),
     "no-decay": ours(frobenius_decay=None),
+    "decay-as-dense": with_idea(decay_as_dense, frobenius_decay=None),
     "soft": with_idea(soft_switch(0.1)),
     "scaled-gradients": with_idea(scaled_gradients),
     "spectral-decay": with_idea(spectral_decay(1e-3)),

@@ -1,5 +1,6 @@
 """The decision table from its ledger: means over seeds, and whether each job meets what a default must."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from tabulate import tabulate
 
 Found = Mapping[str, Any]
 LIMITS = {"accuracy": 0.003, "bleu": 0.5}
-"""How much worse than the full-rank model a row may be; of what is better when smaller, `RELATIVE` of it."""
+"""How much worse than the full-rank model a row may be; of a perplexity, `RELATIVE` of it."""
 RELATIVE = 0.01
 HALF, FALL = 0.5, 0.01
 """The most parameters outside of embeddings, and the most accuracy that may be lost at the switch."""
@@ -91,6 +92,8 @@ class Line:
         """Whether it is as good as the full-rank model, but for what a row may be worse."""
         if self.metric in LIMITS:
             return self.score >= full.score - LIMITS[self.metric]
+        if self.metric == "bits_per_character":
+            return self.score <= full.score + math.log2(1 + RELATIVE)
         return self.score <= full.score * (1 + RELATIVE)
 
     def beats(self, other: "Line") -> bool:

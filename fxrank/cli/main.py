@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from fxrank._version import __version__
 from fxrank.auto import train_lowrank
 from fxrank.cli import compress, outlook
 from fxrank.cli.data import DATA_HELP, build_loaders
+from fxrank.cli.env import described
 from fxrank.cli.models import MODEL_HELP, build_model, example_for, on_meta_where_possible
 from fxrank.distributed.launch import in_shares, launched
 from fxrank.distributed.team import Team
@@ -155,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     _add_train_options(train)
     smaller = command("compress", compress.run, "factorize a trained model within a budget, without training")
     compress.add_options(smaller)
+    command("env", lambda _: print(described()), "what a report of a fault should say of this machine")
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
     timing.add_argument(
         "--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)"
@@ -232,6 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, `head` say, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 0
     except (FxrankError, ValueError, TypeError, ImportError, OSError) as error:
         print(f"fxrank {options.command}: {error}", file=sys.stderr)
         return 2

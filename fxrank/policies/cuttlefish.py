@@ -29,6 +29,8 @@ MOVED = 0.9
 """A stable rank below this share of a random matrix's says that a layer has learned something."""
 STILL = 0.01
 """Ranks of which most have moved by no more than this share are those that a pretrained model came with."""
+BESIDE = 4
+"""Pairs of a stack that are timed with the dense layer at a time."""
 _PAPER: dict[str, Any] = {
     "rank_metric": "scaled_stable_rank",
     "speedup_threshold": PAPER_SPEEDUP,
@@ -59,7 +61,7 @@ class Cuttlefish(Policy):
       it when the session starts, which is only right for a fresh model; for a model that arrives pretrained use
       `"random"` (that of a random matrix of the shape), a number, or a dict by layer name. `round_to`: ranks are
       rounded up to a multiple of it; `"auto"` measures the rank and the next multiples of 8 and 16 and takes the
-      fastest. On a CPU ranks chosen by outputs stay as they are, and are timed at the next multiple of 16 (see `times.Rounding`).
+      fastest. On a CPU ranks chosen by outputs stay as they are, and are timed at the next multiple of 8 (see `times.Rounding`).
 
     - Under a target ranks are chosen for it, by the spectra: `rank_metric`, `share`, `ratio`, `min_ratio` and `round_to` decide nothing then.
 
@@ -233,7 +235,7 @@ class Cuttlefish(Policy):
                     leading[layer.name] = slow[layer.name]
             slow = leading
         return {
-            name: f"a pair at {self.probe_ratio:g} of full rank is {speedup:.2f}x as fast, at most the threshold {threshold:g}x"
+            name: f"a pair at {self.probe_ratio:g} of full rank is {speedup:.2f}x as fast, the threshold is {threshold:g}x"
             for name, speedup in slow.items()
         }
 
@@ -300,7 +302,7 @@ class Cuttlefish(Policy):
         layer, rank, spectrum = in_best_form(layer, rank, self.form, scene.model, spectrum)
         rank, timed, speedup = self._rounding.rounded(layer, rank, scene.profiler)
         if speedup is not None and speedup <= FULL_SPEED and self.objective != "size":
-            return replace(_too_slow(layer, timed, speedup), **known)
+            return replace(_too_slow(rank, timed, layer, speedup), **known)
         scene.factors[layer.name] = spectrum.factors(rank)
         floor = f", raised to {self.min_ratio:g} of it" if self.min_ratio * full_rank > value else ""
         why = f"{self.rank_metric} {value:.1f} of {full_rank}{floor}"
@@ -326,7 +328,7 @@ class Cuttlefish(Policy):
             return replace(_unsaving(planned, rank), **known)
         rank, timed, speedup = self._rounding.rounded(planned, rank, scene.profiler)
         if speedup is not None and speedup <= FULL_SPEED and self.objective != "size":
-            return replace(_too_slow(planned, timed, speedup), **known)
+            return replace(_too_slow(rank, timed, planned, speedup), **known)
         decision = take(planned, rank, f"rank {rank} of {planned.full_rank}: {scene.asked}", extra_bn=self.extra_bn)
         return replace(decision, speedup=None if speedup is None else round(speedup, 4), **known)
 
@@ -336,13 +338,15 @@ class Cuttlefish(Policy):
         return planned, max(rank, whole_rank(self.min_ratio * planned.full_rank, planned.full_rank))
 
     def _time_chosen(self, scene: Scene) -> None:
-        """All ranks of a stack beside each other, with the dense layer once."""
+        """The ranks of a stack beside each other, a few at a time: each has its own weights, inputs and gradients."""
         if scene.profiler is None:
             return
         planned = {name: self._planned(name, scene) for name in scene.chosen}
         for stack in stacks([layer for layer, rank in planned.values() if rank < layer.break_even_rank]):
             ranks = [self._rounding.timed(a, planned[a.name][1], scene.profiler) for a in stack.layers]
-            scene.profiler.times_ms(stack.sample, sorted(set().union(*ranks)))
+            all_ranks = sorted(set().union(*ranks))
+            for first in range(0, len(all_ranks), BESIDE):
+                scene.profiler.times_ms(stack.sample, all_ranks[first : first + BESIDE])
 
     @property
     def _rounding(self) -> Rounding:
@@ -375,6 +379,7 @@ def _unsaving(layer: Layer, rank: int) -> LayerDecision:
     return keep(layer, f"rank {rank} of {layer.full_rank} would not save anything: {even}")
 
 
-def _too_slow(layer: Layer, rank: int, speedup: float) -> LayerDecision:
-    reason = f"at rank {rank} a pair measured {speedup:.2f}x as fast as the layer"
+def _too_slow(rank: int, timed: int, layer: Layer, speedup: float) -> LayerDecision:
+    how = "" if timed == rank else f", timed at {timed},"
+    reason = f"at rank {rank}{how} a pair measured {speedup:.2f}x as fast as the layer"
     return replace(keep(layer, reason), speedup=round(speedup, 4))

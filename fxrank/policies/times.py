@@ -56,7 +56,7 @@ class Rounding:
     """Which rank a pair gets for the sake of the device: rounded up to a multiple of `to`, below break-even, or, if that is `"auto"`, the fastest
     of it and the next multiples of 8 and 16. Ranks `as_chosen` keep as much as is asked for: the smallest of those that take as long.
 
-    A CPU takes as long for the next multiple of 16, so that no other is faster there. (AVX-512, one thread, of the dense layer's time: a
+    A CPU takes about as long for the next multiple of 8, so that no other is faster there. (AVX-512, one thread, of the dense layer's time: a
     convolution of 96 channels at rank 17, 24, 25 and 32: 0.47, 0.48, 0.49, 0.50, at 33: 0.65; a linear layer of 384: 0.34, 0.35, 0.36, 0.35,
     and 0.40.) So the rank as chosen is timed at that one, which layers of a stack share.
     """
@@ -67,7 +67,7 @@ class Rounding:
     def timed(self, layer: Layer, rank: int, profiler: Profiler) -> list[int]:
         """The ranks to time, ascending."""
         if self._stays(profiler):
-            return self._multiples(layer, rank, (WIDTH,)) or [rank]
+            return self._multiples(layer, rank, (8,)) or [rank]
         if isinstance(self.to, str):
             return sorted({rank, *self._multiples(layer, rank, (8, 16))})
         return self._multiples(layer, rank, (self.to,)) or [rank]
@@ -87,7 +87,7 @@ class Rounding:
         return rank if self._stays(profiler) else choices[best], choices[best], dense / pairs[best]
 
     def _stays(self, profiler: Profiler) -> bool:
-        return self.as_chosen and isinstance(self.to, str) and not profiler.on_cuda
+        return self.as_chosen and isinstance(self.to, str) and profiler.on_cpu
 
     def _multiples(self, layer: Layer, rank: int, of: Sequence[int]) -> list[int]:
         limit = min(layer.full_rank, layer.break_even_rank)

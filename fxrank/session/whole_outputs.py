@@ -74,7 +74,7 @@ def choose(keep: float, calls: LastCalls, attached: Attachment) -> tuple[Evidenc
             ways, lost = farthest(path, lost_with, 1 - keep, 1.0 if weights else FIRST)
             scene.asked = f"the model keeps {keep:g} of its outputs"
             if policy.floor and ways and ways == path.at(len(path.steps)):
-                scene.asked = f"pairs keep {policy.floor:g} of their layers' parameters"
+                scene.asked = f"pairs keep {policy.floor:g} of their layers' size"
             on = f"{outputs.number} of its last calls" if len(calls) else "the example"
             note = f"with the ranks chosen the model kept {1 - lost:.4f} of its outputs in {on}"
         except Exception as error:  # of a model that cannot be copied, or whose outputs cannot be compared

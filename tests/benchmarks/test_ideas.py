@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import pytest
@@ -6,7 +7,14 @@ from torch import nn
 
 import fxrank
 from benchmarks.subjects import cells
-from benchmarks.subjects.ideas import nearest_orthogonal, pairs_of, scaled_gradients, soft_switch, spectral_decay
+from benchmarks.subjects.ideas import (
+    decay_as_dense,
+    nearest_orthogonal,
+    pairs_of,
+    scaled_gradients,
+    soft_switch,
+    spectral_decay,
+)
 from benchmarks.subjects.jobs import JOBS
 from benchmarks.subjects.rows import Setup
 from fxrank import Cuttlefish
@@ -24,32 +32,50 @@ def batches(number=8):
     ]
 
 
-def run(model, idea, rate=0.05):
-    optimizer = torch.optim.SGD(model.parameters(), rate)
+class Remembering:
+    """What a logger is told of, and the model as it was at the last look at its ranks."""
+
+    def __init__(self, idea_logger, model):
+        self.told, self.model, self.dense = idea_logger, model, None
+
+    def log(self, step, values):
+        self.told.log(step, values)
+        if any(name.startswith("stable_rank/") for name in values):
+            self.dense = copy.deepcopy(self.model)
+
+    def event(self, step, text):
+        self.told.event(step, text)
+
+
+def test_after_a_soft_switch_training_goes_on_from_the_dense_model_and_ends_with_the_pairs_alone():
+    model, x = network(), batches(1)[0][0]
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)  # nothing moves but what the idea does
     policy = Cuttlefish(target_params=0.8, speedup_threshold=None, latest=0.5)
-    with idea(model, 16) as options:
-        return fxrank.auto_lowrank(
-            model, batches(), epochs=2, optimizer=optimizer, policy=policy, seed=0, progress=False, **options
+    distances = []
+
+    def loss(outputs, labels):
+        if pairs_of(model) and model.training:
+            with torch.no_grad():
+                distances.append(float((model(x) - logger.dense(x)).norm()))
+        return nn.functional.cross_entropy(outputs, labels)
+
+    with soft_switch(0.25)(model, 16) as options:
+        logger = Remembering(options["logger"], model)
+        fxrank.auto_lowrank(
+            *(model, batches()),
+            epochs=2,
+            optimizer=optimizer,
+            policy=policy,
+            loss_fn=loss,
+            seed=0,
+            progress=False,
+            logger=logger,
         )
-
-
-def test_after_a_soft_switch_training_goes_on_from_the_dense_layer_and_ends_with_the_pair_alone(monkeypatch):
-    gaps = []
-    lerp = torch.lerp
-
-    def seen(output, dense, alpha):
-        mixed = lerp(output, dense, alpha)
-        gaps.append((alpha, float((mixed - dense).detach().norm() / (output - dense).detach().norm())))
-        return mixed
-
-    monkeypatch.setattr(torch, "lerp", seen)
-    model = network()
-    run(model, soft_switch(0.25))
-    (pair,) = pairs_of(model).values()
-    alphas = [alpha for alpha, _ in gaps]
-    assert alphas[0] == 1
-    assert alphas == pytest.approx([1, 0.85355339, 0.5, 0.14644661])
-    assert [gap for _, gap in gaps] == pytest.approx([1 - alpha for alpha in alphas], abs=1e-5)
+        (pair,) = pairs_of(model).values()
+        alone = float((model(x) - logger.dense(x)).detach().norm())
+    assert distances[0] == pytest.approx(0, abs=1e-5)
+    assert distances[:5] == sorted(distances[:5]) and len(set(distances[:5])) == 5
+    assert distances[4:] == pytest.approx([alone] * len(distances[4:]), rel=1e-4)
     assert not pair._forward_hooks
 
 
@@ -75,6 +101,26 @@ def test_scaled_steps_do_not_depend_on_how_a_product_is_divided():
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_product_decays_as_the_dense_weight_did(kind):
+    rate, decay = 0.1, 0.02
+    dense = network()
+    small = fxrank.factorize(dense, batches(1)[0][0], {"2": 11})
+    fallen = []
+    for model in (dense, small):
+        layer = model[2]
+        before = layer.weight.detach() @ torch.eye(24)
+        optimizer = kind(model.parameters(), rate, weight_decay=decay)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        with decay_as_dense(model, 1):
+            optimizer.step()
+        after = layer.weight.detach() @ torch.eye(24)
+        fallen.append(float(after.norm() / before.norm()))
+    assert fallen[0] == pytest.approx(1 - rate * decay, rel=1e-5)
+    assert fallen[1] == pytest.approx(fallen[0], rel=1e-5)
+
+
 def test_spectral_decay_takes_as_much_from_every_singular_value_before_the_switch_alone():
     model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 4))
     sigma = torch.linspace(0.5, 2.0, 32)
@@ -87,10 +133,12 @@ def test_spectral_decay_takes_as_much_from_every_singular_value_before_the_switc
             optimizer.step()
     fallen = torch.linalg.svdvals(model[0].weight.detach()).flip(0)
     torch.testing.assert_close(fallen, sigma - 0.04, atol=1e-3, rtol=0)
-    after = fallen.clone()
-    optimizer.step()
-    optimizer.step()
-    torch.testing.assert_close(torch.linalg.svdvals(model[0].weight.detach()).flip(0), after)
+    after = model[0].weight.detach().clone()
+    both = nn.ModuleList([model, fxrank.factorize(network(), batches(1)[0][0], 0.25)])
+    with spectral_decay(0.01, every=2)(both, 4):
+        for _ in range(4):
+            optimizer.step()
+    assert torch.equal(model[0].weight, after)
 
 
 def test_the_nearest_orthogonal_matrix_is_the_polar_factor():

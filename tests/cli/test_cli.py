@@ -1,4 +1,7 @@
 import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
@@ -11,11 +14,32 @@ from fxrank.cli.main import main
 from fxrank.cli.models import on_meta_where_possible
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"], ["env"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
     assert "usage: fxrank" in capsys.readouterr().out
+
+
+def test_env_names_the_machine_and_every_package(capsys, monkeypatch):
+    def version(name):
+        if name == "onnx":
+            raise PackageNotFoundError(name)
+        return "1.2.3"
+
+    monkeypatch.setattr("fxrank.cli.env.version", version)
+    assert main(["env"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["fxrank"] == lines["torch"] == lines["transformers"] == "1.2.3"
+    assert lines["onnx"] == "not installed"
+    assert {"python", "system", "cores", "GPU", "scipy", "tqdm", "matplotlib", "lightning"} <= lines.keys()
+    assert "pytest" not in lines and "wandb" not in lines
+
+
+def test_a_reader_that_has_read_enough_is_no_fault():
+    run = f"{sys.executable} -m fxrank inspect --model digits --input 2x1x8x8 --json | head -c 1"
+    done = subprocess.run(run, shell=True, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.stderr) == ("[", "")
 
 
 def test_inspect_needs_no_weights(capsys):

@@ -95,7 +95,7 @@ SPEEDUPS = {"l1": 1.5, "l2": 1.75, "l3": 1.25, "l4": 2.0}
 
 
 def text(speedup, threshold="1"):
-    return f"a pair at 0.25 of full rank is {speedup:.2f}x as fast, at most the threshold {threshold}x"
+    return f"a pair at 0.25 of full rank is {speedup:.2f}x as fast, the threshold is {threshold}x"
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ class FakeProfiler:
 
     seconds = 0.0
 
-    def __init__(self, ms, dense=10.0, on_cuda=False):
-        self.ms, self.dense, self.on_cuda, self.asked = ms, dense, on_cuda, []
+    def __init__(self, ms, dense=10.0, on_cpu=True):
+        self.ms, self.dense, self.on_cpu, self.asked = ms, dense, on_cpu, []
 
     def times_ms(self, layer, ranks):
         self.asked.append((layer.name, list(ranks)))
@@ -337,27 +337,34 @@ def as_chosen(ranks, profiler, **options):
     return {d.name: d for d in fxrank.Cuttlefish(**options).decide(scene)}
 
 
-def test_on_a_cpu_chosen_ranks_stay_and_are_timed_at_the_multiple_of_16_that_takes_as_long_all_of_a_stack_together():
+def test_on_a_cpu_chosen_ranks_stay_and_are_timed_at_the_multiple_of_8_that_takes_as_long_all_of_a_stack_together():
     profiler = FakeProfiler(lambda rank: rank / 4)
     found = as_chosen({"1": 3, "2": 16, "3": 17, "4": 31}, profiler)
     assert {name: found[name].rank for name in "1234"} == {"1": 3, "2": 16, "3": 17, "4": 31}
-    assert {name: found[name].speedup for name in "1234"} == {"1": 2.5, "2": 2.5, "3": 2.3529, "4": 1.2903}
+    assert {name: found[name].speedup for name in "1234"} == {"1": 5.0, "2": 2.5, "3": 1.6667, "4": 1.2903}
     # 32 is break-even, which no pair may have
-    assert profiler.asked[0] == ("1", [16, 17, 31])
+    assert profiler.asked[0] == ("1", [8, 16, 24, 31])
+
+
+def test_no_more_than_four_are_timed_beside_each_other():
+    profiler = FakeProfiler(lambda rank: 4.0, on_cpu=False)
+    as_chosen({"1": 3, "2": 10, "3": 17}, profiler)
+    assert profiler.asked[:2] == [("1", [3, 8, 10, 16]), ("1", [17, 24])]
 
 
 def test_a_chosen_pair_that_is_not_faster_says_at_which_rank_it_was_timed():
-    found = as_chosen({"1": 3, "2": 18}, FakeProfiler(lambda rank: 10.0 if rank == 16 else 5.0))
-    assert found["1"].reason == "at rank 16 a pair measured 1.00x as fast as the layer"
+    found = as_chosen({"1": 3, "2": 18, "3": 8}, FakeProfiler(lambda rank: 10.0 if rank == 8 else 5.0))
+    assert found["1"].reason == "at rank 3, timed at 8, a pair measured 1.00x as fast as the layer"
+    assert found["3"].reason == "at rank 8 a pair measured 1.00x as fast as the layer"
     assert found["2"].rank == 18
 
 
 def test_on_a_gpu_a_chosen_rank_is_rounded_up_where_that_is_faster():
-    slow = FakeProfiler(lambda rank: 4.0 if rank % 8 == 0 else 6.0, on_cuda=True)
+    slow = FakeProfiler(lambda rank: 4.0 if rank % 8 == 0 else 6.0, on_cpu=False)
     found = as_chosen({"1": 3, "2": 16}, slow)
     assert slow.asked[0] == ("1", [3, 8, 16])
     assert {name: found[name].rank for name in "12"} == {"1": 8, "2": 16}
-    tied = FakeProfiler(lambda rank: 4.0, on_cuda=True)
+    tied = FakeProfiler(lambda rank: 4.0, on_cpu=False)
     assert as_chosen({"1": 3}, tied)["1"].rank == 3
 
 

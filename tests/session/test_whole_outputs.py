@@ -86,7 +86,7 @@ def test_ranks_go_where_the_model_hears_them(monkeypatch):
 def test_where_the_floor_decides_the_reason_says_so():
     session = to_the_switch(Narrow(), replace(KEEP, floor=0.6))
     reasons = [d.reason for d in session.plan.layers if d.factorized]
-    assert reasons and all(": pairs keep 0.6 of their layers' parameters" in reason for reason in reasons)
+    assert reasons and all(": pairs keep 0.6 of their layers' size" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize(("most", "forms"), [(2**25, {"channel", "spatial"}), (0, {"channel"})])

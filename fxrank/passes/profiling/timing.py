@@ -118,9 +118,9 @@ class Profiler:
         """Wall-clock time spent measuring so far."""
 
     @property
-    def on_cuda(self) -> bool:
-        """Whether it is a GPU that is timed."""
-        return self._device.type == "cuda"
+    def on_cpu(self) -> bool:
+        """Whether it is a CPU that is timed."""
+        return self._device.type == "cpu"
 
     def stacks(self, found: Sequence[Stack], probe_ratio: float, threshold: float, steps: int) -> list[StackProfile]:
         """Each as by `stack`, in a training of so many steps: few rounds at first, and more for those whose speed-up is not clearly above
@@ -183,11 +183,13 @@ class Profiler:
 
     def _steady(self, times: Times, layer: Layer, ranks: Sequence[int]) -> Times:
         """As measured, or, on a device whose time others share unseen and where a spread is wide, as the roofline has it."""
-        if self._device.type == "cpu" or all(share.spread <= WIDE * share.median for share in times.shares):
+        wide = [share.spread > WIDE * share.median for share in times.shares]
+        if self.on_cpu or not any(wide):
             return times
         dtype = self.amp or layer.dtype
         roof = roofline(self._device, dtype)
-        shares = [Share(1.0, 0.0), *(Share(1 / roof.speedup(layer, rank, dtype.itemsize), 0.0) for rank in ranks)]
+        modelled = [Share(1.0, 0.0), *(Share(1 / roof.speedup(layer, rank, dtype.itemsize), 0.0) for rank in ranks)]
+        shares = [m if w else share for m, w, share in zip(modelled, wide, times.shares, strict=True)]
         return Times([times.ms[0] * share.median for share in shares], shares, "roofline")
 
     def _measured(self, layer: Layer, ranks: Sequence[int]) -> Times:

@@ -124,8 +124,18 @@ def test_positions_are_sampled_to_a_bound_and_layers_go_in_rounds(monkeypatch):
     some, _ = collect(model, watched, calls_of(x, x), drawn=Drawn(40, 4.0))
     again, _ = collect(model, watched, calls_of(x, x), drawn=Drawn(40, 4.0))
     assert some["0"].count == 80
-    assert collect(model, watched, calls_of(x, x), drawn=Drawn(1.5, 4.0))[0]["0"].count == 24
     assert torch.equal(some["0"].mean, again["0"].mean)
+    assert collect(model, watched, calls_of(x, x), drawn=Drawn(1.5, 4.0))[0]["0"].count == 24
+    assert collect(model, watched, calls_of(x, x), drawn=Drawn(1.5, 1.25))[0]["0"].count == 8
+
+
+def test_numbers_whose_sum_overflows_are_finite():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False).double())
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    x = torch.full((4, 2), 1e308, dtype=torch.float64)
+    found, number = collect(model, {"0": watch(model[0], LowRankLinear, "outputs", (1, 2))}, calls_of(x))
+    assert number == 1 and found["0"].count == 4
 
 
 def test_nothing_of_the_model_is_changed():

@@ -1,7 +1,4 @@
-"""The README's measured tables, made from `results/`; a test compares them with the README.
-
-python -m benchmarks.readme
-"""
+"""The measured tables of the README and the docs, made from `results/`."""
 
 import json
 from collections.abc import Callable
@@ -9,10 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from benchmarks.decisions import Book
 from benchmarks.record import RESULTS
-from benchmarks.subjects import jobs
-from benchmarks.subjects.verdicts import lines
 
 
 def load(prefix: str) -> dict[str, Any]:
@@ -132,66 +126,6 @@ def zoo_table() -> str:
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-JOBS = {
-    "wide-digits": "five-layer perceptron, 512 wide, digits (two arguments alone)",
-    "resnet20-cifar10": "ResNet-20, CIFAR-10 at 16x16",
-    "resnet18-cifar10": "ResNet-18, 16 wide, CIFAR-10 at 16x16",
-    "vit-cifar10": "ViT (4 blocks), CIFAR-10 at 16x16",
-    "char-transformer": "character Transformer, tinyshakespeare",
-    "lstm-wikitext2": "2-layer LSTM, WikiText-2",
-    "multi30k": "encoder-decoder Transformer, Multi30k",
-    "minilm-sst2": "MiniLM-L6, pretrained, SST-2",
-}
-UNITS = {
-    "accuracy": "accuracy, %",
-    "bits_per_character": "bits a character",
-    "perplexity": "perplexity",
-    "bleu": "BLEU",
-}
-
-
-def default_table() -> str:
-    """The default beside the dense model, and a narrower one of its size."""
-    path = max(RESULTS.glob("decisions_cpu*.jsonl"), key=lambda p: p.name[-12:])
-    book = Book(path, jobs.JOBS)
-    rows = []
-    for name, what in JOBS.items():
-        cells, steps = book.of_job(name)
-        found = lines({row: cells[row] for row in ("full", "default", "twin") if row in cells}, steps)
-        if not {"full", "default"} <= found.keys():
-            continue
-        full, default, twin = found["full"], found["default"], found.get("twin")
-        before, after = (default.mean(f"accuracy_{when}_switch") for when in ("before", "after"))
-        rows.append(
-            (
-                what,
-                UNITS[full.metric],
-                full.shown,
-                default.shown,
-                "-" if twin is None else twin.shown,
-                f"{default.share:.2f}",
-                "-" if default.steps is None else "{:.2f} ± {:.2f}".format(*default.steps["ratio"]),
-                f"{100 * before:.1f} → {100 * after:.1f}" if before and after and default.mean("factorized") else "-",
-                len(default.cells),
-            )
-        )
-    headers = ("job", "in", "full-rank", "fxrank", "narrower", "parameters", "step", "accuracy at the switch", "seeds")
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def with_tables_line() -> str:
-    """The pretrained model with its table of words among the layers."""
-    path = max(RESULTS.glob("decisions_cpu*.jsonl"), key=lambda p: p.name[-12:])
-    cells, _ = Book(path, jobs.JOBS).of_job("minilm-sst2")
-    full, small = cells["full"][0], cells["0.7-tables"][0]
-    return (
-        f"Of MiniLM's parameters {100 * full['dense_fixed'] / full['dense_parameters']:.0f} % are tables, which a pair makes smaller and not faster, so that the default leaves them. Asked for, by "
-        '`policy=Cuttlefish(target_params=0.7, factors="data"), include="*embedding*"`, it has '
-        f"{full['parameters'] / small['parameters']:.2f} times fewer parameters, tables counted, at {100 * small['scores']['accuracy']:.2f} % "
-        f"(full-rank {100 * full['scores']['accuracy']:.2f} %, one seed, 872 sentences)."
-    )
-
-
 RUNS = {
     "vit_cifar10": "ViT-tiny (6 blocks), CIFAR-10",
     "minilm_sst2": "MiniLM-L6, pretrained, SST-2",
@@ -285,33 +219,55 @@ def oneshot_table(model: str, kept: Callable[[dict[str, Any]], bool] = lambda ro
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def oneshot_tables() -> str:
-    """All trained networks."""
-    data, vgg = load("oneshot_resnet56"), load("oneshot_vgg11_bn")
-    c, minilm = data["configuration"], load("oneshot_minilm_sst2")
+def oneshot_images() -> str:
+    """The trained networks that tell images apart."""
+    data, vgg, vit = load("oneshot_resnet56"), load("oneshot_vgg11_bn"), load("oneshot_vit_tiny")
+    c = data["configuration"]
     tested = "{:.1f} % of {:,} test images before"
-    chosen = oneshot_table("vgg11_bn", lambda r: r["tool"] != "fxrank" or r["ranks"] in ("chosen", "own losses"))
+    some = ("chosen", "own losses")
+
+    def before(found: dict[str, Any]) -> str:
+        return tested.format(100 * found["results"][0]["raw"], found["configuration"]["test_subset"])
+
+    refused = sorted({r["tool"] for r in vit["results"] if "failed" in r})
     return (
-        f"A trained ResNet-56 (CIFAR-10 as JPEG, {c['subset']:,} training images, {tested.format(100 * data['results'][0]['raw'], c['test_subset'])}), made smaller in one call, {c['calibration']} images for calibration: accuracy "
+        f"A trained ResNet-56 (CIFAR-10 as JPEG, {c['subset']:,} training images, {before(data)}), made smaller in one call, {c['calibration']} images for calibration: accuracy "
         f"without training / with BatchNorm measured again on 2,000 images / after {c['steps']} steps of 64 images, in percent, one seed; time of a forward call, of the dense "
         f"model's, on {data['environment']['torch_threads']} thread, median and quartiles of interleaved calls. Other tools through their own calls, the largest setting that fits. "
         f"On a network as narrow as this pairs save memory and hardly time; pruning and Tucker decompositions save more of it:\n\n{oneshot_table('resnet56')}\n\n"
-        f"The same for a VGG-11 with BatchNorm ({tested.format(100 * vgg['results'][0]['raw'], vgg['configuration']['test_subset'])}), not timed; with factors from data by the layers' own losses only:\n\n{chosen}\n\n"
-        f"And a MiniLM-L6, fine-tuned on SST-2 ({100 * minilm['results'][0]['raw']:.1f} %), by share of all its parameters, without training / after {minilm['configuration']['steps']} steps. "
-        "At 0.8 and 0.6 ranks that are chosen by what the whole model loses keep most, and by what the layers lose themselves inner layers keep less than with one ratio for all; at 0.9 all ways lie close together. "
-        f'"all" has the tables among the layers (`include="*"`):\n\n{text_table(minilm)}'
+        f"The same for a VGG-11 with BatchNorm ({before(vgg)}), not timed; with factors from data by the layers' own losses only:\n\n"
+        f"{oneshot_table('vgg11_bn', lambda r: r['tool'] != 'fxrank' or r['ranks'] in some)}\n\n"
+        f"And for a ViT of 6 blocks ({before(vit)}; the steps of training make the dense one worse too, {100 * vit['results'][0]['healed']:.1f} %), not timed. It has no BatchNorm. "
+        f"Of the other tools none gives a smaller model that computes ({', '.join(refused)}):\n\n{oneshot_table('vit_tiny', lambda r: r['tool'] == 'fxrank')}"
     )
 
 
-def text_table(data: dict[str, Any]) -> str:
+def oneshot_texts() -> str:
+    """The trained Transformers for text."""
+    minilm, char = load("oneshot_minilm_sst2"), load("oneshot_char_transformer")
+    (dense, *found), steps = char["results"], minilm["configuration"]["steps"]
+    narrow = [r for r in found if r["way"] == "narrower"]
+    said = " and ".join(f"{r['raw']:.3f} at {r['budget']:g}" for r in narrow)
+    return (
+        f"A MiniLM-L6, fine-tuned on SST-2 ({100 * minilm['results'][0]['raw']:.1f} %), by share of all its parameters, without training / after {steps} steps. "
+        "At 0.8 and 0.6 ranks that are chosen by what the whole model loses keep most, and by what the layers lose themselves inner layers keep less than with one ratio for all; at 0.9 all ways lie close together. "
+        f'"all" has the tables among the layers (`include="*"`):\n\n{text_table(minilm, "{:.1%}")}\n\n'
+        f"A character Transformer (tinyshakespeare, {dense['raw']:.3f} bits a character; {dense['healed']:.3f} after the same {steps} steps, which make it worse). A narrower dense model, trained as long as this one "
+        f"was, has {said} of the parameters. The steps take more from pairs in the gauge form, which `auto` has here, than from plain ones:\n\n{text_table(char, '{:.3f}')}"
+    )
+
+
+def text_table(data: dict[str, Any], form: str) -> str:
     """Of a Transformer, a line a way and a column a budget."""
     _, *found = data["results"]
     budgets = sorted({r["budget"] for r in found}, reverse=True)
     ways: dict[tuple[str, ...], dict[float, str]] = {}
     for r in found:
-        if "raw" in r:
+        if "raw" in r and r["way"] == "pairs":
             way = tuple(r[k] for k in ("layers", "form", "factors", "ranks"))
-            ways.setdefault(way, {})[r["budget"]] = f"{100 * r['raw']:.1f} / {100 * r['healed']:.1f}"
+            ways.setdefault(way, {})[r["budget"]] = f"{form.format(r['raw'])} / {form.format(r['healed'])}".replace(
+                "%", ""
+            )
     rows = [[*way, *(by.get(b, "-") for b in budgets)] for way, by in ways.items()]
     headers = ["layers", "form", "factors from", "ranks", *(f"{b:g} of the parameters" for b in budgets)]
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
@@ -326,27 +282,3 @@ def random_models_line() -> str:
         f"{r['passed']:,} of {r['models']:,} hold all that must hold (exact at full rank in both modes and at other batch sizes, gradients, the bound at lower ranks, the original untouched); "
         f"{pairs:,} weights got pairs, {dense:,} stayed dense with a reason."
     )
-
-
-def tables() -> str:
-    """All of them, as they stand in the README."""
-    return (
-        "The default, `Cuttlefish()`, beside the full-rank model and a dense one that is narrower and has no more parameters, trained as long, on 2 CPU cores. Parameters are the "
-        "share outside of embeddings, the step is that of the model that came out, of the dense one's. A model of which no pair is faster is left dense, as the LSTM is:\n\n"
-        f'{default_table()}\n\n{with_tables_line()}\n\nBy the papers\' ranks (`rank_metric="scaled_stable_rank"`): {accuracy_table()}\n\n'
-        f"Real jobs by policies after the papers, short and with one seed each, beside their full-rank twins:\n\n{runs_table()}\n\n"
-        "The model zoo. Reached: share of the weights that a layer multiplies with. float32, float64, gradients: largest relative difference "
-        f"between a model and its full-rank factorization, in evaluation, and in float64 in training mode too:\n\n{zoo_table()}\n\n"
-        "Several processes of one machine, pairs at a quarter of full rank, step time relative to full-rank and plain:\n\n"
-        f"{parallel_table()}\n\n"
-        "`torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled "
-        f"low-rank model against the eager one:\n\n{compiled_table()}\n\n"
-        f"{oneshot_tables()}\n\n"
-        f"What fxrank itself costs, on ResNet-18 in the CIFAR shape:\n\n{cost_table()}\n\n"
-        f"{random_models_line()}\n\n"
-        f"Faults, each tried on the real thing by a test that fails if anything is lost, or if a refusal changes anything or names no way out:\n\n{faults_table()}"
-    )
-
-
-if __name__ == "__main__":
-    print(tables())
