@@ -91,7 +91,7 @@ def test_layers_that_are_slow_stay_dense_and_speed_is_told(monkeypatch):
     session = attach(model, optimizer := sgd(model), replace(SOON, speedup_threshold=1.5, target_params=0.75))
     train(model, optimizer, 10)
     plan = session.plan
-    assert not plan.layer("l3").factorized and "the threshold 1.5x" in plan.layer("l3").reason
+    assert not plan.layer("l3").factorized and "the threshold is 1.5x" in plan.layer("l3").reason
     assert plan.layer("l3").speedup == 0.5 and plan.layer("l4").speedup == 2.0
     assert plan.budget.reached <= 0.75
 
