@@ -1,11 +1,16 @@
 """Tables of the decision ledger: the default beside the dense model and a narrower one, and what was tried beside it."""
 
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 from tabulate import tabulate
 
 from benchmarks.decisions import Book
 from benchmarks.record import RESULTS
 from benchmarks.subjects import jobs
-from benchmarks.subjects.verdicts import HALF, Line, lines
+from benchmarks.subjects.verdicts import HALF, Found, Line, lines
 
 JOBS = {
     "wide-digits": "five-layer perceptron, 512 wide, digits (two arguments alone)",
@@ -49,6 +54,8 @@ TRIED = {
     "0.3-data": "a target of 0.3",
     "0.3": "a target of 0.3, by weights",
 }
+OWN = ("monitor", "profile", "switch")
+"""What of a run's seconds is fxrank's own."""
 UNITS = {
     "accuracy": "accuracy, %",
     "bits_per_character": "bits a character",
@@ -57,34 +64,77 @@ UNITS = {
 }
 
 
-def default_table() -> str:
-    """The default beside the dense model, and a narrower one of its size."""
+class Beside(NamedTuple):
+    """The default of a job, the dense model and the narrower one, if there is one, and whether the default is better on the seeds that both have."""
+
+    job: str
+    full: Line
+    default: Line
+    twin: Line | None
+    beats_twin: bool
+
+    @property
+    def start(self) -> list[str]:
+        """What every table says of them first."""
+        scores = [UNITS[self.full.metric], self.full.shown, self.default.shown]
+        if self.twin is None:
+            return [*scores, "-"]
+        seeds = len(self.twin.cells)
+        alike = seeds == len(self.default.cells)
+        return [*scores, self.twin.shown if alike else f"{self.twin.shown} ({seeds} seed{'s' * (seeds > 1)})"]
+
+    @property
+    def twins_step(self) -> str:
+        """Of the dense model's step, what the narrower one's takes."""
+        return "-" if self.twin is None or self.twin.steps is None else f"{self.twin.steps['ratio'][0]:.2f}"
+
+    @property
+    def own_time(self) -> str:
+        """What fxrank itself took of the run, over all seeds."""
+        of_runs = [sum(c["seconds"].get(k, 0.0) for k in OWN) / c["seconds"]["total"] for c in self.default.cells]
+        return f"{100 * statistics.fmean(of_runs):.0f} %"
+
+
+def beside() -> Iterator[Beside]:
+    """Each job of which there are the dense model and the default."""
     book = _book()
-    rows = []
-    for name, what in JOBS.items():
-        cells, steps = book.of_job(name)
+    for job in JOBS:
+        cells, steps = book.of_job(job)
         found = lines({row: cells[row] for row in ("full", "default", "twin") if row in cells}, steps)
         if not {"full", "default"} <= found.keys():
             continue
-        full, default, twin = found["full"], found["default"], found.get("twin")
-        before, after = (default.mean(f"accuracy_{when}_switch") for when in ("before", "after"))
+        default, twin, beats = found["default"], found.get("twin"), False
+        if twin is not None:
+            same = _of_seeds(cells["default"], twin.cells)
+            beats = Line("default", default.metric, same).beats(twin)
+        yield Beside(job, found["full"], default, twin, beats)
+
+
+def _of_seeds(cells: Sequence[Found], others: Sequence[Found]) -> list[Found]:
+    seeds = {cell["seed"] for cell in others}
+    return [cell for cell in cells if cell["seed"] in seeds]
+
+
+def default_table() -> str:
+    """The default beside the dense model, and a narrower one of its size."""
+    rows = []
+    for b in beside():
+        before, after = (b.default.mean(f"accuracy_{when}_switch") for when in ("before", "after"))
         rows.append(
             (
-                what,
-                UNITS[full.metric],
-                full.shown,
-                default.shown,
-                "-" if twin is None else _beside(twin, default),
-                f"{default.share:.2f}",
-                "-" if default.steps is None else "{:.2f} ± {:.2f}".format(*default.steps["ratio"]),
-                "-" if twin is None else _step(twin),
-                f"{100 * before:.1f} → {100 * after:.1f}" if before and after and default.mean("factorized") else "-",
-                len(default.cells),
+                JOBS[b.job],
+                *b.start,
+                f"{b.default.share:.2f}",
+                "-" if b.default.steps is None else "{:.2f} ± {:.2f}".format(*b.default.steps["ratio"]),
+                b.twins_step,
+                f"{100 * before:.1f} → {100 * after:.1f}" if before and after and b.default.mean("factorized") else "-",
+                b.own_time,
+                len(b.default.cells),
             )
         )
     headers = (
         *("job", "in", "full-rank", "fxrank", "narrower", "parameters", "step", "narrower's"),
-        *("accuracy at the switch", "seeds"),
+        *("accuracy at the switch", "fxrank itself", "seeds"),
     )
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
@@ -92,53 +142,40 @@ def default_table() -> str:
 def wins_table() -> str:
     """The same in a narrow table: a share and a score for each."""
     rows = []
-    for name, what in SHORT.items():
-        cells, steps = _book().of_job(name)
-        found = lines({row: cells[row] for row in ("full", "default", "twin") if row in cells}, steps)
-        full, default, twin = found["full"], found["default"], found.get("twin")
-        rows.append(
-            (
-                what,
-                UNITS[full.metric],
-                full.shown,
-                default.shown,
-                "-" if twin is None else _beside(twin, default),
-                f"{default.share:.2f}",
-                _step(default),
-                "-" if twin is None else _step(twin),
-            )
-        )
+    for b in beside():
+        step = "-" if b.default.steps is None else f"{b.default.steps['ratio'][0]:.2f}"
+        rows.append((SHORT[b.job], *b.start, f"{b.default.share:.2f}", step, b.twins_step))
     headers = ("job", "in", "full-rank", "fxrank", "narrower", "parameters", "step", "narrower's")
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def states() -> int:
+    """Of fxrank's files, in which the default's cells were trained."""
+    return len({cell["code"] for b in beside() for cell in b.default.cells})
 
 
 def verdict() -> str:
     """Where the default wins and where it loses, in sentences."""
     good = "As good as full-rank (within 0.3 points, 0.5 BLEU or 1 % of perplexity)"
-    said: dict[str, list[str]] = {
-        f"{good} with at most half of the parameters": [],
-        f"{good} with more": [],
-        "Worse than that": [],
-        "Better than the narrower model": [],
-        "not better": [],
-        "Left dense, as no pair is faster": [],
-    }
-    half, more, worse, better, not_better, dense = said.values()
-    for name in JOBS:
-        cells, steps = _book().of_job(name)
-        found = lines({row: cells[row] for row in ("full", "default", "twin") if row in cells}, steps)
-        full, default, twin = found["full"], found["default"], found.get("twin")
-        what = SHORT[name].partition(",")[0]
-        if not default.mean("factorized"):
-            dense.append(what)
+    said: dict[str, list[str]] = defaultdict(list)
+    for b in beside():
+        what = SHORT[b.job].partition(",")[0]
+        if not b.default.mean("factorized"):
+            said["dense"].append(what)
             continue
-        (worse if not default.within(full) else half if default.share <= HALF else more).append(what)
-        if twin is not None:
-            (better if default.beats(twin) else not_better).append(what)
-    texts = {what: f"{what}: {', '.join(names)}" for what, names in said.items() if names}
-    beside = "; ".join(text for what, text in texts.items() if "etter" in what)
-    apart = [text for what, text in texts.items() if "etter" not in what]
-    return "\n".join(f"- {text}." for text in [*apart, beside])
+        small = "half" if b.default.share <= HALF else "more"
+        said[small if b.default.within(b.full) else "worse"].append(what)
+        if b.twin is not None:
+            said["better" if b.beats_twin else "not better"].append(what)
+    sentences = {
+        "half": f"- {good} with at most half of the parameters: {{}}.",
+        "more": f"- {good} with more: {{}}.",
+        "worse": "- Worse than that: {}.",
+        "dense": "- Left dense, as no pair is faster: {}.",
+        "better": "- Better than the narrower model, on the seeds of both: {}.",
+        "not better": "- Not better than it: {}.",
+    }
+    return "\n".join(text.format(", ".join(said[key])) for key, text in sentences.items() if said[key])
 
 
 def tried_table() -> str:
@@ -148,8 +185,7 @@ def tried_table() -> str:
         cells, steps = _book().of_job(name)
         for row, what in TRIED.items():
             if row in cells and "full" in cells:
-                seeds = {cell["seed"] for cell in cells[row]}
-                same = [cell for cell in cells["default"] if cell["seed"] in seeds]
+                same = _of_seeds(cells["default"], cells[row])
                 found = lines({"full": cells["full"], "default": same, row: cells[row]}, steps)
                 line, default = found[row], found["default"]
                 rows.append(
@@ -168,16 +204,6 @@ def tried_table() -> str:
     rows.sort(key=lambda r: order.index(str(r[0])))
     headers = ("tried", "job", "in", "it", "parameters", "default", "parameters", "seeds")
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
-
-
-def _beside(line: Line, other: Line) -> str:
-    """Its score, with the number of seeds where that is not the other's."""
-    seeds = len(line.cells)
-    return line.shown if seeds == len(other.cells) else f"{line.shown} ({seeds} seed{'s' * (seeds > 1)})"
-
-
-def _step(line: Line) -> str:
-    return "-" if line.steps is None else f"{line.steps['ratio'][0]:.2f}"
 
 
 def _book() -> Book:

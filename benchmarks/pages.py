@@ -22,6 +22,7 @@ Each number comes from a file in `benchmarks/results`, which says the hardware, 
 
 `Cuttlefish()` beside the full-rank model and a dense one that is narrower and has no more parameters, trained as long, on 2 CPU cores.
 Parameters are the share outside of embeddings, the step is that of the model that came out, of the dense one's. A model of which no pair is faster is left dense, as the LSTM is.
+"fxrank itself" is what watching, timing and switching took of the run, mostly beside other runs. The cells of the default are of {d.states()} states of fxrank's files, as the ledger says.
 
 {d.default_table()}
 
