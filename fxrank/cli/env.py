@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
 
+from fxrank._version import __version__
+
 EXTRAS = ("figures", "zoo", "huggingface", "lightning", "export")
 """Those for users."""
 
@@ -15,19 +17,25 @@ def described() -> str:
     """The system, the devices, and the version of every package that fxrank works with, a line each; of one that is not installed, that."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
-        "fxrank": version("fxrank"),
+        "fxrank": __version__,
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads",
         "GPU": ", ".join(gpus) or "none",
     }
-    lines |= {name: _version(name) for name in _packages()}
+    try:
+        lines |= {name: _version(name) for name in _packages()}
+    except PackageNotFoundError:
+        lines |= {
+            "packages": "not known: fxrank is not installed; pip install . in its checkout",
+            "torch": torch.__version__,
+        }
     width = max(map(len, lines))
     return "\n".join(f"{name:{width}}  {value}" for name, value in lines.items())
 
 
 def _packages() -> list[str]:
-    """Those that fxrank needs, and those of its extras for users."""
+    """Those that fxrank needs, and those of its extras for users. Raises `PackageNotFoundError` where it is not installed."""
     found = set()
     for line in requires("fxrank") or []:
         extra = re.search(r"extra == .(\w+)", line)

@@ -230,22 +230,31 @@ def _add_train_options(train: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 if it went well, 2 with one line on standard error if the input was refused, 130 with one if it was
-    interrupted.
+    interrupted, 141 without one if whoever reads what it prints, `head` say, has read enough.
     """
     options = parser().parse_args(arguments)
     try:
         options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, `head` say, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        return 0
     except (FxrankError, ValueError, TypeError, ImportError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         print(f"fxrank {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"fxrank {options.command}: interrupted; {_left_behind(options)}", file=sys.stderr)
         return 130
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether it is standard output whose reader is gone, and not a pipe of something else; what is left to print is then dropped."""
+    try:
+        print(flush=True)  # an empty line finds out, before the error is told
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return True
+    return False
 
 
 def _left_behind(options: argparse.Namespace) -> str:

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -30,16 +31,42 @@ def test_env_names_the_machine_and_every_package(capsys, monkeypatch):
     monkeypatch.setattr("fxrank.cli.env.version", version)
     assert main(["env"]) == 0
     lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
-    assert lines["fxrank"] == lines["torch"] == lines["transformers"] == "1.2.3"
+    assert lines["fxrank"] == fxrank.__version__
+    assert lines["torch"] == lines["transformers"] == "1.2.3"
     assert lines["onnx"] == "not installed"
     assert {"python", "system", "cores", "GPU", "scipy", "tqdm", "matplotlib", "lightning"} <= lines.keys()
     assert "pytest" not in lines and "wandb" not in lines
 
 
-def test_a_reader_that_has_read_enough_is_no_fault():
-    run = f"{sys.executable} -m fxrank inspect --model digits --input 2x1x8x8 --json | head -c 1"
-    done = subprocess.run(run, shell=True, capture_output=True, text=True, timeout=120, check=False)
-    assert (done.stdout, done.stderr) == ("[", "")
+def test_env_of_a_checkout_that_is_not_installed(capsys, monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("fxrank.cli.env.requires", requires)
+    assert main(["env"]) == 0
+    lines = dict(line.split(None, 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["packages"] == "not known: fxrank is not installed; pip install . in its checkout"
+    assert lines["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_read_enough_is_no_fault(monkeypatch, unbuffered):
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = [sys.executable, "-m", "fxrank", "inspect", "--model", "digits", "--input", "2x1x8x8"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == ("", 141)
+
+
+def test_a_pipe_of_something_else_that_breaks_is_told(capsys, monkeypatch):
+    def broken(options):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("fxrank.cli.main._profile", broken)
+    assert main(["profile", "--model", "digits"]) == 2
+    assert capsys.readouterr().err == "fxrank profile: [Errno 32] Broken pipe\n"
 
 
 def test_inspect_needs_no_weights(capsys):
