@@ -66,6 +66,20 @@ def test_a_loop_of_ones_own_then_saved_loaded_merged_and_repeated(tmp_path, monk
     Net().load_state_dict(names["dense"].state_dict())
 
 
+def test_a_trained_model_in_one_call(capsys):
+    torch.manual_seed(0)
+    x, y = clusters()
+    trained = fxrank.merge(fxrank.factorize(Net(), x[:8], 0.25))  # whose weights are of low rank
+    names = {"fxrank": fxrank, "model": trained, "batch": x[:8], "loader": [(x[:24], y[:24]), (x[24:], y[24:])]}
+    before = sum(p.numel() for p in names["model"].parameters())
+    first, *rest = block_after("A trained model, in one call").splitlines()
+    exec(first, names)
+    assert sum(p.numel() for p in names["small"].parameters()) <= before / 2
+    exec("\n".join(rest), names)
+    assert "reason" in capsys.readouterr().out
+    assert sum(p.numel() for p in names["model"].parameters()) == before
+
+
 def test_measured_parts_are_the_results():
     for path, text in pages().items():
         assert path.read_text(encoding="utf-8") == text, f"{path.name}: run `python -m benchmarks.pages`"

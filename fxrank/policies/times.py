@@ -30,8 +30,8 @@ TIMED = 6
 """So many ranks of a layer in a form are timed; between them lie straight lines."""
 MISSED = 0.05
 """A target that is missed by more than this share of it is tried for once more."""
-WIDTH = 16
-"""Numbers that a CPU multiplies at once."""
+MULTIPLES = 8, 16
+"""Of ranks that a device may be faster at."""
 TIE = 1.02
 """Pairs that take no more than so many times the fastest one's time are as fast."""
 LEAST_OPEN = 4
@@ -45,7 +45,7 @@ def open_ranks(layer: Layer, on_cuda: bool) -> range:
     long (measured with AVX-512, linear and convolution).
     """
     most = min(layer.full_rank, int(np.ceil(layer.break_even_rank)) - 1)
-    multiple = 8 if on_cuda and layer.dtype.itemsize > 2 else WIDTH
+    multiple = 8 if on_cuda and layer.dtype.itemsize > 2 else 16
     while multiple > 1 and most // multiple < LEAST_OPEN:
         multiple //= 2
     return range(multiple, most + 1, multiple)
@@ -67,9 +67,9 @@ class Rounding:
     def timed(self, layer: Layer, rank: int, profiler: Profiler) -> list[int]:
         """The ranks to time, ascending."""
         if self._stays(profiler):
-            return self._multiples(layer, rank, (8,)) or [rank]
+            return self._multiples(layer, rank, MULTIPLES[:1]) or [rank]
         if isinstance(self.to, str):
-            return sorted({rank, *self._multiples(layer, rank, (8, 16))})
+            return sorted({rank, *self._multiples(layer, rank, MULTIPLES)})
         return self._multiples(layer, rank, (self.to,)) or [rank]
 
     def rounded(self, layer: Layer, rank: int, profiler: Profiler | None) -> tuple[int, int, float | None]:

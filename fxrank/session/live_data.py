@@ -259,7 +259,7 @@ def seen_by(
     absorbed = before_batchnorm(attached.graph_module.graph, team.model, layers)
     most = max((_calls_for(layer) for layer in attached.scene.layers if layer.reason is None), default=FEWEST)
     number = max(1, sum(team.of_all(min(most, len(calls)))))
-    drawn = Drawn(*(of_all / number for of_all in DRAWN))
+    drawn = Drawn(*(together / number for together in DRAWN))
     with ExitStack() as around:
         made = partial(again, calls, attached, around, most)
         for some in in_rounds(team.model, layers, ROUND_BYTES):

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fxrank
 from fxrank.session import attach as attaching
+from fxrank.session import live_data
 
 # -- how well
 
@@ -164,6 +165,17 @@ def test_a_few_vectors_do_not_count():
     assert session.notes[0].startswith("factors of 0 of 2 layers know")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
     assert run(batch=(X[:16], Y[:16]))[1].notes[0].startswith("factors of 2 of 2 layers know")
+
+
+@pytest.mark.parametrize(("total_steps", "calls"), [(3, 1), (160, 3)])
+def test_all_calls_together_draw_eight_vectors_for_each_number(monkeypatch, total_steps, calls):
+    drawn = []
+    inner = live_data.gather
+    monkeypatch.setattr(live_data, "gather", lambda *a, **k: drawn.append(k["drawn"]) or inner(*a, **k))
+    _, session, _ = run(total_steps=total_steps)
+    assert session.plan.calibration_batches == calls
+    assert {one.at_most(16) for one in drawn} == {-(-2048 // calls)}
+    assert {one.at_most(900) for one in drawn} == {7200 // calls}
 
 
 # -- averages

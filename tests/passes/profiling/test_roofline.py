@@ -81,3 +81,16 @@ def test_on_a_shared_device_the_roofline_stands_in_for_wide_times(monkeypatch, s
     assert times.ms[0] == 10.0
     expected = Share(1 / roof.speedup(LAYERS[0], 4, 2), 0.0) if how == "roofline" else Share(0.5, pytest.approx(0.05))
     assert times.shares[1] == expected
+
+
+def test_of_several_pairs_only_the_one_whose_times_are_wide_is_modelled(monkeypatch):
+    model = nn.Sequential(nn.Linear(24, 40))
+    roof = Roofline(1e9, 1e12)
+    rounds = [[10.0, 5.0, 8.0 * (1 + 0.6 * step)] for step in (-1, 0, 1)]
+    monkeypatch.setattr(Profiler, "_measured", lambda self, layer, ranks: times_of(rounds, "clock"))
+    monkeypatch.setattr(timing, "roofline", lambda device, dtype: roof)
+    times = Profiler(model, torch.device("cuda"), amp=torch.bfloat16).times(LAYERS[0], [4, 6])
+    modelled = 1 / roof.speedup(LAYERS[0], 6, 2)
+    assert times.shares == [Share(1.0, 0.0), Share(0.5, 0.0), Share(modelled, 0.0)]
+    assert times.ms == [10.0, 5.0, 10.0 * modelled]
+    assert times.how == "roofline"
