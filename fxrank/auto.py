@@ -31,7 +31,8 @@ from fxrank.training.trainer import Result, Trainer
 log = logging.getLogger("fxrank")
 
 FIGURE = "ranks.png"
-RESULTS = (WEIGHTS, PLAN, "report.json", "report.txt", FIGURE)
+PAGE = "report.html"
+RESULTS = (WEIGHTS, PLAN, "report.json", "report.txt", PAGE, FIGURE)
 """The files of a run's folder."""
 
 
@@ -76,7 +77,7 @@ def auto_lowrank(
     batch with `scheduler_per="batch"` (`ReduceLROnPlateau` gets the validation loss, or else the training loss).
     `include` and `exclude` as in `factorize`. `seed` fixes torch's random numbers. `logger` receives the rank curves and the
     switch (see `Logger`). `output_dir` receives
-    `model.safetensors`, `plan.json`, `report.json`, `report.txt` and, if matplotlib is installed, `ranks.png`. It is tried before the
+    `model.safetensors`, `plan.json`, `report.json`, `report.txt`, `report.html` to look at and, if matplotlib is installed, `ranks.png`. It is tried before the
     training, and belongs to one run at a time; if the files cannot be written at the end, a warning names the folder where they are.
 
     With `resume=True` the run may be killed at any moment: the same call goes on from
@@ -167,12 +168,16 @@ def write_somewhere(result: Result, output: Path, steps_per_epoch: int) -> Path 
 
 
 def write_run(result: Result, output_dir: str | os.PathLike[str], steps_per_epoch: int) -> None:
-    """Write model, plan, report and figure of a run to a folder."""
+    """Write model, plan, report, page and figure of a run to a folder."""
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save(result.model, folder)
     put(folder / "report.json", result.report.save)
     put(folder / "report.txt", lambda partial: partial.write_text(f"{result.report}\n", encoding="utf-8"))
+    try:
+        put(folder / PAGE, lambda partial: partial.write_text(result.report.to_html(folder.name), encoding="utf-8"))
+    except ImportError as error:
+        log.warning("no page of the run: %s", error)
     curves = {name: curve for name, curve in result.curves.items() if name != "steps"}
     if curves:
         try:

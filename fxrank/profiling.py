@@ -1,21 +1,25 @@
 """`fxrank.profile`: the profiling pass as a call of its own."""
 
+import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import nn
 
+from fxrank.page.profiles import profile_page
+from fxrank.page.render import in_notebook
 from fxrank.passes.discovery.discover import discover
 from fxrank.passes.discovery.layer import Layer
 from fxrank.passes.discovery.selection import Selector, candidates, require_some
-from fxrank.passes.discovery.stacks import stacks
+from fxrank.passes.discovery.stacks import Stack, stacks
 from fxrank.passes.model.calls import Example
 from fxrank.passes.model.compiled import uncompiled
 from fxrank.passes.model.device import known_device
@@ -26,6 +30,31 @@ from fxrank.passes.tracing.trace import trace
 from fxrank.policies.cuttlefish import FULL_SPEED
 from fxrank.switch.trial import misfits, with_reasons
 from fxrank.torch_private import pytree
+
+BUDGETS = 0.5, 0.3
+"""Shares of their layers' parameters that pairs are tried with."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What pairs of `share` of their layers' parameters would do, measured layer by layer: `faster` of `layers` would be faster as such a pair.
+    With these pairs the model has `parameters` of its own, and what all layers that may be pairs take, forward and backward, is `time` of what they take
+    now, both as shares.
+    """
+
+    share: float
+    faster: int
+    layers: int
+    parameters: float
+    time: float
+
+    def __str__(self) -> str:
+        pairs = (
+            f"pairs of {self.share:g} of their layers' parameters: {self.faster} of {self.layers} layers are faster so"
+        )
+        if not self.faster:
+            return pairs
+        return f"{pairs}; with these the model has {self.parameters:.2f} of its parameters, and all these layers together take {self.time:.2f} of their time"
 
 
 @dataclass(frozen=True)
@@ -45,6 +74,8 @@ class Profile:
     """The best rates of the device in the dtype of the job."""
     outlook: tuple[tuple[float, int], ...] = ()
     """Of each stack, by the roofline: the speed-up at the probe rank, and the largest rank whose pair is faster than the layer."""
+    outcomes: tuple[Outcome, ...] = ()
+    """What pairs of each of `BUDGETS` would do."""
 
     @property
     def K(self) -> int:
@@ -57,6 +88,35 @@ class Profile:
         """Layers of stacks that are not faster than the threshold."""
         return tuple(name for stack in self.stacks if stack.speedup <= self.threshold for name in stack.names)
 
+    @property
+    def verdict(self) -> str:
+        """Whether pairs pay on this device, and why, in a sentence."""
+        if not self.stacks:
+            return "Not worth it here: no layer can be a pair; the table says why, layer by layer."
+        count = sum(len(stack.names) for stack in self.stacks)
+        paying = [one for one in self.outcomes if one.faster]
+        if not paying:
+            best = max(self.stacks, key=lambda stack: stack.speedup)
+            why = "pairs would be smaller and not faster" if self.outcomes else "no pair was tried"
+            return (
+                f"Not worth it here for time: none of {count} layers is faster as a pair of the sizes tried (at best {best.speedup:.2f}x, {best.names[0]}); {why}. "
+                'For size alone ask for it: objective="size", or a target_params.'
+            )
+        best_of_all = min(paying, key=lambda one: one.time)
+        return (
+            f"Worth it here: as pairs of {best_of_all.share:g} of their parameters {best_of_all.faster} of {count} layers are faster; the model would have "
+            f"{best_of_all.parameters:.2f} of its parameters, and these layers would take {best_of_all.time:.2f} of their time. Whether it stays as accurate, training tells."
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the JSON to `path`, or, if that ends in `.html`, a page with the stacks, the roofline and what budgets would do."""
+        html = str(path).lower().endswith((".html", ".htm"))
+        text = profile_page(self.to_dict()) if html else json.dumps(self.to_dict(), indent=1) + "\n"
+        Path(path).write_text(text, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        return in_notebook(profile_page(self.to_dict()))
+
     def to_dict(self) -> dict[str, Any]:
         stacks = [s.to_dict() for s in self.stacks]
         for stack, (predicted, largest) in zip(stacks, self.outlook, strict=False):
@@ -68,6 +128,21 @@ class Profile:
             "K": self.K,
             "kept": list(self.kept),
             "stacks": stacks,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "kind": layer.kind,
+                    "weight_shape": list(layer.weight_shape),
+                    "full_rank": layer.full_rank,
+                    "break_even_rank": layer.break_even_rank if layer.unrolled.pair else None,
+                    "parameters": layer.parameters,
+                    "reason": layer.reason,
+                }
+                for layer in self.layers
+            ],
+            "outcomes": [asdict(outcome) for outcome in self.outcomes],
+            "verdict": self.verdict,
+            "seconds": self.seconds,
             "notes": list(self.notes),
         }
 
@@ -117,7 +192,8 @@ class Profile:
         lines += [
             f"the machine is busy: {count} of {len(self.stacks)} stacks by {how}" for how, count in stood_in.items()
         ]
-        return "\n".join([*lines, *self.notes])
+        lines += [str(outcome) for outcome in self.outcomes]
+        return "\n".join([*lines, self.verdict, *self.notes])
 
     def figure(self, path: str | os.PathLike[str]) -> None:
         """Every stack, dense and as a pair, under the roofline: FLOP per second over FLOP per byte, both axes logarithmic, to a PNG or
@@ -197,5 +273,25 @@ def profile(
         (roof.speedup(s.sample, m.probe_rank, dtype.itemsize), roof.largest_rank(s.sample, dtype.itemsize))
         for s, m in zip(found_stacks, measured, strict=True)
     )
-    seconds = profiler.seconds
-    return Profile(measured, tuple(layers), speedup_threshold, seconds, str(place), tuple(notes), roof, outlook)
+    outcomes = tuple(_outcome(share, found_stacks, profiler, model) for share in BUDGETS)
+    return Profile(
+        measured, tuple(layers), speedup_threshold, profiler.seconds, str(place), tuple(notes), roof, outlook, outcomes
+    )
+
+
+def _outcome(share: float, found: Sequence[Stack], profiler: Profiler, model: nn.Module) -> Outcome:
+    faster, saved, before, after = 0, 0, 0.0, 0.0
+    for stack in found:
+        layer = stack.sample
+        rank = layer.rank_within(int(share * layer.parameters))
+        uses = sum(max(1, len(one.nodes)) for one in stack.layers)
+        times = profiler.times(layer, [rank] if rank else [])
+        dense, pair = times.ms[0], times.ms[-1]
+        pays = rank > 0 and pair < dense
+        faster += pays * len(stack.layers)
+        saved += pays * len(stack.layers) * (layer.parameters - layer.pair_parameters(rank))
+        before += uses * dense
+        after += uses * (pair if pays else dense)
+    whole = sum(p.numel() for p in model.parameters())
+    count = sum(len(stack.layers) for stack in found)
+    return Outcome(share, faster, count, (whole - saved) / whole, after / before)

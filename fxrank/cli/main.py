@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fxrank._version import __version__
-from fxrank.auto import train_lowrank
-from fxrank.cli import compress, outlook
+from fxrank.auto import PAGE, train_lowrank
+from fxrank.cli import compress, outlook, report
 from fxrank.cli.data import DATA_HELP, build_loaders
 from fxrank.cli.env import described
 from fxrank.cli.models import MODEL_HELP, build_model, example_for, on_meta_where_possible
@@ -43,6 +43,7 @@ def _demo(options: argparse.Namespace) -> None:
     demo = run(options.output, epochs=options.epochs, seed=options.seed, progress=not options.quiet)
     print(f"\n{demo.lowrank.report}\n\n{demo}\n")
     print(f"written to {options.output}: " + ", ".join(sorted(p.name for p in Path(options.output).iterdir())))
+    print(f"to look at: {Path(options.output) / PAGE}")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -90,6 +91,8 @@ def _profile(options: argparse.Namespace) -> None:
     print(json.dumps(measured.to_dict(), indent=1) if options.json else measured)
     if options.figure:
         measured.figure(options.figure)
+    if options.html:
+        measured.save(options.html)
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -157,6 +160,8 @@ def parser() -> argparse.ArgumentParser:
     _add_train_options(train)
     smaller = command("compress", compress.run, "factorize a trained model within a budget, without training")
     compress.add_options(smaller)
+    seen = command("report", report.run, "write the page of a run to look at, from its folder")
+    report.add_options(seen)
     command("env", lambda _: print(described()), "what a report of a fault should say of this machine")
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
     timing.add_argument(
@@ -171,6 +176,7 @@ def parser() -> argparse.ArgumentParser:
     timing.add_argument(
         "--figure", default=None, metavar="FILE", help="draw the stacks under the roofline (PNG or SVG)"
     )
+    timing.add_argument("--html", default=None, metavar="FILE", help="write a page: the stacks, and whether pairs pay")
 
     table = command(
         "inspect", _inspect, "list every layer with what can be done to it, on the meta device, without weights"

@@ -34,6 +34,7 @@ from fxrank.policies.scene import Clock
 from fxrank.session.attach import Attachment, clock_of, examine
 from fxrank.session.hooks import StepHooks
 from fxrank.session.live_data import LastCalls, fitted_to, measure_again
+from fxrank.session.spectra import cut_spectra
 from fxrank.session.state import FULL, LOW, restore_session, session_state
 from fxrank.session.switch import hand_over, put_pairs
 from fxrank.session.truth import StepsElsewhere, check_length, expect_end, has_ended
@@ -54,7 +55,8 @@ class LowRankSession:
     Public state: `phase` (`"full-rank"` or `"low-rank"`), `plan` (None before the switch), `scene` (layers,
     profiles and, where ranks are watched, their histories: `scene.monitor.curves`), `clock`, `graph_module`,
     `seconds` (time spent in monitor, profile and switch), `step_ms` (recent step times by phase), `share` (what the training step was
-    measured to take with the plan's pairs, of the dense one's time, before the switch; None if it was not), `notes`.
+    measured to take with the plan's pairs, of the dense one's time, before the switch; None if it was not), `spectra` (what was cut,
+    see `cut_spectra`), `notes`.
     """
 
     def __init__(self, attached: Attachment, listener: Listener | None = None) -> None:
@@ -64,6 +66,7 @@ class LowRankSession:
         self.policy, self.clock = attached.policy, attached.clock
         self.plan: Plan | None = None
         self.share: Share | None = None
+        self.spectra: dict[str, dict[str, Any]] = {}
         self.notes: list[str] = list(attached.notes)
         profiler = self.scene.profiler
         self.seconds = {"monitor": 0.0, "profile": profiler.seconds if profiler else 0.0, "switch": 0.0}
@@ -249,6 +252,7 @@ class LowRankSession:
             self.notes.append(note)
         measured = self._profiled() - profiled
         self.seconds["profile"] += measured
+        self.spectra = cut_spectra(plan, self.scene)
         self.install(plan)
         self.seconds["switch"] += time.perf_counter() - start - measured
         if self._logger is not None:

@@ -36,6 +36,7 @@ class StatefulSession(Protocol):
     scene: Scene
     plan: Plan | None
     notes: list[str]
+    spectra: dict[str, dict[str, Any]]
     seconds: dict[str, float]
     step_ms: dict[str, deque[float]]
 
@@ -55,6 +56,7 @@ def session_state(session: StatefulSession) -> dict[str, Any]:
         "monitor": None if monitor is None else monitor.state_dict(),
         "profiles": [_listed(asdict(profile)) for profile in profiles.values()],
         "notes": list(session.notes),
+        "spectra": session.spectra,
         "seconds": dict(session.seconds),
         "step_ms": {phase: list(times) for phase, times in session.step_ms.items()},
     }
@@ -80,6 +82,7 @@ def restore_session(session: StatefulSession, state: dict[str, Any]) -> None:
         session.install(plan, split=False)
     session.plan = plan
     session.notes[:] = state.get("notes", session.notes)
+    session.spectra = state.get("spectra", {})
     session.seconds.update(state.get("seconds", {}))
     for phase, times in state.get("step_ms", {}).items():
         session.step_ms[phase].extend(times)
@@ -127,6 +130,8 @@ def check_state(
             and all(isinstance(t, list) and all(map(_is_number, t)) for t in s.values())
         ),
     )
+    if "spectra" in state:  # earlier states have none
+        _need(state, "spectra", lambda s: isinstance(s, dict) and all(map(_is_spectrum, s.values())))
     _need(state, "profiles", lambda p: isinstance(p, list) and all(map(_is_profile, p)))
     return plan, [StackProfile(**_tupled(profile)) for profile in state["profiles"]]
 
@@ -170,6 +175,17 @@ def _is_profile(value: Any) -> bool:
     words = isinstance(value["kind"], str) and isinstance(value["how"], str)
     numbers = value.keys() - {"names", "kind", "weight_shape", "input_shape", "how"}
     return shapes and names and words and all(_is_number(value[n]) and (value[n] > 0 or n == "spread") for n in numbers)
+
+
+def _is_spectrum(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and set(value) == {"of", "rank", "full_rank", "ranks", "left_out"}
+        and value["of"] in ("outputs", "weight")
+        and all(_is_count(value[n]) for n in ("rank", "full_rank"))
+        and all(isinstance(value[n], list) and all(map(_is_number, value[n])) for n in ("ranks", "left_out"))
+        and len(value["ranks"]) == len(value["left_out"])
+    )
 
 
 def _listed(profile: dict[str, Any]) -> dict[str, Any]:

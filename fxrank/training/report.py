@@ -8,6 +8,8 @@ from typing import IO, Any
 
 from tabulate import tabulate
 
+from fxrank.page.render import in_notebook
+from fxrank.page.runs import run_page
 from fxrank.plan import Plan
 
 
@@ -41,6 +43,8 @@ class Report:
     accuracy_after_switch: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the run's page draws, as plain data: epochs, rank curves, timed stacks, spectra, the graph (see `details.details_of`)."""
 
     @property
     def measured_speedup(self) -> float | None:
@@ -70,8 +74,18 @@ class Report:
         return json.dumps(self.to_dict(), indent=1, default=str) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the JSON to `path`."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the JSON to `path`, or, if that ends in `.html`, the page. Raises as `to_html`."""
+        html = str(path).lower().endswith((".html", ".htm"))
+        Path(path).write_text(self.to_html() if html else self.to_json(), encoding="utf-8")
+
+    def to_html(self, title: str = "fxrank") -> str:
+        """One page with the run's curves, ranks, times, spectra, decisions and graph, which needs no network; about a megabyte. Raises
+        `ImportError` that says what to install where the libraries for it are missing.
+        """
+        return run_page(self.to_dict(), title)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.to_html())
 
     def __str__(self) -> str:
         return f"{self.plan}\n\n{self.summary()}"

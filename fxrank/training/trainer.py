@@ -18,6 +18,7 @@ from fxrank.session.attach import clock_of, examine
 from fxrank.session.session import LowRankSession
 from fxrank.session.state import FULL, LOW
 from fxrank.training.batches import check_loss, check_validation, model_inputs, run_batch, to_device
+from fxrank.training.details import details_of
 from fxrank.training.finite import FiniteWeights
 from fxrank.training.keeper import Keeper
 from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
@@ -254,6 +255,9 @@ class Trainer:
             )
 
     def _report(self, session: LowRankSession, plan: Plan, before: int) -> Report:
+        start = time.perf_counter()
+        details = details_of(session, plan, self.state.history)
+        session.seconds["profile"] += time.perf_counter() - start
         options, state, total = self.options, self.state, self.state.seconds
         macs_before, macs_after = planned_macs(plan)
         step_ms = {phase: median(session.step_ms[phase]) for phase in (FULL, LOW)}
@@ -288,4 +292,5 @@ class Trainer:
             accuracy_after_switch=state.at_switch["after_switch"],
             seconds={"total": total, "evaluation": state.evaluation_seconds, **session.seconds},
             notes=session.notes,
+            details=details,
         )

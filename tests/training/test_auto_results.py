@@ -55,7 +55,7 @@ def test_a_whole_run(tmp_path, capsys):
         "training memory",
     ):
         assert part in text
-    expected = {"model.safetensors", "plan.json", "report.json", "report.txt", "ranks.png"}
+    expected = {"model.safetensors", "plan.json", "report.json", "report.txt", "report.html", "ranks.png"}
     assert {p.name for p in tmp_path.iterdir()} == expected
     assert json.loads((tmp_path / "report.json").read_text())["R"] == {"body": 4}
     fresh = fxrank.load(Net(), tmp_path).eval()

@@ -17,7 +17,7 @@ import fxrank
 from fxrank import auto
 from fxrank.saving.places import LOCK
 
-FILES = ["model.safetensors", "plan.json", "report.json", "report.txt", "ranks.png"]
+FILES = ["model.safetensors", "plan.json", "report.json", "report.txt", "report.html", "ranks.png"]
 SECOND = """
 import sys, torch, fxrank
 from torch import nn

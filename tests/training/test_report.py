@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from dataclasses import replace
+from html import unescape
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 import fxrank
 from fxrank.auto import write_run
 from fxrank.passes.discovery.layer import Layer
+from fxrank.passes.profiling.clock import Share, Times
 from fxrank.passes.profiling.timing import StackProfile
 from fxrank.training.measure import StepMemory, median, parameter_count, planned_macs, predicted_speedup
 from fxrank.training.report import figure
@@ -144,7 +146,13 @@ def test_a_run_without_matplotlib(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING, "fxrank"):
         write_run(result, tmp_path, 10)
     assert "no figure of the rank curves: matplotlib is not installed (pip install fxrank[figures])" in caplog.text
-    assert {p.name for p in tmp_path.iterdir()} == {"model.safetensors", "plan.json", "report.json", "report.txt"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "model.safetensors",
+        "plan.json",
+        "report.json",
+        "report.txt",
+        "report.html",
+    }
 
 
 # -- counts
@@ -232,7 +240,7 @@ def test_k_and_the_layers_kept(threshold, leading, kept):
 
 def test_the_table_of_a_profile():
     text = str(made_up(1.5, *STACKS))
-    assert text.splitlines()[-1] == "K = 3 at threshold 1.5x on cpu; measured in 1.2 s"
+    assert "K = 3 at threshold 1.5x on cpu; measured in 1.2 s" in text.splitlines()
     assert re.search(
         r"^a \+1 +16x16 +8x16 +4 +2\.000 +2\.000 +1\.00x ± 0\.00 +- +- +0\.000 +2\.0 +0\.8 +keep$", text, re.MULTILINE
     )
@@ -242,6 +250,51 @@ def test_the_table_of_a_profile():
     data = made_up(1.5, *STACKS).to_dict()
     assert json.loads(json.dumps(data))["stacks"][1]["speedup"] == 3.0
     assert (data["K"], data["kept"]) == (3, ["a", "b", "d"])
+
+
+@pytest.mark.parametrize(
+    ("pair_ms", "faster", "parameters", "time", "verdict"),
+    [
+        # two of four layers of 16 x 16 may be pairs: of rank 4 at 0.5, of rank 2 at 0.3
+        (
+            0.75,
+            2,
+            [1 - 2 * 128 / 820, 1 - 2 * 192 / 820],
+            [0.75, 0.75],
+            "Worth it here: as pairs of 0.5 of their parameters 2 of 2",
+        ),
+        (1.25, 0, [1.0, 1.0], [1.0, 1.0], "Not worth it here for time: none of 2 layers is faster"),
+    ],
+)
+def test_a_profile_says_what_pairs_of_half_and_less_would_do(monkeypatch, pair_ms, faster, parameters, time, verdict):
+    def times(self, layer, ranks):
+        shares = [Share(1.0, 0.0), *(Share(pair_ms, 0.0) for _ in ranks)]
+        return Times([share.median for share in shares], shares, "clock")
+
+    monkeypatch.setattr("fxrank.profiling.Profiler.times", times)
+    found = fxrank.profile(mlp(), X)
+    assert [one.share for one in found.outcomes] == [0.5, 0.3]
+    assert [one.faster for one in found.outcomes] == [faster, faster]
+    assert [one.layers for one in found.outcomes] == [2, 2]
+    assert [one.parameters for one in found.outcomes] == pytest.approx(parameters)
+    assert [one.time for one in found.outcomes] == time
+    assert found.verdict.startswith(verdict)
+    assert str(found).splitlines()[-1] == found.verdict
+
+
+def test_a_profile_without_a_layer_that_may_be_a_pair_is_not_worth_it():
+    assert made_up(1.0).verdict == "Not worth it here: no layer can be a pair; the table says why, layer by layer."
+
+
+def test_a_profile_is_saved_as_json_or_as_a_page(tmp_path):
+    found = fxrank.profile(mlp(), X)
+    found.save(tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+    found.save(tmp_path / "x.html")
+    html = (tmp_path / "x.html").read_text(encoding="utf-8")
+    assert found.verdict in unescape(html) and "first layer of the graph" in html
+    assert re.findall(r'<section id="(\w+)"', html) == ["stacks", "decisions"]
+    assert found._repr_html_().startswith("<iframe srcdoc=")
 
 
 def test_profiling_measures_and_changes_nothing():
