@@ -1,5 +1,6 @@
 """CIFAR-10 as tensors, and a loader that lives wholly on the device."""
 
+import copy
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,6 +115,20 @@ class DeviceLoader:
 
     def __len__(self) -> int:
         return len(self._images) // self._batch if self._drop_last else -(-len(self._images) // self._batch)
+
+    def share(self, part: int, parts: int) -> "DeviceLoader":
+        """The part of one of several processes: every `parts`-th image from number `part` on, in batches of a `parts`-th, with a stream of
+        its own. All parts have equally many images. Raises `ValueError` for a batch that does not divide.
+        """
+        if self._batch % parts:
+            raise ValueError(f"the batch must divide among the processes; got {self._batch} images for {parts}.")
+        chosen = slice(part, part + len(self._images) // parts * parts, parts)
+        mine = copy.copy(self)
+        mine._images, mine._labels = self._images[chosen], self._labels[chosen]
+        mine._batch = self._batch // parts
+        seed = self._generator.initial_seed() + part
+        mine._generator = torch.Generator(device=self._images.device).manual_seed(seed)
+        return mine
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         device, count = self._images.device, len(self._images)

