@@ -1,4 +1,4 @@
-"""The `fxrank` command: demo, train, compress, profile, inspect and env, and the models and data that it takes by name.
+"""The `fxrank` command: demo, train, compress, profile, inspect, env and completion, and the models and data that it takes by name.
 
 May import: _version, auto, demo, distributed, large, oneshot, passes, plan, policies, profiling, saving, switch, training.
 Start reading: main.py.
