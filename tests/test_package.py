@@ -1,14 +1,11 @@
-"""The house: rooms with arrows that run one way, one name for every class, and wheels that hold every file."""
+"""The house: rooms with arrows that run one way, and one name for every class."""
 
 import ast
 import importlib
 import inspect
-import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import networkx as nx
@@ -155,7 +152,7 @@ def test_every_module_class_and_function_of_the_passes_says_what_it_does():
                 assert thing.__doc__, f"{name}.{attribute}"
 
 
-# -- the folder on top, and wheels
+# -- the folder on top
 
 
 def test_the_folder_on_top_is_a_relative_link_to_the_real_one():
@@ -163,45 +160,3 @@ def test_the_folder_on_top_is_a_relative_link_to_the_real_one():
     assert not (ROOT / "passes").is_symlink() and (ROOT / "passes" / "__init__.py").is_file()
     if link.is_symlink():  # not so in an installed package, nor in a clone without symbolic links
         assert link.readlink() == Path("fxrank/passes")
-
-
-def wheel_of(source, scratch):
-    """The names of the files in a wheel built from a folder, which is then installed into an empty one and imported there."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(scratch / "wheels"), str(source)]
-    subprocess.run(build, check=True, timeout=300)
-    (wheel,) = (scratch / "wheels").glob("*.whl")
-    place = scratch / "installed"
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", str(place), str(wheel)], check=True)
-    program = f"import fxrank.passes; assert fxrank.passes.__file__.startswith({str(place)!r}), fxrank.passes.__file__"
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(place)}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=scratch, env=environment, timeout=300)
-    return {name for name in zipfile.ZipFile(wheel).namelist() if name.startswith(("fxrank/", "passes"))}
-
-
-@pytest.fixture(scope="module")
-def tracked():
-    """The files of the package, as the repository has them."""
-    listed = subprocess.run(["git", "ls-files", "fxrank"], cwd=ROOT.parent, capture_output=True, text=True, check=False)
-    if listed.returncode:
-        pytest.skip("not a clone")
-    return set(listed.stdout.split())
-
-
-def test_a_wheel_from_a_zip_of_the_repository_has_every_file(tmp_path, tracked):
-    archive = tmp_path / "source.zip"
-    subprocess.run(["git", "archive", "--format=zip", f"--output={archive}", "HEAD"], cwd=ROOT.parent, check=True)
-    zipfile.ZipFile(archive).extractall(tmp_path / "source")  # Python makes a file of a link, as Windows does
-    assert not (tmp_path / "source" / "passes").is_dir()
-    assert wheel_of(tmp_path / "source", tmp_path) == {
-        name for name in zipfile.ZipFile(archive).namelist() if name.startswith("fxrank/") and not name.endswith("/")
-    }
-
-
-def test_a_wheel_from_a_copy_without_links_has_every_file(tmp_path, tracked):
-    source = tmp_path / "source"
-    for name in [*tracked, "pyproject.toml", "README.md", "LICENSE"]:
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT.parent / name, source / name)
-    (source / "passes").write_text("fxrank/passes")  # as git checks a link out with core.symlinks=false
-    assert wheel_of(source, tmp_path) == tracked

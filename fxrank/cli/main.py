@@ -1,4 +1,4 @@
-"""The `fxrank` command: demo, train, compress, profile, inspect."""
+"""The `fxrank` command: demo, train, compress, profile, inspect, env, completion."""
 
 import argparse
 import json
@@ -143,6 +143,16 @@ def _inspect(options: argparse.Namespace) -> None:
         print(note)
 
 
+def _completion(options: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError:
+        raise ImportError(
+            "completion is written by shtab, which is not installed; pip install 'fxrank[completion]'"
+        ) from None
+    print(shtab.complete(parser(), options.shell))
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="fxrank", description="Make a PyTorch model smaller and faster while it trains.")
@@ -163,6 +173,10 @@ def parser() -> argparse.ArgumentParser:
     seen = command("report", report.run, "write the page of a run to look at, from its folder")
     report.add_options(seen)
     command("env", lambda _: print(described()), "what a report of a fault should say of this machine")
+    completion = command("completion", _completion, "print what a shell needs to complete this command and its options")
+    completion.add_argument(
+        "shell", choices=("bash", "zsh"), help="as in: fxrank completion bash > FILE, then source FILE"
+    )
     timing = command("profile", _profile, "time every layer stack, dense and factorized, on this device")
     timing.add_argument(
         "--probe-ratio", type=float, default=0.25, help="rank ratio of the measured pair (default %(default)s)"

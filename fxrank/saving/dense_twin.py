@@ -50,7 +50,7 @@ class _Twin:
         # Pairs that share their factors come of layers that shared the weight.
         dense.weight = self._weights.setdefault(id(factor), cast(nn.Parameter, dense.weight))
         if pair.bias is not None:
-            dense.register_parameter("bias", self._bare(pair.bias))
+            dense.bias = self._bare(pair.bias)
         return dense
 
     def _bare(self, tensor: Tensor | None) -> Any:

@@ -15,7 +15,7 @@ from fxrank.cli.main import main
 from fxrank.cli.models import on_meta_where_possible
 
 
-@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["profile"], ["inspect"], ["env"], ["completion"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command, "--help"])
@@ -272,3 +272,32 @@ def test_an_image_folder(tmp_path, capsys):
     (tmp_path / "val").rename(tmp_path / "other")
     assert main([*arguments, "--quiet"]) == 2
     assert "an image folder must hold train/ and val/ (or test/)" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"fxrank {fxrank.__version__}\n"
+
+
+def test_completion_knows_every_command_and_its_options(capsys, tmp_path):
+    pytest.importorskip("shtab", reason="shtab, of the extra completion, is not installed")
+    assert main(["completion", "zsh"]) == 0
+    assert capsys.readouterr().out.startswith("#compdef fxrank")
+    assert main(["completion", "bash"]) == 0
+    (tmp_path / "fxrank.bash").write_text(capsys.readouterr().out)
+    ask = 'source fxrank.bash; COMP_WORDS=({}); COMP_CWORD={}; _shtab_fxrank; echo "${{COMPREPLY[@]}}"'
+    for words, at, found in [("fxrank com", 1, "compress completion"), ("fxrank train --res", 2, "--resume")]:
+        done = subprocess.run(
+            ["bash", "-c", ask.format(words, at)], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert set(done.stdout.split()) == set(found.split()), done.stderr
+
+
+def test_completion_without_what_writes_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    said = (
+        "fxrank completion: completion is written by shtab, which is not installed; pip install 'fxrank[completion]'\n"
+    )
+    assert capsys.readouterr().err == said

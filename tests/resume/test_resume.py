@@ -62,10 +62,8 @@ def test_factors_of_the_data_are_the_same_whatever_was_killed(kind, runs, whole,
 def test_a_run_that_is_killed_again_and_again(runs, whole, tmp_path):
     chance = random.Random(5)
     deaths = 0
-    # Late enough for each to get beyond its start, whose share of the events is large: writing checkpoints takes few. What is written at the
-    # end is not counted: a run that has ended comes to it at once, every time.
-    last = whole[1]["write_plain"][-1][1]
-    while runs(tmp_path, event=chance.randint(last // 2, 2 * last // 3)) == -9:
+    # Late enough for each to get beyond its start, whose share of the events is large: writing takes few.
+    while runs(tmp_path, event=chance.randint(whole[2] // 2, 2 * whole[2] // 3)) == -9:
         deaths += 1
         assert deaths < 50
     assert deaths >= 2

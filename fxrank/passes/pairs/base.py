@@ -242,7 +242,8 @@ class FactorPair(ReadsAsLayer):
     @classmethod
     def seen(cls, dense: nn.Module, side: str, input: Tensor, output: Tensor) -> Tensor:
         """The vectors of one call, `(…, groups, size)`, of patches `(…, groups, channels, height, width)` with as many last dimensions as the
-        kernel has: the call's own dimensions come first.
+        kernel has: the call's own dimensions come first. They are what the weight itself takes or gives, `output = W · input + bias`: what else
+        the layer does to either, a scale say, is in them already.
         """
         raise NotImplementedError(f"{cls.__name__} watches nothing")
 
@@ -310,7 +311,7 @@ class FactorPair(ReadsAsLayer):
             dense.to(memory_format=torch.channels_last)
         weight_of(dense).requires_grad_(source.requires_grad)
         if bias is not None:
-            dense.register_parameter("bias", cast(nn.Parameter, bias))
+            dense.bias = cast(nn.Parameter, bias)  # not `register_parameter`: the layer may have noted None
         vars(dense).update({name: vars(self)[name] for name in self.carried if name not in vars(dense)})
         return dense.train(self.training)
 

@@ -36,6 +36,9 @@ from torch.utils.data import DataLoader, Dataset
 import fxrank
 from fxrank.distributed.launch import in_shares
 
+# A page takes as many calls as the training of this network. It is written as the other files are, after them.
+sys.modules["jinja2"] = None  # type: ignore[assignment]
+
 WATCHED = ("_switch", "write_plain", "evaluate")
 """Functions of which the calls' first and last event are noted."""
 
