@@ -1,3 +1,3 @@
 """What the scripts train and study: data (`data`, `texts`), networks (`models`, `text_models`), jobs (`tasks`), the zoo of models
-(`zoo`, `zoo_misc`), and the decision table (`jobs`, `rows`, `cells`, `verdicts`).
+(`zoo`, `zoo_misc`), the decision table (`jobs`, `rows`, `cells`, `verdicts`), and the papers' comparison (`paper_rows`).
 """

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import fxrank
 from benchmarks.subjects import tasks
-from benchmarks.subjects.data import DeviceLoader
-from benchmarks.subjects.models import ResNet
+from benchmarks.subjects.data import Cifar, DeviceLoader
+from benchmarks.subjects.models import VGG, VGG19, ResNet
 from benchmarks.subjects.tasks import Task
 from benchmarks.subjects.text_models import PAD, Translator
 from benchmarks.subjects.texts import END, START, Batches
@@ -102,23 +102,63 @@ def resnet_cifar10(
     cache: Path | None = None,
     batch: int = 128,
     train: int = 50_000,
+    test: int | None = None,
 ) -> Task:
     """A CIFAR ResNet of `stages` with `depth` blocks each on small images."""
     images = tasks.small_cifar10(data, cache, side)
+    return _of_images(
+        "resnet-cifar10",
+        images,
+        lambda w: ResNet([w * 2**i for i in range(stages)], depth, 10),
+        width,
+        batch,
+        train,
+        test,
+    )
+
+
+def vgg_cifar10(
+    data: Path,
+    *,
+    width: int,
+    side: int,
+    cache: Path | None = None,
+    batch: int = 128,
+    train: int = 50_000,
+    test: int | None = None,
+) -> Task:
+    """VGG-19 with BatchNorm, `width` channels in the first convolution, on small images: without the last poolings, which have no pixels left."""
+    images = tasks.small_cifar10(data, cache, side)
+
+    def make(width: int) -> VGG:
+        plan = [channels * width // VGG19[0] for channels in VGG19]
+        while 2 ** plan.count(0) > side:
+            del plan[len(plan) - 1 - plan[::-1].index(0)]
+        return VGG(plan, 10)
+
+    return _of_images("vgg-cifar10", images, make, width, batch, train, test)
+
+
+def _of_images(
+    name: str, images: Cifar, make: Callable[[int], nn.Module], width: int, batch: int, train: int, test: int | None
+) -> Task:
+    """Training by SGD on CIFAR-10, the images augmented."""
+    tested = len(images.test_y) if test is None else min(test, len(images.test_y))
 
     def build(seed: int, width: int = width) -> nn.Module:
         torch.manual_seed(seed)
-        return ResNet([width * 2**i for i in range(stages)], depth, 10)
+        return make(width)
 
     def loaders(seed: int) -> tuple[DeviceLoader, DeviceLoader]:
         return (
             DeviceLoader(images.train_x, images.train_y, batch, augment=True, seed=seed, subset=train, drop_last=True),
-            DeviceLoader(images.test_x, images.test_y, 1000, augment=False),
+            DeviceLoader(images.test_x, images.test_y, 1000, augment=False, subset=test),
         )
 
+    side = images.train_x.shape[-1]
     return Task(
-        "resnet-cifar10",
-        f"CIFAR-10 as JPEG, {min(train, len(images.train_y))} training and {len(images.test_y)} test images, {side}x{side}",
+        name,
+        f"CIFAR-10 as JPEG, {min(train, len(images.train_y))} training and {tested} test images, {side}x{side}",
         "accuracy",
         5,
         build,
@@ -217,7 +257,7 @@ def _resnet(name: str, stages: int, depth: int, epochs: int) -> Job:
         tuple(range(4, 16)),
         exclude=("*shortcut*",),
         planar=True,
-        small={"train": 256},
+        small={"train": 256, "test": 500},
     )
 
 

@@ -79,7 +79,7 @@ VGG19 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 256, 0, 512, 512, 512, 512, 0, 5
 
 
 class VGG(nn.Module):
-    """VGG with BatchNorm for 32×32 images (Simonyan & Zisserman 2015, Table 1)."""
+    """VGG with BatchNorm for images that its poolings leave one pixel of (Simonyan & Zisserman 2015, Table 1)."""
 
     def __init__(self, plan: Sequence[int], classes: int, hidden_layers: int = 0) -> None:
         super().__init__()
@@ -94,11 +94,11 @@ class VGG(nn.Module):
             self.add_module(f"bn{number}", nn.BatchNorm2d(width))
             self.order.append(str(number))
             before = width
-        self.hidden = nn.ModuleList(nn.Linear(512, 512) for _ in range(hidden_layers))
-        self.classifier = nn.Linear(512, classes)
+        self.hidden = nn.ModuleList(nn.Linear(before, before) for _ in range(hidden_layers))
+        self.classifier = nn.Linear(before, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, 3, 32, 32)` to `(N, classes)`."""
+        """`(N, 3, 32, 32)`, with five poolings, to `(N, classes)`."""
         for number in self.order:
             if number is None:
                 x = F.max_pool2d(x, 2)

@@ -10,8 +10,9 @@ import torch
 from test_real_runs import data  # noqa: F401 - a fixture
 
 import fxrank
-from benchmarks import decisions, record
-from benchmarks.decisions import Book, Campaign, Cell, in_order, meaning
+from benchmarks import campaign, decisions, record
+from benchmarks.campaign import Campaign, Cell, in_order
+from benchmarks.decisions import Book
 from benchmarks.subjects import cells, verdicts
 from benchmarks.subjects.jobs import JOBS, bleu, fixed, narrower, size, target, translations
 from benchmarks.subjects.rows import DECIDING, ROWS, Setup
@@ -94,12 +95,12 @@ def test_every_row_is_a_setup_or_says_why_not():
 
 def test_another_policy_or_scale_is_another_meaning(monkeypatch):
     job = JOBS["wide-digits"]
-    before = meaning(job, "0.5")
-    assert meaning(job, "0.5") == before
-    assert meaning(replace(job, epochs=7), "0.5") != before
-    assert meaning(replace(job, options={"width": 40}), "0.5") != before
+    before = campaign.meaning(ROWS, job, "0.5")
+    assert campaign.meaning(ROWS, job, "0.5") == before
+    assert campaign.meaning(ROWS, replace(job, epochs=7), "0.5") != before
+    assert campaign.meaning(ROWS, replace(job, options={"width": 40}), "0.5") != before
     monkeypatch.setitem(ROWS, "0.5", lambda job: Setup(fxrank.Cuttlefish(target_params=0.4)))
-    assert meaning(job, "0.5") != before
+    assert campaign.meaning(ROWS, job, "0.5") != before
 
 
 def test_ledger_goes_on_after_a_cut_line(tmp_path):
@@ -145,7 +146,7 @@ class Sham(Campaign):
         output = folder / "found.json"
         output.write_text(json.dumps(HAND | {"scores": {"accuracy": 0.5}, "parameters": 10}))
         process = subprocess.Popen([sys.executable, "-c", ""])
-        return decisions.Running(cell, process, output, time.monotonic())
+        return campaign.Running(cell, process, output, time.monotonic())
 
 
 def test_nothing_is_begun_that_would_not_end_within_the_budget(tmp_path, capsys):
