@@ -2,6 +2,7 @@
 
 from fxrank._version import __version__
 from fxrank.auto import Result, auto_lowrank
+from fxrank.diffing import Diff, diff
 from fxrank.oneshot import factorize, merge
 from fxrank.passes.errors import (
     BudgetError,
@@ -37,6 +38,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Cuttlefish",
+    "Diff",
     "FactorPair",
     "FixedPlan",
     "FullRank",
@@ -60,6 +62,7 @@ __all__ = [
     "TraceError",
     "__version__",
     "auto_lowrank",
+    "diff",
     "factorize",
     "load",
     "merge",
