@@ -13,7 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,9 @@ class Contender:
 
 
 def train(task: Task, row: Row, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train a row in this group of processes. Returns plain data, alike in all but for times."""
+    """Train a row in this group of processes. Returns plain data, all of it in the first process, which measures for all; in the others the
+    pairs alone.
+    """
     contender = Contender(task.build(options.seed), row.hook, device)
     loader, tested = task.loaders(options.seed)
     mine = loader.share(dist.get_rank(), dist.get_world_size())  # type: ignore[attr-defined]
@@ -119,13 +121,17 @@ def train(task: Task, row: Row, options: argparse.Namespace, device: torch.devic
         seed=options.seed,
         progress=False,
     )
-    found = measured(task, run, (mine, tested), device)
+    pairs = plan_data(run.plan)
+    if dist.get_rank():
+        return {"pairs": pairs}
+    # without its wrapper, which would send the others its buffers
+    found = measured(task, replace(run, model=contender.wrapper.module), (mine, tested), device)
     kept = ("accuracy", "E", "K", "seconds", "note", "notes", "steps_per_epoch", "seconds_per_step_after")
     return {name: found[name] for name in kept} | {
         "parameters": found["parameters_after"],
         "bytes_of_run": contender.group.sent,
         "received_in_run": contender.group.received,
-        "pairs": plan_data(run.plan),
+        "pairs": pairs,
     }
 
 
@@ -158,7 +164,9 @@ def _quartiles(values: Sequence[float]) -> list[float]:
 
 
 def work(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What a process of a group does: train the rows that the ledger lacks, which the first one writes, and time the steps of all."""
+    """What a process of a group does: train the rows that the ledger lacks, which the first one writes, and time the steps of all. Returns
+    the rows in the first process.
+    """
     size, first = dist.get_world_size(), dist.get_rank() == 0
     task = resnet_cifar10(
         Path(options.data),
@@ -183,7 +191,7 @@ def work(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     steps = time_steps(
         task, {name: found["pairs"] for name, found in rows.items()}, options.rounds, options.seed, device
     )
-    return {name: found | steps[name] for name, found in rows.items()}
+    return {name: found | steps[name] for name, found in rows.items()} if first else {}
 
 
 def entry(size: int, name: str) -> dict[str, Any]:
