@@ -213,9 +213,11 @@ COMPRESSIONS: dict[str, Compression] = {
     "PowerSGD, rank 2": Compression(partial(power_sgd, rank=2)),
     "PowerSGD, rank 4": Compression(partial(power_sgd, rank=4)),
     "Signum": Compression(lambda group: (Signum(group), signum_hook), lr=1e-3, momentum=0.0),
-    "binary quantization": Compression(lambda group: (BinaryQuantization(group), binary_quantization_hook)),
+    "binary quantization": Compression(lambda group: (BinaryQuantization(group), binary_quantization_hook), lr=0.01),
 }
-"""By the names that tables have."""
+"""By the names that tables have. The rates of the last two are the best of 0.0003, 0.001 and 0.003, and of 0.01, 0.03 and 0.1, for two processes
+and four epochs of 5,000 small images.
+"""
 
 
 def compress(wrapper: DistributedDataParallel, name: str) -> CountedGroup:
