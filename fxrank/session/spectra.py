@@ -16,11 +16,14 @@ POINTS = 96
 WORK = 2e9
 """Multiplications, at most, that the singular values of all weights together may take, by `rows · cols · full rank`: some 0.3 s of one core."""
 
+NUMBERS = 2**16
+"""Of a weight, at most, whose singular values are taken: the switch is to need no more memory than the factors and one layer."""
+
 
 def cut_spectra(plan: Plan, scene: Scene) -> dict[str, dict[str, Any]]:
     """By factorized layer: `of`, whether they are `"outputs"` (of the layer, on live data: what its rank was chosen by) or its `"weight"`;
     `rank`; `full_rank`; `ranks`, at most `POINTS` of them, the chosen one among these; and `left_out`, the share of the squares that a pair of each
-    of these ranks leaves out, in all groups together. A layer whose outputs were not looked at has its weight's as far as `WORK` goes.
+    of these ranks leaves out, in all groups together. A layer whose outputs were not looked at has its weight's as far as `NUMBERS` and `WORK` go.
     """
     layers = {layer.name: layer for layer in scene.layers}
     found: dict[str, dict[str, Any]] = {}
@@ -32,6 +35,8 @@ def cut_spectra(plan: Plan, scene: Scene) -> dict[str, dict[str, Any]]:
         layer = layer if decision.form == layer.form else layer.in_form(decision.form)
         sigma, of = scene.outputs.get(layer.key), "outputs"
         if sigma is None:
+            if layer.groups * layer.rows * layer.cols > NUMBERS:
+                continue
             work += float(layer.groups) * layer.rows * layer.cols * layer.full_rank
             if work > WORK or (sigma := _of_weight(layer, scene)) is None:
                 continue
