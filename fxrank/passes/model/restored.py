@@ -124,12 +124,13 @@ def _held(model: nn.Module, kind: type[T]) -> Iterator[T]:
 
 
 def _state(module: nn.Module, seen: set[int]) -> Iterator[Any]:
-    """The containers of a module: its own dict and those in it, but for hooks."""
+    """The containers of a module: its own dict and those in it. Hooks are among them: some models put them on when they are called first, and
+    note that they have.
+    """
     own = vars(module)
     yield own
-    for name, value in own.items():
-        if "_hooks" not in name:
-            yield from _containers(value, seen)
+    for value in own.values():
+        yield from _containers(value, seen)
 
 
 def _containers(value: Any, seen: set[int]) -> Iterator[Any]:

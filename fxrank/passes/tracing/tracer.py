@@ -256,14 +256,14 @@ class ValueTracer(fx.Tracer):
         way.
         """
         returned: list[Any] = []
-        hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
         args, kwargs = self._call
-        try:
-            # The forward may have assigned buffers and attributes by now, values that are none.
-            with self._watched.allowing(), self.as_before():
+        # The forward may have assigned buffers and attributes by now, values that are none, and put on hooks.
+        with self._watched.allowing(), self.as_before():
+            hook = leaf.register_forward_hook(lambda module, inputs, output: returned.append(output))
+            try:
                 seeded_outputs(self.root, args, kwargs)
-        finally:
-            hook.remove()
+            finally:
+                hook.remove()
         return returned
 
     def culprit(self, error: Exception) -> nn.Module | None:

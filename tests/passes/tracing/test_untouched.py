@@ -260,3 +260,53 @@ def test_the_run_that_a_part_needs_finds_the_model_as_it_was():
     gm = fxrank.trace(model, X)
     assert list(gm.leaves) == ["2"] and list(gm.regions) == ["2.layer"]
     assert torch.equal(model[0].mean, torch.zeros(8))
+
+
+class HooksItself(nn.Module):
+    """Puts hooks on its parts when it is called first, and notes it, as models of transformers 5 do for their hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+        self.hooked = False
+
+    def forward(self, x):
+        if not self.hooked:
+            for part in self.parts:
+                part.register_forward_hook(lambda *call: self.seen.append(call[2]))
+            self.hooked = True
+        self.seen = []
+        for part in self.parts:
+            x = torch.relu(part(x))
+        return x, list(self.seen)
+
+
+class HooksItselfByData(HooksItself):
+    """With a part that no graph holds, so that it is run once more meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts.append(Branching())
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x * 2 if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize("kind", [HooksItself, HooksItselfByData])
+@pytest.mark.parametrize("how", ["trace", "factorize", "attach"])
+def test_hooks_that_a_first_call_puts_on_are_put_on_once(kind, how):
+    torch.manual_seed(0)
+    model = kind()
+    if how == "trace":
+        fxrank.trace(model, X)
+    elif how == "factorize":
+        model = fxrank.factorize(model, X, rank=2, include="*")
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        policy = fxrank.Pufferfish(E=1, K=0, ratio=0.25)
+        fxrank.LowRankSession.attach(model, optimizer, example_inputs=X, total_steps=2, policy=policy, include="*")
+    assert not model.hooked and not any(part._forward_hooks for part in model.parts)
+    for _ in range(2):
+        assert len(model(X)[1]) == len(model.parts)
