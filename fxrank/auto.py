@@ -31,8 +31,8 @@ from fxrank.training.trainer import Result, Trainer
 log = logging.getLogger("fxrank")
 
 FIGURE = "ranks.png"
-PAGE = "report.html"
-RESULTS = (WEIGHTS, PLAN, "report.json", "report.txt", PAGE, FIGURE)
+REPORT, PAGE = "report.json", "report.html"
+RESULTS = (WEIGHTS, PLAN, REPORT, "report.txt", PAGE, FIGURE)
 """The files of a run's folder."""
 
 
@@ -172,12 +172,14 @@ def write_run(result: Result, output_dir: str | os.PathLike[str], steps_per_epoc
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     save(result.model, folder)
-    put(folder / "report.json", result.report.save)
+    put(folder / REPORT, result.report.save)
     put(folder / "report.txt", lambda partial: partial.write_text(f"{result.report}\n", encoding="utf-8"))
     try:
-        put(folder / PAGE, lambda partial: partial.write_text(result.report.to_html(folder.name), encoding="utf-8"))
-    except ImportError as error:
-        log.warning("no page of the run: %s", error)
+        html = result.report.to_html(folder.name)
+    except Exception as error:  # it shows what the other files hold, and must not cost them
+        log.warning("no page of the run: %s. `fxrank report %s` writes it from %s", error, folder, REPORT)
+    else:
+        put(folder / PAGE, lambda partial: partial.write_text(html, encoding="utf-8"))
     curves = {name: curve for name, curve in result.curves.items() if name != "steps"}
     if curves:
         try:

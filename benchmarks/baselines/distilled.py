@@ -32,10 +32,6 @@ def student(teacher: nn.Module, layers: int) -> nn.Module:
     encoder.layer = nn.ModuleList(encoder.layer[i] for i in taken(len(encoder.layer), layers))
     config: Any = model.config
     config.num_hidden_layers, config.output_hidden_states = layers, True
-    # transformers puts the hooks that collect hidden states in at the first call, which must not be one of a tracer, that may call it again.
-    token = torch.zeros(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    with torch.no_grad():
-        model.eval()(token)
     return model
 
 

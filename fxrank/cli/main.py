@@ -1,4 +1,4 @@
-"""The `fxrank` command: demo, train, compress, profile, inspect, env, completion."""
+"""The `fxrank` command: demo, train, compress, profile, inspect, report, env, completion."""
 
 import argparse
 import json

@@ -4,9 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
+from fxrank.auto import PAGE, REPORT
 from fxrank.page.runs import run_page
-
-REPORT, PAGE = "report.json", "report.html"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

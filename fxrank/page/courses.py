@@ -55,15 +55,14 @@ def training(report: Data) -> list[Spec]:
 
 def rank_curves(report: Data) -> Spec | None:
     """Stable rank of every layer over the epochs, as a share of its full rank, coloured by stack; those that stayed dense are dashed."""
-    curves = report["details"]["curves"]
-    if not curves:
-        return None
     stack = stack_names(report)
     pairs = {layer["name"] for layer in report["plan"]["layers"] if layer["rank"] is not None}
     series = [
         one | {"stack": stack.get(one["layer"], one["layer"]), "now": "pair" if one["layer"] in pairs else "dense"}
         for one in _series(report, POINTS)
     ]
+    if not series:
+        return None
     stacks = {one["stack"] for one in series}
     legend = (
         {"symbolLimit": NAMED, "columns": 3, "title": None, "orient": "bottom", "labelLimit": 150}
@@ -105,9 +104,9 @@ def rank_curves(report: Data) -> Spec | None:
 
 def rank_heat(report: Data) -> Spec | None:
     """The same numbers, layer by layer from the input down, as colours (Cuttlefish Fig. 3)."""
-    if not report["details"]["curves"]:
-        return None
     series = _series(report, CELLS)
+    if not series:
+        return None
     for one in series:
         epochs = one["epoch"]
         one["to"] = [*epochs[1:], epochs[-1] + (epochs[-1] - epochs[0]) / max(1, len(epochs) - 1)]
@@ -146,6 +145,8 @@ def rank_heat(report: Data) -> Spec | None:
 def _series(report: Data, points: int) -> list[dict[str, Any]]:
     """A row for each layer with a rank curve: `epoch` and `share` of the full rank as lists, of so many numbers for all layers together."""
     curves = report["details"]["curves"]
+    if not curves:
+        return []
     steps, per = curves["steps"], report["details"]["steps_per_epoch"]
     most = min(len(steps), max(LEAST, points // max(1, len(curves["ranks"]))))
     places = sorted({round(i * (len(steps) - 1) / max(1, most - 1)) for i in range(most)})

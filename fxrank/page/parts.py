@@ -16,11 +16,6 @@ ROW = 15
 """Pixels of a layer's row."""
 
 
-def switch_epoch(report: Data) -> float | None:
-    """E, None where nothing was factorized."""
-    return report.get("E")
-
-
 def is_number(value: object) -> bool:
     """Whether it can be drawn: not None, not NaN, not infinite."""
     return isinstance(value, (int, float)) and math.isfinite(value)
@@ -69,7 +64,7 @@ def two_colours(field: str, names: Sequence[str], colors: Sequence[str]) -> Spec
 
 def switch_marks(report: Data, last: float) -> list[Spec]:
     """A line at E, with its name, on an axis that ends at the epoch `last`; none where nothing was factorized."""
-    epoch = switch_epoch(report)
+    epoch: float | None = report.get("E")
     if epoch is None:
         return []
     values = [{"epoch": epoch, "text": f"switch, E = {epoch:.3g}"}]

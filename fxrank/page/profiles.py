@@ -59,16 +59,11 @@ def _tiles(profile: Data) -> list[Tile]:
 
 def _row(layer: Data, stack: Data | None, threshold: float) -> tuple[bool, Sequence[Cell]]:
     speedup = None if stack is None else stack["speedup"]
-    if layer["reason"]:
-        what = layer["reason"]
-    elif speedup is None:
-        what = "not timed"
+    faster = speedup is not None and speedup > threshold
+    if stack is None:
+        what = layer["reason"] or "not timed"
     else:
-        what = (
-            f"a pair of rank {stack['probe_rank']} is {'faster' if speedup > threshold else 'not faster'}"
-            if stack
-            else ""
-        )
+        what = f"a pair of rank {stack['probe_rank']} is {'faster' if faster else 'not faster'}"
     cells = (
         Cell(layer["name"]),
         Cell(layer["kind"]),
@@ -80,4 +75,4 @@ def _row(layer: Data, stack: Data | None, threshold: float) -> tuple[bool, Seque
         Cell.of(None if stack is None else stack.get("largest_rank"), "{}"),
         Cell(what),
     )
-    return speedup is not None and speedup > threshold, cells
+    return faster, cells

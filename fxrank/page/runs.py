@@ -33,7 +33,7 @@ def run_page(report: Data, title: str = "fxrank") -> str:
         Contents(
             title=title,
             headline=headline(report),
-            notes=[*_notes(report), *([] if whole else [(False, _EARLIER)])],
+            notes=[*_notes(report), *((False, note) for note in ([_uncut(report)] if whole else [_EARLIER]) if note)],
             tiles=_tiles(report),
             sections=_sections(report),
             head=_HEAD,
@@ -119,6 +119,14 @@ def _notes(report: Data) -> list[tuple[bool, str]]:
     if not report.get("R") and report["plan"]["policy"] != "FullRank":
         notes.insert(0, "NOTHING WAS FACTORIZED: the model is full-rank; the table says why, layer by layer")
     return sorted(((note.startswith(_WARNS), note) for note in notes), key=lambda one: not one[0])
+
+
+def _uncut(report: Data) -> str:
+    """How many pairs "What was cut" is not shown of, and why; empty where it is of all."""
+    left = sum(layer["rank"] is not None for layer in report["plan"]["layers"]) - len(report["details"]["spectra"])
+    if not left:
+        return ""
+    return f"what was cut is not shown of {left} pairs: spectra of weights are taken where that needs little time and memory"
 
 
 def _tiles(report: Data) -> list[Tile]:

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxrank.passes.errors import FxrankError
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.profiling.roofline import roofline
 from fxrank.passes.rewriting.install import pairs_in
 from fxrank.plan import Plan
 from fxrank.session.session import LowRankSession
+from fxrank.torch_private.dtensor import in_shards
 
 SAMPLES = 120
 """Of each rank curve are kept, at most, evenly spaced, the last one among them."""
@@ -72,19 +72,13 @@ def _with_pairs(session: LowRankSession) -> dict[str, dict[str, Any]]:
 @torch.no_grad()
 def product_singular_values(pair: FactorPair) -> Tensor | None:
     """The singular values `(r,)` of the product of a pair's factors, descending, the mean over its groups; from `R` factors of two QR
-    decompositions, so that no matrix of the layer's size is made. None where the factors lie in shards, are not numbers, or have more between them
-    than a product.
+    decompositions, so that no matrix of the layer's size is made. None where a BatchNorm stands between the factors, which have no product then,
+    and where they lie in shards, on the meta device, or hold no numbers.
     """
-    weights = pair.u.weight, pair.v.weight
-    if any(hasattr(w, "full_tensor") or w.is_meta for w in weights):
+    first, second = pair.unfold_u(pair.u.weight.detach()), pair.unfold_v(pair.v.weight.detach())
+    if pair.extra_norm is not None or any(in_shards(x) or x.is_meta or not x.isfinite().all() for x in (first, second)):
         return None
-    try:
-        first, second = pair.unfold_u(weights[0].detach()).double(), pair.unfold_v(weights[1].detach()).double()
-    except (RuntimeError, FxrankError):
-        return None
-    if not (first.isfinite().all() and second.isfinite().all()):
-        return None
-    small = torch.linalg.qr(second.cpu()).R @ torch.linalg.qr(first.mT.cpu()).R.mT
+    small = torch.linalg.qr(second.cpu().double()).R @ torch.linalg.qr(first.mT.cpu().double()).R.mT
     values: Tensor = torch.linalg.svdvals(small).mean(0)
     return values
 

@@ -143,6 +143,10 @@ def test_what_is_no_number_is_left_out(of_run):
     specs = Elements(run_page(changed)).specs
     losses = specs["chart-0"]["layer"][0]["data"]["values"]
     assert len(losses) == 2 * of_run["epochs"] - 1
+    html = run_page(
+        changed | {"details": changed["details"] | {"curves": {"steps": [0], "ranks": {}, "full_ranks": {}}}}
+    )
+    assert 'id="curves"' not in html
     assert "conv2" not in {one["layer"] for one in specs["chart-2"]["layer"][0]["data"]["values"]}
 
 
@@ -193,6 +197,24 @@ def test_a_report_of_an_earlier_fxrank_has_a_page_that_says_so(of_run):
     html = run_page({k: v for k, v in of_run.items() if k != "details"})
     assert "the report is of an earlier fxrank" in html
     assert re.findall(r'<section id="(\w+)"', html) == ["ranks", "cost", "decisions"]
+
+
+def test_pairs_of_which_it_does_not_show_what_was_cut_are_counted(of_run):
+    left = dict(list(of_run["details"]["spectra"].items())[1:])
+    assert "what was cut is not shown" not in run_page(of_run)
+    html = run_page(of_run | {"details": of_run["details"] | {"spectra": left}})
+    assert "what was cut is not shown of 1 pairs" in html
+
+
+def test_a_page_that_cannot_be_made_costs_no_other_file(tmp_path, monkeypatch, caplog):
+    def fails(self, title="fxrank"):
+        raise ZeroDivisionError("a fault of the page's own")
+
+    monkeypatch.setattr(fxrank.Report, "to_html", fails)
+    run(mlp(), batches(), output_dir=tmp_path)
+    assert f"no page of the run: a fault of the page's own. `fxrank report {tmp_path}` writes it" in caplog.text
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {"model.safetensors", "plan.json", "report.json", "report.txt"} and "report.html" not in files
 
 
 @pytest.mark.parametrize(("data", "word"), [({}, "plan"), ({"plan": []}, "parameters_before")])
