@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from fxrank.passes.pairs.base import FactorPair
 from fxrank.passes.profiling.roofline import roofline
 from fxrank.passes.rewriting.install import pairs_in
+from fxrank.passes.spectra import linalg
 from fxrank.plan import Plan
 from fxrank.session.session import LowRankSession
 from fxrank.torch_private.dtensor import in_shards
@@ -78,8 +79,8 @@ def product_singular_values(pair: FactorPair) -> Tensor | None:
     first, second = pair.unfold_u(pair.u.weight.detach()), pair.unfold_v(pair.v.weight.detach())
     if pair.extra_norm is not None or any(in_shards(x) or x.is_meta or not x.isfinite().all() for x in (first, second)):
         return None
-    small = torch.linalg.qr(second.cpu().double()).R @ torch.linalg.qr(first.mT.cpu().double()).R.mT
-    values: Tensor = torch.linalg.svdvals(small).mean(0)
+    small = linalg.qr(second.cpu().double()).R @ linalg.qr(first.mT.cpu().double()).R.mT
+    values: Tensor = linalg.svdvals(small).mean(0)
     return values
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fxrank.passes.calibration.projection import UNSEEN, balanced, improved
+from fxrank.passes.spectra import linalg
 from fxrank.passes.spectra.exact import Spectrum
 
 ROUNDS = 20
@@ -276,6 +277,6 @@ def _root(square: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric root of a positive matrix, or of a diagonal, and its inverse."""
     if square.ndim == 1:
         return square.sqrt(), square.rsqrt()
-    values, vectors = torch.linalg.eigh(square)
+    values, vectors = linalg.eigh(square)
     roots = values.clamp(min=1e-15 * values[-1]).sqrt()
     return (vectors * roots) @ vectors.mT, (vectors / roots) @ vectors.mT

@@ -15,6 +15,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from fxrank.passes.calibration.moments import Moments
+from fxrank.passes.spectra import linalg
 
 UNSEEN = 1e-9
 """How much, relative to what was seen, inputs of all directions alike count: enough to order directions of which nothing is known."""
@@ -85,7 +86,7 @@ class Projection:
             if w.shape[1] <= w.shape[2]:
                 basis = _eigh(image @ image.mT)[1]
             else:
-                basis = torch.linalg.qr(image @ _eigh(image.mT @ image)[1])[0]
+                basis = linalg.qr(image @ _eigh(image.mT @ image)[1])[0]
             image = basis.mT @ w
             energies = ((image @ seen) * image).sum(-1)
         else:
@@ -154,5 +155,5 @@ def improved(
 
 def _eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """In order of falling eigenvalues."""
-    values, vectors = torch.linalg.eigh(matrices)
+    values, vectors = linalg.eigh(matrices)
     return values.flip(-1), vectors.flip(-1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fxrank.passes.calibration.moments import Moments
 from fxrank.passes.calibration.projection import Projection, balanced, improved, with_unseen
+from fxrank.passes.spectra import linalg
 from fxrank.passes.spectra.exact import Spectrum
 
 ROUNDS = 2
@@ -132,7 +133,7 @@ class SpatialProjection:
         cross = torch.einsum("gnaw,grxaw->gnrx", self._kernel, half.movedim(2, 2)).flatten(2)
         scale = features.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
         ridge = 1e-10 * scale * torch.eye(features.shape[1], dtype=u.dtype, device=u.device)
-        v: Tensor = torch.linalg.solve(features + ridge, cross.mT).mT
+        v: Tensor = linalg.solve(features + ridge, cross.mT).mT
         return v.reshape(groups, -1, rank, self.width).transpose(2, 3).flatten(1, 2)
 
     def _best_u(self, start: Tensor, v: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from fxrank.passes.pairs.base import FactorPair, Layers, Unrolled
 from fxrank.passes.pairs.convolution import LowRankConv1d, LowRankConv2d, LowRankConv3d
 from fxrank.passes.pairs.linear import LowRankLinear
 from fxrank.passes.pairs.registry import register_pair
+from fxrank.passes.spectra import linalg
 
 _MULTIPLY = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
@@ -121,7 +122,7 @@ class _GaugePair(FactorPair):
 
     def choose_basis(self, v: Tensor) -> None:
         free = torch.ones(v.shape[:2])
-        for mask, q in zip(free, torch.linalg.qr(v.double())[0].mT.cpu().numpy(), strict=True):
+        for mask, q in zip(free, linalg.qr(v.double())[0].mT.cpu().numpy(), strict=True):
             _, pivots = scipy.linalg.qr(q, mode="r", pivoting=True)
             mask[torch.from_numpy(pivots[: self.rank]).long()] = 0
         self.v.free.copy_(free.flatten())
@@ -129,9 +130,9 @@ class _GaugePair(FactorPair):
     def in_basis(self, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         u, v = u.to(torch.float64), v.to(torch.float64)
         fixed = ~self.v.is_free.to(v.device).reshape(v.shape[:2])
-        q = torch.linalg.qr(v)[0]
+        q = linalg.qr(v)[0]
         top = q[fixed].reshape(len(v), self.rank, self.rank)
-        return v[fixed].reshape(top.shape) @ u, torch.linalg.solve(top, q, left=False)
+        return v[fixed].reshape(top.shape) @ u, linalg.solve(top, q, left=False)
 
     def _refitted(self, weight: Tensor) -> tuple[Tensor | None, Tensor]:
         u, v = super()._refitted(weight)

@@ -11,10 +11,11 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+
+from fxrank.passes.spectra.linalg import one_thread
 
 LOST = 0.1
 """A lap counts if no more than this share of it went by without the thread on a core."""
@@ -99,7 +100,7 @@ def compare(
             return times_of([[lap.ms for lap in row] for row in counted], "clock")
     if torch.get_num_threads() > 1:
         tried, spent = [], 0.0
-        with _one_thread():
+        with one_thread():
             while len(tried) < least or (len(tried) < rounds and spent < budget_ms):
                 tried.append(next(rows))
                 spent += sum(lap.busy_ms for lap in tried[-1])
@@ -126,13 +127,3 @@ def _share(whole: Sequence[float], part: Sequence[float]) -> Share:
     shares = [b / a for a, b in zip(whole, part, strict=True)]
     low, median, high = statistics.quantiles(shares, n=4, method="inclusive") if len(shares) > 1 else shares * 3
     return Share(median, (high - low) / 2)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

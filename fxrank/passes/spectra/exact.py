@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fxrank.passes.errors import NonFiniteWeightError, unknown_name
+from fxrank.passes.spectra import linalg
 from fxrank.passes.spectra.leading import Leading, is_worth_it, leading
 
 
@@ -97,9 +98,9 @@ def singular_values(stack: Tensor) -> Tensor:
     takes a full SVD.
     """
     if stack.dtype == torch.float64:
-        sigma: Tensor = torch.linalg.svdvals(_square(stack))
+        sigma: Tensor = linalg.svdvals(_square(stack))
         return sigma.cpu()
-    squares: Tensor = torch.linalg.eigvalsh(gram(stack))
+    squares: Tensor = linalg.eigvalsh(gram(stack))
     return squares.cpu().flip(-1).clamp_(min=0).sqrt_()
 
 
@@ -108,7 +109,7 @@ def _square(stack: Tensor) -> Tensor:
     wide = stack if stack.shape[1] <= stack.shape[2] else stack.transpose(1, 2)
     if wide.shape[1] == wide.shape[2]:
         return wide
-    triangle: Tensor = torch.linalg.qr(wide.transpose(1, 2), mode="r")[1]
+    triangle: Tensor = linalg.qr(wide.transpose(1, 2), mode="r")[1]
     return triangle.transpose(1, 2)
 
 
@@ -134,7 +135,7 @@ class Decomposition:
         leading singular subspace, made in float64: its error is Eckart-Young's optimum up to one rounding of the factors, and at
         `rank = s` it is `W` itself.
         """
-        basis: Tensor = torch.linalg.qr(self._vectors[..., -rank:].flip(-1).double())[0]
+        basis: Tensor = linalg.qr(self._vectors[..., -rank:].flip(-1).double())[0]
         return balanced_factors(self._stack, basis)
 
 
@@ -169,20 +170,26 @@ def decompose(stack: Tensor) -> Decomposition:
     """
     stack = stack.detach()
     if stack.dtype == torch.float64:
-        vectors, sigma, _ = torch.linalg.svd(_square(stack), full_matrices=False)
+        vectors, sigma, _ = linalg.svd(_square(stack), full_matrices=False)
         return Decomposition(sigma.cpu(), stack, vectors.flip(-1))
     if stack.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(gram(stack))
+        values, vectors = linalg.eigh(gram(stack))
         return Decomposition(values.cpu().flip(-1).clamp_(min=0).sqrt_(), stack, vectors.float())
-    pairs = [_eigh_in_place(gram(stack[group : group + 1])[0]) for group in range(len(stack))]
+    side = min(stack.shape[1:])
+    eigh = _eigh if linalg.is_small((side, side)) else _eigh_in_place
+    pairs = [eigh(gram(stack[group : group + 1])[0]) for group in range(len(stack))]
     values, vectors = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
     return Decomposition(values.flip(-1).clamp_(min=0).sqrt_(), stack, vectors)
 
 
+def _eigh(lower: Tensor) -> tuple[Any, Any]:
+    """Eigenvalues, ascending, and eigenvectors in float32."""
+    values, vectors = linalg.eigh(lower)
+    return values.numpy(), vectors.numpy().astype(np.float32)
+
+
 def _eigh_in_place(lower: Tensor) -> tuple[Any, Any]:
-    """Eigenvalues, ascending, and eigenvectors in float32. The matrix is written over: what LAPACK needs beside it is gone again
-    afterwards.
-    """
+    """The same. The matrix is written over: what LAPACK needs beside it is gone again afterwards."""
     values, vectors = scipy.linalg.eigh(
         lower.numpy().T, lower=False, driver="evd", check_finite=False, overwrite_a=True
     )

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fxrank.passes.spectra import linalg
+
 LARGE = 2048
 """Short sides below this are decomposed in full, in a second or two."""
 FEW = 12
@@ -62,8 +64,8 @@ def leading(matrix: Tensor, rank: int, may_miss: Callable[[float, float], float]
     basis = _orthonormal(torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype))
     image = matrix @ basis
     for _ in range(MAX_STEPS):
-        left, triangle = torch.linalg.qr(image)
-        p, sigma, z = torch.linalg.svd(triangle)
+        left, triangle = linalg.qr(image)
+        p, sigma, z = linalg.svd(triangle)
         ritz = basis @ z[:width].t()
         residual = matrix.t() @ (left @ p[:, :width]) - ritz * sigma[:width]
         squares = sigma[:width].double().square()
@@ -86,5 +88,5 @@ def leading(matrix: Tensor, rank: int, may_miss: Callable[[float, float], float]
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
-    basis: Tensor = torch.linalg.qr(columns)[0]
+    basis: Tensor = linalg.qr(columns)[0]
     return basis

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fxrank.passes.errors import CheckpointError, NonFiniteWeightError
+from fxrank.passes.spectra import linalg
 
 STEPS_PER_ROUND = 4
 KEPT = 2
@@ -129,7 +130,7 @@ class StableRankTracker:
             if norms[number] == 0:
                 squares[key] = 0.0
             elif is_narrow(matrix):
-                squares[key] = float(torch.linalg.eigvalsh(matrix @ matrix.t())[-1])
+                squares[key] = float(linalg.eigvalsh(matrix @ matrix.t())[-1])
             else:
                 runs[key] = _Run(matrix, self._start(key, matrix))
         while active := [run for run in runs.values() if not run.done]:
