@@ -131,8 +131,10 @@ def cell(run: Run, row: str, metrics: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a data set and row: means over seeds, the students' seconds without their teacher's, and the paper's figures."""
+def table(rows: Sequence[dict[str, Any]], style: str = "simple") -> str:
+    """One line a data set and row: means over seeds, the students' seconds without their teacher's, and the paper's figures. `style` is one of
+    tabulate's.
+    """
     lines = []
     for name, about in DATA_SETS.items():
         for row, shown in SHOWN.items():
@@ -160,7 +162,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "metric",
         "parameters, M",
     )
-    return tabulate(lines, headers=headers, disable_numparse=True)
+    return tabulate(lines, headers=headers, tablefmt=style, disable_numparse=True)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -175,7 +177,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=int, default=3, help="of each training (default %(default)s)")
     p.add_argument("--device", default="cpu")
     p.add_argument("--weights", default="run/glue", help="folder of the teachers (default %(default)s)")
-    p.add_argument("--ledger", default="run/glue.jsonl", help="(default %(default)s)")
+    p.add_argument("--ledger", default=None, help="(default: in benchmarks/results)")
     p.add_argument("--table", action="store_true", help="print the table from the ledger, and train nothing")
     p.add_argument("--results", default=None, help="folder for the JSON (default benchmarks/results)")
     return p
@@ -185,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
     """Train what the ledger lacks, print and write. Returns the path of the JSON."""
     options = parser().parse_args(arguments)
     configuration = {name: getattr(options, name) for name in ("train", "test", "epochs", "device")}
-    ledger = record.Ledger(Path(options.ledger), configuration)
+    device = torch.device(options.device)
+    place = options.ledger or record.place("glue", record.environment(device), ending="jsonl")
+    ledger = record.Ledger(Path(place), configuration)
     if options.table:
         print(table(ledger.rows))
         return None
@@ -203,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> Path | None:
             ledger.add(one, cell(run, str(one["row"]), DATA_SETS[name].metrics))
     print(table(ledger.rows))
     data = {"configuration": configuration, "results": ledger.rows}
-    return record.write("glue", data, device=torch.device(options.device), folder=options.results)
+    return record.write("glue", data, device=device, folder=options.results)
 
 
 if __name__ == "__main__":

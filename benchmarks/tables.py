@@ -161,14 +161,19 @@ def runs_table() -> str:
 
 
 def parallel_table() -> str:
-    """What several processes send and how long a step takes them."""
+    """What several processes send, how long a step takes them and, where they were trained, what they came to."""
     rows = [
-        (f"{size} processes, {name}", f"{r['bytes_per_step'] / 1e6:.2f} MB", f"{r['of_full_rank']:.2f}")
+        (
+            f"{size} processes, {name}",
+            f"{r['bytes_per_step'] / 1e6:.3g} MB",
+            f"{r['of_full_rank']:.2f}",
+            *([f"{r['parameters']:,}", f"{100 * r['accuracy']:.2f}"] if "accuracy" in r else []),
+        )
         for size, found in load("data_parallel")["results"].items()
         for name, r in found.items()
     ]
-    headers = ("ResNet-18, gradients averaged by", "sent per step", "step time")
-    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+    headers = ("ResNet-18, gradients averaged by", "sent per step", "step time", "parameters", "accuracy, %")
+    return tabulate(rows, headers=headers[: len(rows[0])], tablefmt="github", disable_numparse=True)
 
 
 def compiled_table() -> str:

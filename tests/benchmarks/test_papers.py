@@ -13,7 +13,7 @@ import pytest
 from digit_tasks import digits, needs_torch_pruning, perceptron
 from test_real_runs import data  # noqa: F401 - a fixture
 
-from benchmarks import campaign, papers
+from benchmarks import campaign, paper_page, papers
 from benchmarks.baselines.base import Sizeable
 from benchmarks.campaign import Book, Campaign, Cell
 from benchmarks.subjects.jobs import SIDE, size
@@ -303,3 +303,30 @@ def test_options_are_those_of_every_campaign():
     options = papers.parser().parse_args(["--table", "--budget-minutes", "3", "--processes", "2"])
     assert isinstance(options, argparse.Namespace)
     assert (options.table, options.budget_minutes, options.processes, options.jobs) == (True, 3.0, 2, list(JOBS))
+
+
+# -- the page
+
+
+def test_the_page_says_who_is_ahead_and_at_what_price():
+    def known(seed, score, parameters, seconds):
+        return {"seed": seed} | cell(score, parameters, seconds)
+
+    ours = [known(0, 0.70, 400_000, 100.0), known(1, 0.71, 400_000, 100.0)]
+    rows = {"fxrank": ours, "full": [known(0, 0.72, 1_000_000, 110.0)], "imp": [known(1, 0.70, 300_000, 500.0)]}
+    assert paper_page.ahead(rows) == (
+        "Ahead of `fxrank` in accuracy: `full` by 2.00 points, with 2.50 times its parameters in 1.1 times its time."
+    )
+    rows["full"] = [{"seed": 0, "refused": "no"}]
+    assert paper_page.ahead(rows) == "Ahead of `fxrank` in accuracy: none of the others."
+
+
+def test_the_page_shows_the_networks_whose_dense_model_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(paper_page, "RESULTS", tmp_path)
+    assert set(paper_page.SYSTEMS) == set(ROWS)
+    book = Book(tmp_path / "papers_cpu2_202611.jsonl", "papers", JOBS, ROWS)
+    book.add(Cell(RESNET, "full", 0), cell(0.72, 1_000_000, 100.0))
+    book.add(Cell("vgg19-cifar10", "imp", 0), cell(0.72, 1_000_000, 100.0))
+    shown = paper_page.images()
+    assert f"### {RESNET}" in shown and "### vgg19-cifar10" not in shown
+    assert lines(shown, "full")[2] == "72.00"
