@@ -64,11 +64,12 @@ class LastCalls:
     """
 
     def __init__(self, steps: int = 1) -> None:
-        self._steps = steps
+        self.steps = steps
         self._handle: RemovableHandle | None = None
         self._kept: deque[_Kept] = deque(maxlen=CALLS)
         self._compiled: Call | None = None
         self._step = 0
+        self._forgot_at = -steps  # nothing
 
     @classmethod
     def of_run(cls, total_steps: int) -> "LastCalls":
@@ -79,6 +80,11 @@ class LastCalls:
     def __len__(self) -> int:
         """How many can be made once more."""
         return sum(kept.is_as_it_was() for kept in self._kept) or int(self._compiled is not None)
+
+    @property
+    def lacks_some(self) -> bool:
+        """Whether it was made to forget so lately that it knows fewer steps than it keeps."""
+        return self._step - self._forgot_at + 1 < self.steps  # the present one among these
 
     def watch(self, model: nn.Module) -> None:
         """From now on, until `stop`."""
@@ -111,6 +117,7 @@ class LastCalls:
         """A run that goes on from here knows no call of before."""
         self._kept.clear()
         self._compiled = None
+        self._forgot_at = self._step
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
@@ -119,7 +126,7 @@ class LastCalls:
             self._compiled = args, kwargs
         elif self._handle is not None:
             self._kept.append(_Kept(self._step, args, kwargs))
-            while self._kept[0].step <= self._step - self._steps or (
+            while self._kept[0].step <= self._step - self.steps or (
                 self._kept[0].step < self._step and sum(kept.bytes for kept in self._kept) > KEPT_BYTES
             ):
                 self._kept.popleft()

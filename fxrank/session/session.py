@@ -80,6 +80,7 @@ class LowRankSession:
         self._end_watch: Callable[[], None] = lambda: None
         self._watch = Stopwatch(next(self.model.parameters()).device)
         self._broken: BaseException | None = None
+        self.ready_since: int | None = None
 
     @classmethod
     def attach(
@@ -146,7 +147,7 @@ class LowRankSession:
         says so. Called once, by `attach`.
         """
         if state is not None:
-            restore_session(self, state)
+            self.load_state_dict(state)
         elif self.scene.monitor is not None:
             self._observe(exact=True)
         self._hooks.put_on(self._before_step, self._after_step)
@@ -231,8 +232,16 @@ class LowRankSession:
 
     def _consider_switch(self) -> None:
         why = self.policy.ready(self.clock, self.scene)
-        if why is not None and self.plan is None:
-            self._switch(why)
+        if why is None or self.plan is not None:
+            self.ready_since = None
+            return
+        since = self.ready_since = self.clock.step if self.ready_since is None else self.ready_since
+        # Right after a checkpoint few calls are known, and a switch that finds its own moment may as well know more. A run that goes on
+        # from there waits as long; one with a checkpoint every other step has what there is.
+        finds_its_moment = self.policy.knows_data and self.scene.monitor is not None
+        if finds_its_moment and self._calls.lacks_some and self.clock.step - since < self._calls.steps:
+            return
+        self._switch(why)
 
     @outside_autocast
     def _switch(self, why: str) -> None:
@@ -369,6 +378,7 @@ class LowRankSession:
         for a plan of another model, and changes nothing then.
         """
         restore_session(self, state)
+        self._calls.forget()
 
     def pause(self) -> None:
         """Leave the time since the last step out of the step times, as for the writing of a checkpoint, which knows nothing of what the

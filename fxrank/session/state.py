@@ -37,6 +37,8 @@ class StatefulSession(Protocol):
     plan: Plan | None
     notes: list[str]
     spectra: dict[str, dict[str, Any]]
+    ready_since: int | None
+    """The step at which the policy first wanted the switch, if it waits to be made."""
     seconds: dict[str, float]
     step_ms: dict[str, deque[float]]
 
@@ -57,6 +59,7 @@ def session_state(session: StatefulSession) -> dict[str, Any]:
         "profiles": [_listed(asdict(profile)) for profile in profiles.values()],
         "notes": list(session.notes),
         "spectra": session.spectra,
+        "ready_since": session.ready_since,
         "seconds": dict(session.seconds),
         "step_ms": {phase: list(times) for phase, times in session.step_ms.items()},
     }
@@ -83,6 +86,7 @@ def restore_session(session: StatefulSession, state: dict[str, Any]) -> None:
     session.plan = plan
     session.notes[:] = state.get("notes", session.notes)
     session.spectra = state.get("spectra", {})
+    session.ready_since = state.get("ready_since")
     session.seconds.update(state.get("seconds", {}))
     for phase, times in state.get("step_ms", {}).items():
         session.step_ms[phase].extend(times)
@@ -132,6 +136,8 @@ def check_state(
     )
     if "spectra" in state:  # earlier states have none
         _need(state, "spectra", lambda s: isinstance(s, dict) and all(map(_is_spectrum, s.values())))
+    if "ready_since" in state:
+        _need(state, "ready_since", lambda n: n is None or _is_count(n))
     _need(state, "profiles", lambda p: isinstance(p, list) and all(map(_is_profile, p)))
     return plan, [StackProfile(**_tupled(profile)) for profile in state["profiles"]]
 

@@ -67,7 +67,7 @@ def test_the_last_steps_of_a_long_run_count(total_steps, steps):
         session._calls.step_made()
     kept = [int(k.call[0][0][0, 0] - X[0, 0] + 0.5) for k in calls_of(session)]
     assert len(kept) == min(CALLS, 2 * steps) and kept[-2] == 19
-    assert session._calls._steps == steps
+    assert session._calls.steps == steps
 
 
 def test_arguments_take_little_memory_but_all_of_the_last_step_are_there(monkeypatch):
