@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from benchmarks import decision_tables as d
+from benchmarks import paper_page
 from benchmarks import tables as t
 
 ROOT = Path(__file__).parent.parent
@@ -54,12 +55,6 @@ On ResNet-18 in the CIFAR shape:
 
 {t.cost_table()}
 
-## Several processes
-
-Of one machine, pairs at a quarter of full rank, step time relative to full-rank and plain:
-
-{t.parallel_table()}
-
 ## Compiled
 
 `torch.compile` (inductor), pairs at a quarter of full rank, times relative to full-rank and eager; gradients of the compiled low-rank model against the eager one:
@@ -101,7 +96,12 @@ def readme() -> str:
 def pages() -> dict[Path, str]:
     """Everything, by file."""
     docs = ROOT / "docs"
-    return {ROOT / "README.md": readme(), docs / "benchmarks.md": benchmarks(), docs / "faults.md": faults()}
+    return {
+        ROOT / "README.md": readme(),
+        docs / "benchmarks.md": benchmarks(),
+        docs / "faults.md": faults(),
+        docs / "papers.md": paper_page.page(),
+    }
 
 
 if __name__ == "__main__":

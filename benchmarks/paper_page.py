@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks import glue, papers
 from benchmarks.campaign import Book
+from benchmarks.paper_tables import paper_sizes_table
 from benchmarks.record import RESULTS
 from benchmarks.subjects.paper_rows import JOBS, ROWS
 from benchmarks.tables import load, parallel_table
@@ -25,25 +26,22 @@ SYSTEMS = {
 
 
 def page() -> str:
-    """The page."""
-    return f"""# The papers' systems
+    """The page, with a section for each of which there are results."""
+    sections = {
+        "papers": ("CIFAR-10", images),
+        "glue": ("GLUE", language),
+        "data_parallel": ("Several processes", processes),
+        "paper_sizes": ("Sizes", paper_sizes_table),
+        "figures": ("Figures", drawings),
+    }
+    shown = [f"## {title}\n\n{text()}\n" for name, (title, text) in sections.items() if any(RESULTS.glob(f"{name}_*"))]
+    return "\n".join([_HEAD, *shown])
+
+
+_HEAD = """# The papers' systems
 
 What Cuttlefish and Pufferfish are compared with in their papers, trained by the same code on the same data, beside the papers' own figures. None of it is part of fxrank: it is in
 `benchmarks/baselines`, each with tests of what makes it right. The scale is that of a small machine, so that rows can be compared with each other, and not with the papers' numbers.
-
-## CIFAR-10
-
-{images()}
-
-## GLUE
-
-{language()}
-
-## Several processes
-
-Of one machine, step time relative to full-rank with plain averaging{_accuracies()}:
-
-{parallel_table()}
 """
 
 
@@ -94,12 +92,32 @@ def _seeds(rows: Sequence[dict[str, Any]]) -> str:
     return "one seed" if count == 1 else f"{count} seeds"
 
 
-def _accuracies() -> str:
+def processes() -> str:
+    """Gradient compression beside factorized models."""
     data = load("data_parallel")
     c = data["configuration"]
-    if not any("accuracy" in row for found in data["results"].values() for row in found.values()):
-        return ""
-    return (
-        f", and accuracy after {c['epochs']} epochs of {c['train']:,} images of CIFAR-10 at {c['side']}x{c['side']} by a ResNet-18, {c['width']} wide, one seed. "
-        "Gloo sends every byte through the memory of one machine: what compression saves is larger where there is a network between"
-    )
+    trained = any("accuracy" in row for found in data["results"].values() for row in found.values())
+    about = "Of one machine, step time relative to full-rank with plain averaging"
+    if trained:
+        about += (
+            f", and accuracy after {c['epochs']} epochs of {c['train']:,} images of CIFAR-10 at {c['side']}x{c['side']} by a ResNet-18, {c['width']} wide, one seed. "
+            "Gloo sends every byte through the memory of one machine: what compression saves is worth more where there is a network between"
+        )
+    return f"{about}:\n\n{parallel_table()}"
+
+
+CAPTIONS = {
+    "rank_curves": "Stable rank of every layer over a training that stays full-rank (Cuttlefish Figs. 2 and 10 to 17)",
+    "rank_heat": "The same, layer by layer (Fig. 3)",
+    "stack_times": "Time of a layer of each stack, dense and as a pair (Fig. 4)",
+    "roofline": "The stacks under what the device can do at best (Fig. 6)",
+    "ranks_chosen": "Ranks chosen by the default, beside full ranks (Figs. 5, 7, 8)",
+    "kept": "What pairs of each rank keep of their layers' outputs, with the ranks that were chosen (Fig. 9, of outputs instead of weights)",
+}
+
+
+def drawings() -> str:
+    """The papers' figures of a run here."""
+    c = load("figures")["configuration"]
+    images = [f"![{caption}](images/papers_{name}.svg)\n\n*{caption}.*" for name, caption in CAPTIONS.items()]
+    return "\n\n".join([f"Of `{c['job']}`, {c['epochs']} epochs, seed {c['seed']}.", *images])

@@ -37,6 +37,7 @@ _PAPER: dict[str, Any] = {
     "round_to": 1,
     "wait": False,
     "latest": None,
+    "earliest": 0.0,
 }
 FULL_SPEED = 1.0
 """A pair must be faster than the dense layer at the very rank chosen."""
@@ -49,7 +50,8 @@ class Cuttlefish(Policy):
     - E: switch when the stable rank of every eligible layer has settled. `epsilon` is in percent of the full rank
       per 1/300 of the run; see `SlopeDetector`. With `wait`, settled ranks of which none is below break-even yet (by outputs: below those of
       random matrices) do not count: a run that has hardly begun is flat as well. Nor do, where ranks are chosen by outputs, those of which most are
-      as they were at the start: fine-tuning moves what a pretrained model gives, and hardly its spectra. `latest` is the share of the run at which the switch is
+      as they were at the start: fine-tuning moves what a pretrained model gives, and hardly its spectra. Ranks that have settled before the share
+      `earliest` of the run wait for it: what is still to be learned is learned better by the full model. `latest` is the share of the run at which the switch is
       made in any case, None for never.
     - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is more than
       `speedup_threshold` times as fast. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
@@ -74,6 +76,7 @@ class Cuttlefish(Policy):
     window: int = 25
     wait: bool = True
     latest: float | None = 0.5
+    earliest: float = field(default=0.0, metadata=LATER)
     speedup_threshold: float | None = FULL_SPEED
     probe_ratio: float = 0.25
     k_rule: str = "stack"
@@ -127,13 +130,12 @@ class Cuttlefish(Policy):
                 raise ValueError(f"{option} must be above 0 and at most 1; got {getattr(self, option)}.")
         if not isinstance(self.round_to, str) and self.round_to < 1:
             raise ValueError(f"round_to must be at least 1; got {self.round_to}. 1 keeps ranks as they are.")
-        for option, lowest in (("min_ratio", 0.0), ("latest", 0.0), ("speedup_threshold", 0.0)):
+        for option in ("min_ratio", "earliest", "latest", "speedup_threshold"):
             value = getattr(self, option)
-            if value is not None and (value < lowest or (option != "speedup_threshold" and value > 1)):
+            if value is not None and (value < 0 or (option != "speedup_threshold" and value > 1)):
                 allowed = "at least 0" if option == "speedup_threshold" else "a share in [0, 1]"
-                raise ValueError(
-                    f"{option} must be {allowed}{'' if option == 'min_ratio' else ' or None'}; got {value}."
-                )
+                or_none = " or None" if option in ("latest", "speedup_threshold") else ""
+                raise ValueError(f"{option} must be {allowed}{or_none}; got {value}.")
         if not isinstance(self.samples, str) and self.samples < 1:
             raise ValueError(f"samples must be at least 1; got {self.samples}.")
         scales = self.xi.values() if isinstance(self.xi, Mapping) else () if isinstance(self.xi, str) else (self.xi,)
@@ -244,7 +246,8 @@ class Cuttlefish(Policy):
         watched = scene.watched(self.eligible(scene))
         if not watched and self.budget is None:
             return "no layer is eligible"
-        if watched and watched <= scene.monitor.settled and (not self.wait or self._saves(watched, scene)):
+        soon = clock.step < self.earliest * clock.total_steps
+        if watched and watched <= scene.monitor.settled and not soon and (not self.wait or self._saves(watched, scene)):
             return f"the ranks of all {len(watched)} eligible layers have settled"
         if self.latest is not None and clock.step >= self.latest * clock.total_steps:
             if self.keeps is not None and _as_they_came(watched, scene.monitor):

@@ -39,6 +39,7 @@ SCALED = dataclasses.replace(UNTIMED, rank_metric="scaled_stable_rank")
         ({"round_to": "automatic"}, "round_to (or a number) must be one of 'auto'; got 'automatic'."),
         ({"samples": 0}, "samples must be at least 1; got 0."),
         ({"latest": 7}, "latest must be a share in [0, 1] or None; got 7."),
+        ({"earliest": 1.2}, "earliest must be a share in [0, 1]; got 1.2."),
         ({"min_ratio": -1}, "min_ratio must be a share in [0, 1]; got -1."),
         ({"speedup_threshold": -1}, "speedup_threshold must be at least 0 or None; got -1."),
         ({"xi": -2.0}, "xi must be above 0; got -2.0."),
@@ -322,6 +323,19 @@ def test_deadline():
         ready(dataclasses.replace(UNTIMED, latest=0.2), [], 20)
         == "deadline at 0.2 of the run; 4 of 4 layers had not settled"
     )
+
+
+def test_ranks_that_have_settled_early_wait():
+    policy, settled = dataclasses.replace(UNTIMED, earliest=0.6, latest=0.7), ["l1", "l2", "l3", "l4"]
+    assert ready(policy, settled, 59) is None
+    assert ready(policy, settled, 60) == "the ranks of all 4 eligible layers have settled"
+    assert ready(policy, ["l1"], 69) is None
+    assert ready(policy, ["l1"], 70) == "deadline at 0.7 of the run; 3 of 4 layers had not settled"
+    sooner = dataclasses.replace(policy, latest=0.3)
+    assert ready(sooner, settled, 29) is None
+    assert ready(sooner, settled, 30) == "deadline at 0.3 of the run; 0 of 4 layers had not settled"
+    for preset in (fxrank.Cuttlefish.paper(), fxrank.Cuttlefish.reference(), fxrank.Cuttlefish.transformer()):
+        assert preset.earliest == 0
 
 
 # -- R, of layers that were chosen together
