@@ -31,7 +31,8 @@ Parameters are the share outside of embeddings, the step is that of the model th
 
 ## What was tried
 
-Each beside the default, on the same job and seeds, by one line of `benchmarks/subjects/rows.py`. An idea becomes the default if it wins over all jobs.
+Each beside what was the default then, which switched as soon as the ranks had settled, at half of the run at the latest; on the same job and seeds, by one line of
+`benchmarks/subjects/rows.py`. An idea becomes the default if it wins over all jobs.
 
 {d.tried_table()}
 

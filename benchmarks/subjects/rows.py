@@ -51,13 +51,22 @@ def ours(**options: Any) -> Row:
     return lambda job: Setup(Cuttlefish(**options))
 
 
+EARLY: dict[str, Any] = {"earliest": 0.0, "latest": 0.5}
+"""When the default's switch was made while these were tried: as soon as the ranks have settled, at half of the run at the latest."""
+
+
+def early(**options: Any) -> Row:
+    """The default of then with these options."""
+    return ours(**EARLY, **options)
+
+
 def spatial(share: float, **options: Any) -> Row:
     """The same under a budget, each kernel as one down and one across."""
 
     def row(job: Job) -> Setup | str:
         if not job.planar:
             return "no two-dimensional kernels"
-        return Setup(Cuttlefish(target_params=share, form="spatial", **options))
+        return Setup(Cuttlefish(target_params=share, form="spatial", **EARLY, **options))
 
     return row
 
@@ -68,7 +77,7 @@ def tables(share: float, **options: Any) -> Row:
     def row(job: Job) -> Setup | str:
         if not job.tables:
             return "no embeddings"
-        return Setup(Cuttlefish(target_params=share, **options), {"include": TABLES}, tables=True)
+        return Setup(Cuttlefish(target_params=share, **EARLY, **options), {"include": TABLES}, tables=True)
 
     return row
 
@@ -80,12 +89,12 @@ def twin(row: str) -> Row:
 
 def scaled(**options: Any) -> Row:
     """Ranks by the scaled stable rank, as they were before the outputs decided."""
-    return ours(rank_metric="scaled_stable_rank", **options)
+    return early(rank_metric="scaled_stable_rank", **options)
 
 
 def with_idea(idea: Idea, **options: Any) -> Row:
-    """The default, with these options, and an idea from elsewhere."""
-    return lambda job: Setup(Cuttlefish(**options), idea=idea)
+    """The default of then, with these options, and an idea from elsewhere."""
+    return lambda job: Setup(Cuttlefish(**EARLY, **options), idea=idea)
 
 
 def start(share: float, **options: Any) -> Row:
@@ -97,40 +106,42 @@ ROWS: dict[str, Row] = {
     "full": full,
     "default": ours(),
     "twin": twin("default"),
-    "own-losses": lambda job: Setup(Cuttlefish(), unweighed=True),
+    "early": early(),
+    "early-twin": twin("early"),
+    "own-losses": lambda job: Setup(Cuttlefish(**EARLY), unweighed=True),
     "own-losses-twin": twin("own-losses"),
-    "no-floor": ours(floor=0.0),
-    "floor-0.4": ours(floor=0.4),
+    "no-floor": early(floor=0.0),
+    "floor-0.4": early(floor=0.4),
     "no-floor-twin": twin("no-floor"),
-    "untimed": ours(speedup_threshold=None),
+    "untimed": early(speedup_threshold=None),
     "scaled": scaled(speedup_threshold=1.5),
     "paper": paper,
-    "keep-0.97": ours(keep=0.97),
-    "keep-0.95": ours(keep=0.95),
-    "keep-0.99": ours(keep=0.99),
-    "channel": ours(form="channel"),
-    "rewarm": ours(rewarmup=0.05),
-    "late": ours(epsilon=1e-9, latest=0.65),
-    "late-0.4": ours(epsilon=1e-9, latest=0.65, floor=0.4),
-    "lr-0.5": ours(lr_scale=0.5),
-    "lr-2": ours(lr_scale=2.0),
-    "no-decay": ours(frobenius_decay=None),
+    "keep-0.97": early(keep=0.97),
+    "keep-0.95": early(keep=0.95),
+    "keep-0.99": early(keep=0.99),
+    "channel": early(form="channel"),
+    "rewarm": early(rewarmup=0.05),
+    "late": ours(earliest=0.0, epsilon=1e-9, latest=0.65),
+    "late-0.4": ours(earliest=0.0, epsilon=1e-9, latest=0.65, floor=0.4),
+    "lr-0.5": early(lr_scale=0.5),
+    "lr-2": early(lr_scale=2.0),
+    "no-decay": early(frobenius_decay=None),
     "decay-as-dense": with_idea(decay_as_dense, frobenius_decay=None),
     "soft": with_idea(soft_switch(0.1)),
     "scaled-gradients": with_idea(scaled_gradients),
     "spectral-decay": with_idea(spectral_decay(1e-3)),
-    "0.5": ours(target_params=0.5),
-    "0.5-data": ours(target_params=0.5, factors="data"),
+    "0.5": early(target_params=0.5),
+    "0.5-data": early(target_params=0.5, factors="data"),
     "narrow-0.5": narrow(0.5),
-    "0.3": ours(target_params=0.3),
-    "0.3-data": ours(target_params=0.3, factors="data"),
+    "0.3": early(target_params=0.3),
+    "0.3-data": early(target_params=0.3, factors="data"),
     "narrow-0.3": narrow(0.3),
     "scaled-untimed": scaled(speedup_threshold=None),
-    "entropy": ours(rank_metric="entropy"),
+    "entropy": early(rank_metric="entropy"),
     "prefix": scaled(speedup_threshold=1.5, k_rule="prefix"),
     "0.5-start": start(0.5, factors="data"),
-    "0.5-rewarm": ours(target_params=0.5, rewarmup=0.05),
-    "0.5-lr": ours(target_params=0.5, lr_scale=0.5),
+    "0.5-rewarm": early(target_params=0.5, rewarmup=0.05),
+    "0.5-lr": early(target_params=0.5, lr_scale=0.5),
     "0.5-spatial": spatial(0.5),
     "0.7-tables": tables(0.7, factors="data"),
     "0.5-tables": tables(0.5),

@@ -302,8 +302,7 @@ def pretrained():
 
 
 def test_spectra_that_are_as_they_were_at_the_start_say_nothing_of_when():
-    policy = fxrank.Cuttlefish(speedup_threshold=None)
-    settled = ["l1", "l2", "l3", "l4"]
+    policy, settled = UNTIMED, ["l1", "l2", "l3", "l4"]
     for fallen in (0.995, 1.0, 1.005):
         assert ready(policy, settled, 49, fallen, pretrained()) is None
         at_last = ready(policy, settled, 50, fallen, pretrained())
@@ -334,6 +333,7 @@ def test_ranks_that_have_settled_early_wait():
     sooner = dataclasses.replace(policy, latest=0.3)
     assert ready(sooner, settled, 29) is None
     assert ready(sooner, settled, 30) == "deadline at 0.3 of the run; 0 of 4 layers had not settled"
+    assert (fxrank.Cuttlefish().earliest, fxrank.Cuttlefish().latest) == (0.65, 0.75)
     for preset in (fxrank.Cuttlefish.paper(), fxrank.Cuttlefish.reference(), fxrank.Cuttlefish.transformer()):
         assert preset.earliest == 0
 

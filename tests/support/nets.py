@@ -8,7 +8,7 @@ from torch import nn
 
 import fxrank
 
-UNTIMED = fxrank.Cuttlefish(speedup_threshold=None)
+UNTIMED = fxrank.Cuttlefish(speedup_threshold=None, earliest=0.0, latest=0.5)
 """The default policy without timing, so that a run depends on nothing but its seed."""
 SOON = fxrank.Cuttlefish(speedup_threshold=None, rank_metric="ratio", ratio=0.25, latest=0.5, epsilon=1e-9, round_to=1)
 """Switches half-way, at a quarter of the full rank; untimed too."""
