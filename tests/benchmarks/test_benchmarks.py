@@ -251,9 +251,18 @@ def test_no_row_of_the_fault_table_takes_what_another_counts():
     assert len(files) == len(set(files))
 
 
+def small_network():
+    """Of few layers, each of which all ways look at."""
+    layers = [torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.ReLU()]
+    for _ in range(3):
+        layers += [torch.nn.Conv2d(32, 32, 3, 2), torch.nn.BatchNorm2d(32), torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(32, 10))
+
+
 def test_the_one_shot_benchmark_has_a_row_for_each_way(tmp_path, monkeypatch, capsys):
     x, y = images(160)
     monkeypatch.setattr(oneshot, "cifar10", lambda root, source, cache: Cifar(x, y, x[:40], y[:40]))
+    monkeypatch.setattr(oneshot, "build", lambda name: small_network())
     options = {"model": "resnet20", "epochs": 1, "subset": 128, "test-subset": 40, "calibration": 32, "budgets": 0.5}
     command = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     command += ["--steps", "1", "--peers", "torch-that-nobody-has", "--no-timing", "--forms", "spatial", "gauge"]
