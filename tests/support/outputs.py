@@ -17,6 +17,7 @@ KEEP = fxrank.Cuttlefish(
     epsilon=100.0,
     wait=False,
     latest=None,
+    earliest=0.0,
     round_to=1,
     form="channel",
 )

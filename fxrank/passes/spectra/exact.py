@@ -61,6 +61,10 @@ in twice its size.
 """
 
 
+APART = 256
+"""The longest side of a Gram matrix that is decomposed beside itself, in one thread; a larger one in its own place, for the memory."""
+
+
 def gram(stack: Tensor) -> Tensor:
     """Gram matrices of the short side, `(groups, s, s)` with `s = min(rows, cols)`, in float64; of each the lower triangle, which
     is all that an eigendecomposition reads.
@@ -175,8 +179,7 @@ def decompose(stack: Tensor) -> Decomposition:
     if stack.device.type != "cpu":
         values, vectors = linalg.eigh(gram(stack))
         return Decomposition(values.cpu().flip(-1).clamp_(min=0).sqrt_(), stack, vectors.float())
-    side = min(stack.shape[1:])
-    eigh = _eigh if linalg.is_small((side, side)) else _eigh_in_place
+    eigh = _eigh if min(stack.shape[1:]) <= APART else _eigh_in_place
     pairs = [eigh(gram(stack[group : group + 1])[0]) for group in range(len(stack))]
     values, vectors = (torch.from_numpy(np.stack(part)) for part in zip(*pairs, strict=True))
     return Decomposition(values.flip(-1).clamp_(min=0).sqrt_(), stack, vectors)
