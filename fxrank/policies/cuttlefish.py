@@ -29,8 +29,6 @@ EARLIEST, LATEST = 0.65, 0.75
 """Shares of the run. At 0.65 short runs keep more accuracy than at the 0.4 at which their ranks have settled (`docs/benchmarks.md`); where the ranks
 of a long one settle long before, as in the papers' 300 epochs, an earlier switch saves more time.
 """
-MIDDLE = 0.5
-"""Of the run: no later is the switch of a model of which most ranks are as it came with them, as there is nothing to wait for."""
 MOVED = 0.9
 """A stable rank below this share of a random matrix's says that a layer has learned something."""
 STILL = 0.01
@@ -58,7 +56,7 @@ class Cuttlefish(Policy):
       random matrices) do not count: a run that has hardly begun is flat as well. Nor do, where ranks are chosen by outputs, those of which most are
       as they were at the start: fine-tuning moves what a pretrained model gives, and hardly its spectra. Ranks that have settled before the share
       `earliest` of the run wait for it: what is still to be learned is learned better by the full model. `latest` is the share of the run at which the switch is
-      made in any case, at half of it where most ranks are as they were at the start; None for never.
+      made in any case, None for never.
     - K: a stack of layers is factorized only if its pair at `probe_ratio` of the full rank is more than
       `speedup_threshold` times as fast. `k_rule="stack"` judges each stack by itself; `"prefix"` is the paper's Alg. 2, the
       longest run of leading stacks that fail. `speedup_threshold=None` switches all timing off.
@@ -257,15 +255,12 @@ class Cuttlefish(Policy):
         soon = clock.step < self.earliest * clock.total_steps
         if watched and watched <= scene.monitor.settled and not soon and (not self.wait or self._saves(watched, scene)):
             return f"the ranks of all {len(watched)} eligible layers have settled"
-        if self.latest is None:
-            return None
-        as_they_came = self.keeps is not None and _as_they_came(watched, scene.monitor)
-        latest = min(self.latest, MIDDLE) if as_they_came else self.latest
-        if clock.step < latest * clock.total_steps:
-            return None
-        unsettled = f"{len(watched - scene.monitor.settled)} of {len(watched)} layers had not settled"
-        still = f"most of {len(watched)} ranks are as they were at the start"
-        return f"deadline at {latest:g} of the run; {still if as_they_came else unsettled}"
+        if self.latest is not None and clock.step >= self.latest * clock.total_steps:
+            if self.keeps is not None and _as_they_came(watched, scene.monitor):
+                return f"deadline at {self.latest:g} of the run; most of {len(watched)} ranks are as they were at the start"
+            unsettled = sorted(watched - scene.monitor.settled)
+            return f"deadline at {self.latest:g} of the run; {len(unsettled)} of {len(watched)} layers had not settled"
+        return None
 
     def _saves(self, watched: frozenset[str], scene: Scene) -> bool:
         """Whether a layer's rank is below break-even by now, as far as its stable rank tells."""

@@ -174,6 +174,6 @@ def test_a_run_that_never_saves_waits_for_its_deadline():
         optimizer.zero_grad()
         F.cross_entropy(model(data[0]), data[1]).backward()
         optimizer.step()
-    with pytest.warns(fxrank.NothingFactorizedWarning, match=re.escape("deadline at 0.5 of the run")):
+    with pytest.warns(fxrank.NothingFactorizedWarning, match=re.escape("deadline at 0.75 of the run")):
         session.finish()
-    assert session.plan.switch_step == 10
+    assert session.plan.switch_step == 15
