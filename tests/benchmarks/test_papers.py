@@ -324,6 +324,7 @@ def test_the_page_says_who_is_ahead_and_at_what_price():
 def test_the_page_shows_the_networks_whose_dense_model_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(paper_page, "RESULTS", tmp_path)
     assert set(paper_page.SYSTEMS) == set(ROWS)
+    assert "Not run yet: CIFAR-10 (`python -m benchmarks.papers`), GLUE" in paper_page.page()
     book = Book(tmp_path / "papers_cpu2_202611.jsonl", "papers", JOBS, ROWS)
     book.add(Cell(RESNET, "full", 0), cell(0.72, 1_000_000, 100.0))
     book.add(Cell("vgg19-cifar10", "imp", 0), cell(0.72, 1_000_000, 100.0))
