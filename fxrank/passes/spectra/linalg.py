@@ -1,8 +1,8 @@
 """Decompositions of torch, of small matrices in one thread.
 
-Several threads make them no faster, and where others want the cores, a loader's processes say, many times slower: they meet hundreds of times in
-each, and every time one waits for the other. Measured on 2 cores, float64, milliseconds in one thread and in two: an eigendecomposition of 256
-numbers 12 and 15, of 512 60 and 128; a QR of 1536x384 34 and 79; beside two other processes 25 and 29, 82 and 396, 72 and 385.
+Several threads save little there, and where others want the cores, a loader's processes say, they may cost much: they meet hundreds of times in
+each decomposition, and every time one waits for the other. Measured on 2 cores, float64, milliseconds in one thread and in two: an eigendecomposition
+of 256 numbers 6 and 4 alone, 25 and 29 beside trainings and tests, of 512 38 and 22, 82 and 396; a QR of 1536x384 30 and 20, 72 and 385.
 """
 
 from collections.abc import Callable, Iterator, Sequence
