@@ -68,6 +68,20 @@ UNITS = {
 }
 
 
+ELSEWHERE = " \\*"
+"""Marks a comparison of cells that were not all trained on one kind of processor: some networks come to other numbers on another, from the same seed."""
+
+
+def _mark(*cells: Sequence[Found]) -> str:
+    processors = {cell["environment"]["cpu"] for some in cells for cell in some}
+    return ELSEWHERE if len(processors) > 1 else ""
+
+
+def elsewhere_line() -> str:
+    """What the mark means."""
+    return f"{ELSEWHERE.strip()} not all trained on one kind of processor: some networks come to other numbers on another, from the same seed."
+
+
 class Beside(NamedTuple):
     """The default of a job, the dense model and the narrower one, if there is one, and whether the default is better on the seeds that both have."""
 
@@ -86,6 +100,11 @@ class Beside(NamedTuple):
         seeds = len(self.twin.cells)
         alike = seeds == len(self.default.cells)
         return [*scores, self.twin.shown if alike else f"{self.twin.shown} ({seeds} seed{'s' * (seeds > 1)})"]
+
+    @property
+    def mark(self) -> str:
+        """`ELSEWHERE` if its cells are of several processors."""
+        return _mark(self.full.cells, self.default.cells, *([] if self.twin is None else [self.twin.cells]))
 
     @property
     def twins_step(self) -> str:
@@ -126,7 +145,7 @@ def default_table() -> str:
         before, after = (b.default.mean(f"accuracy_{when}_switch") for when in ("before", "after"))
         rows.append(
             (
-                JOBS[b.job],
+                JOBS[b.job] + b.mark,
                 *b.start,
                 f"{b.default.share:.2f}",
                 "-" if b.default.steps is None else "{:.2f} ± {:.2f}".format(*b.default.steps["ratio"]),
@@ -148,14 +167,15 @@ def wins_table() -> str:
     rows = []
     for b in beside():
         step = "-" if b.default.steps is None else f"{b.default.steps['ratio'][0]:.2f}"
-        rows.append((SHORT[b.job], *b.start, f"{b.default.share:.2f}", step, b.twins_step))
+        rows.append((SHORT[b.job] + b.mark, *b.start, f"{b.default.share:.2f}", step, b.twins_step))
     headers = ("job", "in", "full-rank", "fxrank", "narrower", "parameters", "step", "narrower's")
     return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
 
 
-def states() -> int:
+def states() -> str:
     """Of fxrank's files, in which the default's cells were trained."""
-    return len({cell["code"] for b in beside() for cell in b.default.cells})
+    count = len({cell["code"] for b in beside() for cell in b.default.cells})
+    return f"{count} state{'s' * (count > 1)}"
 
 
 def verdict() -> str:
@@ -198,7 +218,7 @@ def tried_table() -> str:
                 rows.append(
                     (
                         what,
-                        SHORT[name],
+                        SHORT[name] + _mark(alike, same),
                         UNITS[line.metric],
                         line.shown,
                         f"{line.share:.2f}",

@@ -26,7 +26,7 @@ SYSTEMS = {
 
 
 def page() -> str:
-    """The page, with a section for each of which there are results."""
+    """The page, with a section for each of which there are results; it says which there are not yet."""
     sections = {
         "papers": ("CIFAR-10", images),
         "glue": ("GLUE", language),
@@ -34,8 +34,10 @@ def page() -> str:
         "paper_sizes": ("Sizes", paper_sizes_table),
         "figures": ("Figures", drawings),
     }
-    shown = [f"## {title}\n\n{text()}\n" for name, (title, text) in sections.items() if any(RESULTS.glob(f"{name}_*"))]
-    return "\n".join([_HEAD, *shown])
+    known = {name for name in sections if any(RESULTS.glob(f"{name}_*"))}
+    shown = [f"## {title}\n\n{text()}\n" for name, (title, text) in sections.items() if name in known]
+    missing = [f"{title} (`python -m benchmarks.{name}`)" for name, (title, _) in sections.items() if name not in known]
+    return "\n".join([_HEAD, *([f"Not run yet: {', '.join(missing)}.\n"] if missing else []), *shown])
 
 
 _HEAD = """# The papers' systems
